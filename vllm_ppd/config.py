@@ -1,0 +1,89 @@
+"""What a user may say about PPD, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_ppd.tree import MAX_ROWS
+
+METHOD = "ppd"
+MODEL_PREFIX = "ppd:"
+
+
+class PPDConfigError(ValueError):
+    """A PPD setting that cannot be used; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class PPDConfig:
+    """PPD's settings.
+
+    Raises:
+        PPDConfigError: a value of the wrong type or out of range.
+    """
+
+    path: str
+    """Folder or hub id of the prompt tokens."""
+    num_speculative_tokens: int | None = None
+    """Most rows besides the root that one request may add to a step."""
+    tree: str | None = None
+    """File of a tree policy to use instead of the default one."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path.strip():
+            raise PPDConfigError(
+                f"the prompt tokens' path is {self.path!r}; expected a folder or a hub "
+                'id, as in speculative_config={"method": "ppd", "model": PATH}'
+            )
+        rows = self.num_speculative_tokens
+        if rows is not None:
+            if isinstance(rows, bool) or not isinstance(rows, int):
+                raise PPDConfigError(
+                    f"num_speculative_tokens is {rows!r}; expected a whole number, or "
+                    "leave it out"
+                )
+            if not 1 <= rows < MAX_ROWS:
+                raise PPDConfigError(
+                    f"num_speculative_tokens is {rows}; expected 1 to {MAX_ROWS - 1}, "
+                    "or leave it out (to serve without speculation, leave out the "
+                    "whole speculative_config)"
+                )
+        if self.tree is not None and not isinstance(self.tree, str):
+            raise PPDConfigError(f"tree is {self.tree!r}; expected a file's path")
+
+    @staticmethod
+    def selected_by(speculative: Mapping[str, Any] | None) -> bool:
+        """Whether a vLLM ``speculative_config`` asks for PPD."""
+        if not speculative:
+            return False
+        method, model = speculative.get("method"), speculative.get("model")
+        return method == METHOD or (
+            method is None and isinstance(model, str) and model.startswith(MODEL_PREFIX)
+        )
+
+    @classmethod
+    def from_speculative(cls, speculative: Mapping[str, Any]) -> PPDConfig:
+        """Read a vLLM ``speculative_config`` for which ``selected_by`` holds.
+
+        Raises:
+            PPDConfigError: as the class does, and for keys that PPD does not have.
+        """
+        values = {k.replace("-", "_"): v for k, v in speculative.items()}
+        values.pop("method", None)
+        model = values.pop("model", None)
+        if isinstance(model, str):
+            model = model.removeprefix(MODEL_PREFIX)
+        known = [field.name for field in dataclasses.fields(cls)][1:]
+        for key in values:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, 1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise PPDConfigError(
+                    f"speculative_config has {key!r}, which method 'ppd' does not "
+                    f"know{hint}; it takes 'model', {', '.join(map(repr, known))}"
+                )
+        return cls(path=model, **values)

@@ -1,0 +1,61 @@
+"""Soft tokens: ids past the vocabulary that stand for trained embeddings."""
+
+from __future__ import annotations
+
+import torch
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+
+
+class SoftTokenEmbedding(VocabParallelEmbedding):
+    """Input embedding whose ids from ``first_soft_id`` on come from their own table.
+
+    An already built embedding becomes one by changing its class, so weights, sharding
+    and a tied LM head stay as they are. Every tensor-parallel rank holds the table.
+    """
+
+    first_soft_id: int
+    soft_table: torch.Tensor  # [soft tokens, hidden]
+
+    def forward(self, input_: torch.Tensor) -> torch.Tensor:
+        soft = input_ >= self.first_soft_id
+        words = super().forward(torch.where(soft, 0, input_))
+        guesses = self.soft_table[(input_ - self.first_soft_id).clamp_(min=0)]
+        return torch.where(soft.unsqueeze(-1), guesses.to(words.dtype), words)
+
+
+def add_soft_tokens(
+    model: torch.nn.Module, rows: torch.Tensor, first_soft_id: int
+) -> None:
+    """Give a loaded vLLM model the ids ``first_soft_id ...`` for ``rows``.
+
+    Args:
+        model: a vLLM causal LM.
+        rows: [soft tokens, hidden] embeddings.
+        first_soft_id: the vocabulary's size.
+
+    Raises:
+        ValueError: the model has not exactly one plain input embedding.
+    """
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding)
+        and not isinstance(module, ParallelLMHead)
+    ]
+    if len(found) != 1 or type(found[0][1]) is not VocabParallelEmbedding:
+        names = ", ".join(f"{n} ({type(m).__name__})" for n, m in found) or "none"
+        raise ValueError(
+            "speculative method 'ppd' needs a model with one VocabParallelEmbedding "
+            f"as its input embedding, and found {names}"
+        )
+    embedding = found[0][1]
+    weight = embedding.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    embedding.register_buffer(
+        "soft_table", rows.to(device=weight.device, dtype=dtype), persistent=False
+    )
+    embedding.first_soft_id = first_soft_id
+    embedding.__class__ = SoftTokenEmbedding

@@ -1,0 +1,92 @@
+"""The ledger of everything in vLLM that this plugin replaces.
+
+Each entry says what is patched, why no official seam serves, since which vLLM it is
+known to fit, and how to notice that vLLM moved (tests/engine/test_patches.py checks
+every entry against the installed version). What is *overridden in subclasses* is
+listed too, because a renamed method fails as silently as a moved function.
+
+Patched:
+- ``EngineArgs.create_speculative_config``: vLLM's ``SpeculativeConfig.method`` is a
+  closed list, and its ``custom_class`` method knows no settings. The wrapper handles
+  PPD and calls the original for everything else. 0.32, 0.33.
+- ``EngineArgs.add_cli_args``: adds ``--speculative-model``, another spelling of
+  vLLM's own ``--spec-model``. 0.32, 0.33.
+- attention backend ``CPU_ATTN`` (in workers that run PPD only, through vLLM's
+  ``register_backend``): tree rows need their own mask. 0.32, 0.33.
+- ``vllm.v1.worker.cpu_worker.CPUModelRunner`` (while PPD's worker builds its runner):
+  the CPU worker names the class inline, without the GPU worker's
+  ``_make_model_runner`` seam. 0.32, 0.33.
+- ``Scheduler.make_spec_decoding_stats`` is *not* patched: vLLM's acceptance rate
+  counts prompt rows as drafts; its acceptance length is right.
+
+Subclassed: ``CPUWorker`` (init_device), ``Worker`` (_make_model_runner), the V1 model
+runners (see runner_v1.OVERRIDDEN), ``CPUAttentionBackend`` with its builder (build)
+and implementation (forward), ``VocabParallelEmbedding`` (forward).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+# Marks a function that already is our wrapper, so that patching twice is harmless.
+_MARK = "_vllm_ppd_original"
+
+
+def _wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+    current = getattr(owner, name)
+    if hasattr(current, _MARK):
+        return
+    wrapper = make(current)
+    setattr(wrapper, _MARK, current)
+    is_static = isinstance(vars(owner).get(name), staticmethod)
+    setattr(owner, name, staticmethod(wrapper) if is_static else wrapper)
+
+
+def _with_ppd_method(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_speculative_config(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        from vllm_ppd.engine.selection import create_ppd_config, speculative_dict
+
+        speculative = speculative_dict(self)
+        if speculative is None:
+            return original(self, target_model_config, target_parallel_config)
+        return create_ppd_config(
+            self, speculative, target_model_config, target_parallel_config
+        )
+
+    return create_speculative_config
+
+
+def _with_speculative_model_flag(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        try:
+            parser.add_argument(
+                "--speculative-model",
+                dest="spec_model",
+                default=None,
+                metavar="ppd:PATH",
+                help="Speculate with the model's own trained prompt tokens (Parallel "
+                "Prompt Decoding): 'ppd:' and a folder or hub id. Another name of "
+                "--spec-model.",
+            )
+        except argparse.ArgumentError:
+            # vLLM, or another plugin, already has the flag.
+            pass
+        return parser
+
+    return add_cli_args
+
+
+def apply_patches() -> None:
+    """Patch what every process needs; safe to call again."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    _wrap(EngineArgs, "create_speculative_config", _with_ppd_method)
+    _wrap(EngineArgs, "add_cli_args", _with_speculative_model_flag)

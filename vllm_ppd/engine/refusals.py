@@ -1,0 +1,102 @@
+"""Settings that PPD cannot serve yet, each refused with one sentence at start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vllm_ppd.config import PPDConfigError
+
+
+def _model_refusals(model: Any) -> Iterator[tuple[bool, str, str]]:
+    """(refused, what, why or remedy) for a vLLM ModelConfig."""
+    yield (
+        model.runner_type != "generate",
+        f"runner {model.runner_type!r}",
+        "it decodes generative models only",
+    )
+    yield model.is_encoder_decoder, "an encoder-decoder model", "serve it without PPD"
+    yield model.is_diffusion, "a diffusion model", "serve it without PPD"
+    yield model.use_mla, "a model with MLA attention", "serve it without PPD"
+    yield (
+        model.is_hybrid or model.has_inner_state or model.is_attention_free,
+        "a model with Mamba, linear or other recurrent layers",
+        "tree rows need attention in every layer; serve it without PPD",
+    )
+    yield model.uses_alibi, "a model with ALiBi positions", "serve it without PPD"
+    yield model.uses_mrope, "a model with M-RoPE positions", "serve it without PPD"
+    yield (
+        model.is_mm_prefix_lm or model.is_multimodal_model,
+        "a multimodal model",
+        "serve it without PPD, or serve its text-only variant",
+    )
+    yield (
+        model.rswa_window is not None,
+        "reference sliding-window attention",
+        "serve it without PPD",
+    )
+    yield model.enable_prompt_embeds, "--enable-prompt-embeds", "leave it out"
+
+
+def _engine_refusals(args: Any, parallel: Any) -> Iterator[tuple[bool, str, str]]:
+    """(refused, what, why or remedy) for vLLM's EngineArgs and ParallelConfig."""
+    yield (
+        parallel.pipeline_parallel_size > 1,
+        f"--pipeline-parallel-size {parallel.pipeline_parallel_size}",
+        "use --tensor-parallel-size instead",
+    )
+    yield (
+        parallel.decode_context_parallel_size > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "context parallelism",
+        "leave it at 1",
+    )
+    yield bool(parallel.enable_dbo), "--enable-dbo", "leave it out"
+    yield (
+        args.kv_transfer_config is not None,
+        "a KV connector (--kv-transfer-config)",
+        "it would send KV before the accepted path is in place; leave it out",
+    )
+    yield (
+        getattr(args, "ec_transfer_config", None) is not None,
+        "an encoder-cache connector (--ec-transfer-config)",
+        "leave it out",
+    )
+    yield bool(args.enable_lora), "--enable-lora", "serve the merged model"
+    yield (
+        bool(args.kv_sharing_fast_prefill),
+        "--kv-sharing-fast-prefill",
+        "leave it out",
+    )
+    yield bool(args.watermark_config), "output watermarking", "leave it out"
+    yield bool(args.return_sampling_mask), "--return-sampling-mask", "leave it out"
+    yield (
+        bool(args.enable_batch_sharded_sampling),
+        "--enable-batch-sharded-sampling",
+        "leave it out",
+    )
+    yield (
+        bool(getattr(args, "logits_processors", None)),
+        "custom logits processors",
+        "leave them out",
+    )
+    yield (
+        parallel.worker_cls != "auto",
+        f"--worker-cls {parallel.worker_cls}",
+        "PPD brings its own worker; leave it out",
+    )
+    yield (
+        bool(args.scheduler_cls),
+        f"--scheduler-cls {args.scheduler_cls}",
+        "leave it out",
+    )
+
+
+def refuse_unsupported(args: Any, model: Any, parallel: Any) -> None:
+    """Raise PPDConfigError naming the first setting that PPD cannot serve."""
+    checks = [*_model_refusals(model), *_engine_refusals(args, parallel)]
+    for refused, what, remedy in checks:
+        if refused:
+            raise PPDConfigError(
+                f"speculative method 'ppd' does not support {what}: {remedy}"
+            )

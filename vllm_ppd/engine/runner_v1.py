@@ -1,0 +1,220 @@
+"""PPD in vLLM's V1 model runner, on CPU and GPU: only what V1 does differently.
+
+Trees, states and acceptance live in the pure core; this mixin says where V1's step
+hands over. In the order of a step:
+
+``_update_states``            forget finished requests
+``_prepare_inputs``           lay out the trees, move positions, publish the masks
+``_calc_spec_decode_metadata``  logits for nodes only, not for prompt rows
+``_sample``                   walk the trees with vLLM's own sampler; move KV
+``propose_draft_token_ids``   guesses from the prompt rows where the walks ended
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+from vllm_ppd.candidates import fill_drafts
+from vllm_ppd.engine import step_context
+from vllm_ppd.engine.kv_move import KVMover
+from vllm_ppd.engine.proposer import PPDProposer
+from vllm_ppd.engine.sampling import walk_trees
+from vllm_ppd.step import TreeStep, ranges
+from vllm_ppd.verify import TreeWalk, kv_moves
+
+# Methods of vLLM's runner that the mixin overrides; their contract is tested.
+OVERRIDDEN = (
+    "initialize_kv_cache",
+    "_update_states",
+    "_prepare_inputs",
+    "_calc_spec_decode_metadata",
+    "_input_fits_in_drafter",
+    "_sample",
+    "propose_draft_token_ids",
+)
+
+
+class PPDRunnerMixin:
+    """Goes before a V1 ``GPUModelRunner`` in the bases of a model runner."""
+
+    drafter: PPDProposer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ppd_states: dict[str, int] = {}
+        self._ppd_step: TreeStep
+        self._ppd_walk: TreeWalk
+        # Where each node's logits are, if prompt rows have logits too.
+        self._ppd_logit_rows: np.ndarray | None = None
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        self._ppd_mover = KVMover(self)
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        for request_id in scheduler_output.finished_req_ids:
+            self.ppd_states.pop(request_id, None)
+        return super()._update_states(scheduler_output)  # type: ignore[misc]
+
+    def _prepare_inputs(
+        self, scheduler_output: Any, num_scheduled_tokens: np.ndarray
+    ) -> Any:
+        self._ppd_step, padded = self._lay_out(scheduler_output, num_scheduled_tokens)
+        self._ppd_all_logits = scheduler_output.has_structured_output_requests
+        prepared = super()._prepare_inputs(  # type: ignore[misc]
+            scheduler_output, num_scheduled_tokens
+        )
+        self._place_trees(padded, scheduler_output.total_num_scheduled_tokens)
+        return prepared
+
+    def _lay_out(
+        self, scheduler_output: Any, num_scheduled_tokens: np.ndarray
+    ) -> tuple[TreeStep, list[int]]:
+        """The step's trees, and the requests whose rows vLLM padded in advance."""
+        drafts_of = scheduler_output.scheduled_spec_decode_tokens
+        request_ids = self.input_batch.req_ids  # type: ignore[attr-defined]
+        batch = len(request_ids)
+        states = np.zeros(batch, dtype=np.int64)
+        num_rows = np.ones(batch, dtype=np.int64)
+        padded = []
+        if drafts_of:
+            for index, request_id in enumerate(request_ids):
+                drafts = drafts_of.get(request_id)
+                if not drafts:
+                    continue
+                num_rows[index] += len(drafts)
+                if drafts[0] < 0:
+                    # A first decode step, padded to a uniform size before we could
+                    # propose: it runs state 0's tree, root and prompt tokens.
+                    padded.append(index)
+                else:
+                    states[index] = self.ppd_states[request_id]
+        ends = np.cumsum(num_scheduled_tokens, dtype=np.int64)
+        step = TreeStep(self.drafter.tables, states, ends - num_rows, num_rows)
+        return step, padded
+
+    def _place_trees(self, padded: list[int], total_rows: int) -> None:
+        """Positions, soft ids of padded requests, and masks of the tree rows."""
+        step, tables = self._ppd_step, self.drafter.tables
+        if step.trees.size == 0:
+            step_context.set_current(None)
+            return
+        for index in padded:
+            start, count = step.starts[index], step.num_rows[index]
+            ids = tables.soft_ids[0, :count]
+            self._write(self.input_ids.gpu, ranges([start], [count])[1:], ids[1:])  # type: ignore
+        rows, states, inner = step.tree_rows()
+        depths = tables.depths[states, inner]
+        moved = self.positions  # type: ignore[attr-defined]
+        index = self._to_device(rows)
+        moved[index] += self._to_device(depths - inner)
+        everything = np.zeros(total_rows, dtype=np.int64)
+        everything[rows] = depths
+        masks = np.zeros((total_rows, tables.ancestors.shape[2]), dtype=np.int64)
+        masks[rows] = tables.ancestors[states, inner]
+        computed = self.input_batch.num_computed_tokens_cpu  # type: ignore
+        trees = step.trees
+        step_context.set_current(
+            step_context.StepContext(
+                requests=self._to_device(trees),
+                starts=self._to_device(step.starts[trees]),
+                num_rows=self._to_device(step.num_rows[trees]),
+                context_lens=self._to_device(computed[trees].astype(np.int64)),
+                ancestors=self._to_device(masks),
+                depths=self._to_device(everything),
+                only_trees=len(rows) == total_rows,
+            )
+        )
+
+    def _calc_spec_decode_metadata(
+        self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
+    ) -> SpecDecodeMetadata:
+        """Logits of nodes only: prompt rows need theirs only where a walk ends."""
+        step = self._ppd_step
+        rows = step.node_rows
+        if self._ppd_all_logits:
+            # vLLM's grammar masks expect logits for every scheduled draft.
+            rows = ranges(step.starts, step.num_rows)
+            firsts = np.cumsum(step.num_rows) - step.num_rows
+            self._ppd_logit_rows = ranges(firsts, step.num_nodes)
+        else:
+            self._ppd_logit_rows = None
+        # Only logits_indices is read: verification and proposal are ours.
+        nothing = torch.empty(0, dtype=torch.int32)
+        return SpecDecodeMetadata(
+            draft_token_ids=nothing,
+            num_draft_tokens=[0],
+            cu_num_draft_tokens=nothing,
+            cu_num_sampled_tokens=nothing,
+            target_logits_indices=nothing,
+            bonus_logits_indices=nothing,
+            logits_indices=self._to_device(rows),
+        )
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        # The scheduler cuts trees at the model's length; nothing else can overflow.
+        return True
+
+    def _sample(
+        self, logits: torch.Tensor, spec_decode_metadata: SpecDecodeMetadata
+    ) -> SamplerOutput:
+        step_context.set_current(None)
+        step = self._ppd_step
+        if self._ppd_logit_rows is not None:
+            logits = logits[self._to_device(self._ppd_logit_rows)]
+        tokens = self.input_ids.np[step.node_rows]  # type: ignore[attr-defined]
+        self._ppd_walk = walk = TreeWalk(step, tokens)
+        output = walk_trees(self, walk, logits)
+        sources, targets = kv_moves(step, walk)
+        if sources.size:
+            self._ppd_mover.move(sources, targets)
+        return output
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: Any,
+        sampled_token_ids: list[list[int]],
+        sampling_metadata: Any,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> list[list[int]]:
+        step, tables = self._ppd_step, self.drafter.tables
+        rows, counts = step.prompt_rows(self._ppd_walk.nodes)
+        if rows.size:
+            logits = self.model.compute_logits(  # type: ignore[attr-defined]
+                hidden_states[self._to_device(rows)]
+            )
+            if tables.num_ept > 1:
+                logits = logits.unflatten(0, (-1, tables.num_ept)).mean(1)
+            best = logits.topk(tables.max_candidates).indices.cpu().numpy()
+        else:
+            best = np.empty((0, tables.max_candidates), dtype=np.int64)
+        drafts = fill_drafts(tables, counts, counts, best)
+        request_ids = self.input_batch.req_ids  # type: ignore[attr-defined]
+        self.ppd_states.update(zip(request_ids, counts.tolist(), strict=True))
+        grammar = scheduler_output.has_structured_output_requests
+        for index, request_id in enumerate(request_ids):
+            if not sampled_token_ids[index] or (grammar and self._has_grammar(request_id)):
+                drafts[index] = []
+        return drafts
+
+    def _has_grammar(self, request_id: str) -> bool:
+        # A grammar is checked along one chain of tokens; a tree's siblings are none.
+        params = self.requests[request_id].sampling_params  # type: ignore
+        return params is not None and params.structured_outputs is not None
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        device = self.device  # type: ignore[attr-defined]
+        if device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    def _write(self, target: torch.Tensor, rows: np.ndarray, ids: np.ndarray) -> None:
+        target[self._to_device(rows)] = self._to_device(ids).to(target.dtype)

@@ -1,0 +1,118 @@
+"""Verification with vLLM's own sampler, one call per level of the trees.
+
+Plain decoding is one sampler call per token. A walk of ``d`` accepted guesses makes
+the same ``d + 1`` calls on the same logits with the same history, so penalties, bad
+words, minimum lengths, seeds and logprobs need no rules of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor.builtin import (
+    LogitBiasLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.metadata import SamplingMetadata
+
+from vllm_ppd.verify import TreeWalk
+
+
+def walk_trees(runner: Any, walk: TreeWalk, logits: torch.Tensor) -> SamplerOutput:
+    """Run all walks to their ends.
+
+    Args:
+        runner: the V1 model runner.
+        walk: the batch's walks, not yet begun.
+        logits: [sum of num_nodes, vocabulary] of every node.
+
+    Returns:
+        vLLM's sampler output with [B, longest walk] token ids, -1 padded.
+    """
+    metadata = runner.input_batch.sampling_metadata
+    logprobs: list[LogprobsTensors | None] = [None]
+    if _is_plain_greedy(metadata):
+        picked = runner.sampler.greedy_sample(logits.to(torch.float32))
+        walk.run_greedy(picked.cpu().numpy())
+    else:
+        logprobs = _walk_by_level(runner, walk, logits, metadata)
+    tokens = walk.tokens_out[:, : int(walk.lengths.max())]
+    return SamplerOutput(
+        sampled_token_ids=torch.from_numpy(tokens.astype(np.int32)),
+        logprobs_tensors=_stack(logprobs),
+    )
+
+
+def _is_plain_greedy(metadata: SamplingMetadata) -> bool:
+    """Whether every token is the argmax of unprocessed logits, and no more is asked."""
+    holder = metadata.thinking_budget_state_holder
+    return (
+        metadata.all_greedy
+        and metadata.max_num_logprobs is None
+        and not metadata.logprob_token_ids
+        and metadata.no_penalties
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.bad_words_token_ids
+        and all(_is_idle(p) for p in metadata.logitsprocs.non_argmax_invariant)
+        and (holder is None or not holder.has_tracked_requests())
+    )
+
+
+def _is_idle(processor: Any) -> bool:
+    if isinstance(processor, MinTokensLogitsProcessor):
+        return not processor.min_toks
+    if isinstance(processor, LogitBiasLogitsProcessor):
+        return not processor.biases
+    return False
+
+
+def _walk_by_level(
+    runner: Any, walk: TreeWalk, logits: torch.Tensor, metadata: SamplingMetadata
+) -> list[LogprobsTensors | None]:
+    request_ids = runner.input_batch.req_ids
+    histories = [runner.requests[r].output_token_ids for r in request_ids]
+    lengths = [len(history) for history in histories]
+    # Tree rows are no linear history; each level's history is in the lists instead.
+    metadata = replace(metadata, spec_token_ids=[[] for _ in request_ids])
+    generators = metadata.generators
+    logprobs = []
+    try:
+        while True:
+            rows = torch.from_numpy(walk.logit_rows).to(logits.device)
+            output = runner.sampler(logits=logits[rows], sampling_metadata=metadata)
+            logprobs.append(output.logprobs_tensors)
+            picked = output.sampled_token_ids[:, 0].cpu().numpy()
+            if not walk.descend(picked):
+                return logprobs
+            active = np.flatnonzero(walk.active).tolist()
+            for index in active:
+                histories[index].append(int(picked[index]))
+            # One draw per emitted token: walks that ended must not advance theirs.
+            metadata = replace(
+                metadata,
+                generators={i: generators[i] for i in active if i in generators},
+            )
+            for processor in metadata.logitsprocs.all:
+                processor.update_state(None)
+    finally:
+        # vLLM's bookkeeping will append the tokens itself.
+        for history, length in zip(histories, lengths, strict=True):
+            del history[length:]
+
+
+def _stack(levels: list[LogprobsTensors | None]) -> LogprobsTensors | None:
+    """[B, ...] per level to [B * levels, ...], request by request."""
+    tensors = [level for level in levels if level is not None]
+    if len(tensors) <= 1:
+        return tensors[0] if tensors else None
+
+    def merge(name: str) -> torch.Tensor:
+        return torch.stack([getattr(t, name) for t in tensors], dim=1).flatten(0, 1)
+
+    return LogprobsTensors(
+        merge("logprob_token_ids"), merge("logprobs"), merge("selected_token_ranks")
+    )

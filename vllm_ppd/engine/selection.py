@@ -1,0 +1,184 @@
+"""From ``speculative_config`` to a vLLM configuration that runs PPD.
+
+Runs in the front-end process, before the engine starts, so everything that can be
+wrong with a user's choice is said here. What the workers need travels as JSON in
+``additional_config["ppd"]``, vLLM's side channel for plugins, which is also part of
+the hash that keys compiled graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vllm
+from vllm.config import SpeculativeConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_ppd.config import PPDConfig, PPDConfigError
+from vllm_ppd.default_trees import default_policy
+from vllm_ppd.engine.refusals import refuse_unsupported
+from vllm_ppd.engine.versions import require_supported_vllm
+from vllm_ppd.fingerprint import BaseModelFingerprint, FingerprintError
+from vllm_ppd.hub import resolve_path
+from vllm_ppd.prompts import PromptTokens
+from vllm_ppd.tree import TreePolicy
+
+logger = init_logger("vllm.ppd")
+
+KEY = "ppd"
+PROPOSER = "vllm_ppd.engine.proposer.PPDProposer"
+WORKERS = {
+    "cpu": "vllm_ppd.engine.worker_cpu.PPDCPUWorker",
+    "cuda": "vllm_ppd.engine.worker_gpu.PPDWorker",
+}
+
+
+def speculative_dict(args: Any) -> dict[str, Any] | None:
+    """The speculative settings in ``args`` (EngineArgs) if they select PPD."""
+    given = dict(args.speculative_config or {})
+    for flag, key, value in (
+        ("--spec-method", "method", args.spec_method),
+        ("--spec-model", "model", args.spec_model),
+        ("--spec-tokens", "num_speculative_tokens", args.spec_tokens),
+    ):
+        if value is None:
+            continue
+        if PPDConfig.selected_by({**given, key: value}) and key in given:
+            raise PPDConfigError(
+                f"{flag} and --speculative-config['{key}'] are both given; keep one"
+            )
+        given[key] = value
+    return given if PPDConfig.selected_by(given) else None
+
+
+def create_ppd_config(
+    args: Any, speculative: dict[str, Any], model: Any, parallel: Any
+) -> SpeculativeConfig:
+    """Check everything and return the configuration that vLLM carries.
+
+    Args:
+        args: vLLM's EngineArgs; its ``additional_config`` gets PPD's settings.
+        speculative: what the user wrote.
+        model: the target's ModelConfig.
+        parallel: the target's ParallelConfig; its worker class becomes PPD's.
+
+    Raises:
+        ValueError: one sentence naming what is wrong and what to do.
+    """
+    require_supported_vllm(vllm.__version__)
+    config = PPDConfig.from_speculative(speculative)
+    device = current_platform.device_type
+    if device not in WORKERS:
+        raise PPDConfigError(
+            f"speculative method 'ppd' runs on CPU and CUDA, not on {device!r}"
+        )
+    refuse_unsupported(args, model, parallel)
+    folder = resolve_path(config.path)
+    prompts = PromptTokens.load(folder)
+    prompts.check_against(_fingerprint(model))
+    policy = _policy(config, prompts, device)
+    args.additional_config = {
+        **(args.additional_config or {}),
+        KEY: {
+            "path": str(folder.resolve()),
+            "policy": policy.to_dict(),
+            # Part of the compiled graph: the shape of the soft-token table.
+            "soft_tokens": prompts.num_prompt_tokens * prompts.num_ept,
+        },
+    }
+    parallel.worker_cls = WORKERS[device]
+    if device == "cuda":
+        _prepare_cuda(args)
+    logger.info(
+        "Parallel Prompt Decoding: %d prompt tokens from %s, up to %d rows per "
+        "request and step",
+        prompts.num_prompt_tokens,
+        folder,
+        policy.max_rows,
+    )
+    # custom_class keeps vLLM on the V1 runner, which this adapter subclasses, and
+    # needs no new value in vLLM's closed list of methods.
+    return SpeculativeConfig(
+        method="custom_class",
+        model=PROPOSER,
+        num_speculative_tokens=policy.max_rows - 1,
+        target_model_config=model,
+        target_parallel_config=parallel,
+    )
+
+
+def _fingerprint(model: Any) -> BaseModelFingerprint:
+    """The target's fingerprint: from its files where they are at hand."""
+    text = model.hf_text_config
+    architectures = getattr(model.hf_config, "architectures", None) or ["unknown"]
+    try:
+        return BaseModelFingerprint.of_folder(resolve_local(model), name=model.model)
+    except (FingerprintError, ValueError) as error:
+        logger.warning(
+            "the base model's embedding could not be compared with the one the "
+            "prompt tokens were trained for (%s)",
+            error,
+        )
+    return BaseModelFingerprint(
+        name=model.model,
+        revision=model.revision,
+        architecture=architectures[0],
+        hidden_size=model.get_hidden_size(),
+        vocab_size=text.vocab_size,
+        embedding_sha256=None,
+    )
+
+
+def resolve_local(model: Any) -> str:
+    """The target's folder: its path, or its snapshot in the hub's local cache."""
+    import os
+
+    if os.path.isdir(model.model):
+        return str(model.model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(
+            model.model, revision=model.revision, local_files_only=True
+        )
+    except Exception as error:
+        raise FingerprintError(f"no local copy of {model.model}") from error
+
+
+def _policy(config: PPDConfig, prompts: PromptTokens, device: str) -> TreePolicy:
+    limit = config.num_speculative_tokens
+    max_rows = None if limit is None else limit + 1
+    m, e = prompts.num_prompt_tokens, prompts.num_ept
+    if config.tree is None:
+        return default_policy(m, e, device, max_rows)
+    policy = TreePolicy.load(config.tree)
+    if (policy.num_prompt_tokens, policy.num_ept) != (m, e):
+        raise PPDConfigError(
+            f"the tree policy {config.tree} is for {policy.num_prompt_tokens} prompt "
+            f"tokens of {policy.num_ept} EPT, but {config.path} holds {m} of {e}"
+        )
+    if max_rows is not None and policy.max_rows > max_rows:
+        raise PPDConfigError(
+            f"num_speculative_tokens is {limit}, too small for the tree policy "
+            f"{config.tree}, which needs {policy.max_rows - 1}"
+        )
+    if policy.max_rows < 2:
+        raise PPDConfigError(
+            f"the tree policy {config.tree} has trees of one row only, which is "
+            "plain decoding; leave out the speculative_config instead"
+        )
+    return policy
+
+
+def _prepare_cuda(args: Any) -> None:
+    """Tree attention in torch reads host-side plans, so no full CUDA graphs yet."""
+    from vllm.config import CUDAGraphMode
+
+    mode = args.compilation_config.cudagraph_mode
+    if mode not in (None, CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE):
+        logger.info("PPD uses piecewise CUDA graphs instead of %s", mode)
+    if mode != CUDAGraphMode.NONE:
+        args.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    if args.attention_backend is None and args.attention_config.backend is None:
+        args.attention_backend = "CUSTOM"

@@ -1,0 +1,28 @@
+"""vLLM's CPU worker with PPD's model runner and attention."""
+
+from __future__ import annotations
+
+import vllm.v1.worker.cpu_worker as cpu_worker
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_ppd.engine.runner_v1 import PPDRunnerMixin
+
+
+class PPDCPUModelRunner(PPDRunnerMixin, CPUModelRunner):
+    """The V1 model runner on a CPU, speculating with prompt tokens."""
+
+
+class PPDCPUWorker(CPUWorker):
+    def init_device(self) -> None:
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN,
+            "vllm_ppd.engine.attention_cpu.PPDCPUAttentionBackend",
+        )
+        # CPUWorker names the runner class inline; there is no method to override.
+        stock, cpu_worker.CPUModelRunner = cpu_worker.CPUModelRunner, PPDCPUModelRunner
+        try:
+            super().init_device()
+        finally:
+            cpu_worker.CPUModelRunner = stock
