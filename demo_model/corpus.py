@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,10 +99,37 @@ def write_corpus(out: Path, max_bytes: int, seed: int) -> dict[str, object]:
     return about
 
 
+def excerpts(count: int, size: int = 1600) -> list[str]:
+    """Held-out passages of the standard library that start at a definition."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    packages = Path(sysconfig.get_path("purelib"))
+    found = []
+    for path in sorted(stdlib.rglob("*.py")):
+        if path.is_relative_to(packages) or "site-packages" in path.parts:
+            continue
+        text = readable_text(path)
+        if text is None or not is_held_out(text):
+            continue
+        starts = [m.start() + 1 for m in re.finditer(r"\n(?=def |class |@)", text)]
+        for start in [0, *starts]:
+            piece = text[start : start + size]
+            if len(piece) == size:
+                found.append(piece[: piece.rindex("\n") + 1])
+    random.Random(0).shuffle(found)
+    return found[:count]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/demo_corpus"))
     parser.add_argument("--max-bytes", type=int, default=160_000_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--excerpts", type=Path, help="only write held-out excerpts to this file"
+    )
     args = parser.parse_args()
+    if args.excerpts:
+        lines = [json.dumps({"text": text}) + "\n" for text in excerpts(96)]
+        args.excerpts.write_text("".join(lines))
+        raise SystemExit
     print(json.dumps(write_corpus(args.out, args.max_bytes, args.seed), indent=2))

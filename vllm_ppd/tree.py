@@ -150,7 +150,10 @@ class SparseTree:
             if ept == self.num_ept - 1:
                 prompts[node] = index + 1
         return SparseTree(
-            self.parents[: nodes - 1], self.ranks[: nodes - 1], prompts, self.num_ept
+            self.parents[: nodes - 1],
+            self.ranks[: nodes - 1],
+            tuple(prompts),
+            self.num_ept,
         )
 
     def to_dict(self) -> dict[str, Any]:

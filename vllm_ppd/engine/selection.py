@@ -8,15 +8,17 @@ the hash that keys compiled graphs.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import vllm
+from huggingface_hub import snapshot_download
 from vllm.config import SpeculativeConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_ppd.config import PPDConfig, PPDConfigError
-from vllm_ppd.default_trees import default_policy
+from vllm_ppd.default_trees import acceptance_of, default_policy
 from vllm_ppd.engine.refusals import refuse_unsupported
 from vllm_ppd.engine.versions import require_supported_vllm
 from vllm_ppd.fingerprint import BaseModelFingerprint, FingerprintError
@@ -77,7 +79,7 @@ def create_ppd_config(
     folder = resolve_path(config.path)
     prompts = PromptTokens.load(folder)
     prompts.check_against(_fingerprint(model))
-    policy = _policy(config, prompts, device)
+    policy = _policy(config, folder, prompts, device)
     args.additional_config = {
         **(args.additional_config or {}),
         KEY: {
@@ -102,7 +104,8 @@ def create_ppd_config(
     return SpeculativeConfig(
         method="custom_class",
         model=PROPOSER,
-        num_speculative_tokens=policy.max_rows - 1,
+        # vLLM wants at least one, also for trees that are all roots.
+        num_speculative_tokens=max(1, policy.max_rows - 1),
         target_model_config=model,
         target_parallel_config=parallel,
     )
@@ -113,7 +116,7 @@ def _fingerprint(model: Any) -> BaseModelFingerprint:
     text = model.hf_text_config
     architectures = getattr(model.hf_config, "architectures", None) or ["unknown"]
     try:
-        return BaseModelFingerprint.of_folder(resolve_local(model), name=model.model)
+        return BaseModelFingerprint.of_folder(_resolve_local(model), name=model.model)
     except (FingerprintError, ValueError) as error:
         logger.warning(
             "the base model's embedding could not be compared with the one the "
@@ -130,14 +133,10 @@ def _fingerprint(model: Any) -> BaseModelFingerprint:
     )
 
 
-def resolve_local(model: Any) -> str:
+def _resolve_local(model: Any) -> str:
     """The target's folder: its path, or its snapshot in the hub's local cache."""
-    import os
-
-    if os.path.isdir(model.model):
+    if Path(model.model).is_dir():
         return str(model.model)
-    from huggingface_hub import snapshot_download
-
     try:
         return snapshot_download(
             model.model, revision=model.revision, local_files_only=True
@@ -146,12 +145,14 @@ def resolve_local(model: Any) -> str:
         raise FingerprintError(f"no local copy of {model.model}") from error
 
 
-def _policy(config: PPDConfig, prompts: PromptTokens, device: str) -> TreePolicy:
+def _policy(
+    config: PPDConfig, folder: Path, prompts: PromptTokens, device: str
+) -> TreePolicy:
     limit = config.num_speculative_tokens
     max_rows = None if limit is None else limit + 1
     m, e = prompts.num_prompt_tokens, prompts.num_ept
     if config.tree is None:
-        return default_policy(m, e, device, max_rows)
+        return default_policy(acceptance_of(folder, m), e, device, max_rows)
     policy = TreePolicy.load(config.tree)
     if (policy.num_prompt_tokens, policy.num_ept) != (m, e):
         raise PPDConfigError(
@@ -162,11 +163,6 @@ def _policy(config: PPDConfig, prompts: PromptTokens, device: str) -> TreePolicy
         raise PPDConfigError(
             f"num_speculative_tokens is {limit}, too small for the tree policy "
             f"{config.tree}, which needs {policy.max_rows - 1}"
-        )
-    if policy.max_rows < 2:
-        raise PPDConfigError(
-            f"the tree policy {config.tree} has trees of one row only, which is "
-            "plain decoding; leave out the speculative_config instead"
         )
     return policy
 

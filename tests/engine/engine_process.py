@@ -1,0 +1,193 @@
+"""A real vLLM engine in a process of its own, driven step by step by the tests.
+
+Tests compare two of them, plain and PPD. An engine is kept until another
+configuration is asked for, because starting one takes seconds. Only the engine side
+of this file imports vLLM.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import traceback
+from typing import Any
+
+# One process: the tests look into the model runner, and steps are countable.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+
+class EngineFailure(Exception):
+    """The engine's process raised; the message is the original traceback's end."""
+
+
+class EngineProcess:
+    """Runs functions of this module against an engine in a spawned process."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        saved = {name: os.environ.get(name) for name in ENVIRONMENT}
+        os.environ.update(ENVIRONMENT)
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        for name, value in saved.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+    def call(self, function: str, engine: dict[str, Any], **arguments: Any) -> Any:
+        """Run ``function(llm, **arguments)`` of this module on an LLM(**engine)."""
+        self._pipe.send((function, engine, arguments))
+        ok, result = self._pipe.recv()
+        if not ok:
+            raise EngineFailure(result)
+        return result
+
+    def generate(
+        self, engine: dict[str, Any], prompts: list[Any], params: Any, **more: Any
+    ) -> list[dict[str, Any]]:
+        return self.call("generate", engine, prompts=prompts, params=params, **more)
+
+    def stop(self) -> None:
+        self._pipe.send(None)
+        self._process.join(20)
+        self._process.kill()
+
+
+def _serve(pipe: Any) -> None:
+    from vllm import LLM
+
+    current: tuple[dict[str, Any], Any] | None = None
+    while (message := pipe.recv()) is not None:
+        function, engine, arguments = message
+        try:
+            if current is None or current[0] != engine:
+                if current is not None:
+                    current[1].llm_engine.engine_core.shutdown()
+                current = None
+                gc.collect()
+                current = (engine, LLM(**engine))
+            pipe.send((True, globals()[function](current[1], **arguments)))
+        except Exception as error:
+            text = "".join(traceback.format_exception(error)[-3:])
+            pipe.send((False, f"{type(error).__name__}: {error}\n{text}"))
+
+
+def _sampling_params(params: Any) -> Any:
+    from vllm import SamplingParams
+
+    if isinstance(params, list):
+        return [SamplingParams(**p) for p in params]
+    return SamplingParams(**params)
+
+
+def _plain_logprobs(entries: Any) -> Any:
+    if entries is None:
+        return None
+    return [
+        None if e is None else {t: (lp.logprob, lp.rank) for t, lp in e.items()}
+        for e in entries
+    ]
+
+
+def _result(output: Any) -> dict[str, Any]:
+    return {
+        "ids": [list(o.token_ids) for o in output.outputs],
+        "text": [o.text for o in output.outputs],
+        "finish": [o.finish_reason for o in output.outputs],
+        "stop": [o.stop_reason for o in output.outputs],
+        "logprobs": [_plain_logprobs(o.logprobs) for o in output.outputs],
+        "prompt_logprobs": _plain_logprobs(output.prompt_logprobs),
+    }
+
+
+def generate(llm: Any, prompts: list[Any], params: Any) -> list[dict[str, Any]]:
+    """Generate for all prompts at once; token ids, text, reasons, logprobs."""
+    outputs = llm.generate(prompts, _sampling_params(params), use_tqdm=False)
+    return [_result(output) for output in outputs]
+
+
+def spec_counters(llm: Any) -> dict[str, int]:
+    """vLLM's own speculation counters."""
+    return {
+        metric.name.removeprefix("vllm:spec_decode_"): metric.value
+        for metric in llm.get_metrics()
+        if metric.name.startswith("vllm:spec_decode_") and hasattr(metric, "value")
+    }
+
+
+def abort_midway(
+    llm: Any, prompts: list[Any], params: Any, abort: list[int], after_steps: int
+) -> dict[int, dict[str, Any]]:
+    """Abort some requests after some steps; return the outputs of the others."""
+    engine = llm.llm_engine
+    for index, prompt in enumerate(prompts):
+        engine.add_request(f"abort-{index}", prompt, _sampling_params(params))
+    finished: dict[int, dict[str, Any]] = {}
+    steps = 0
+    while engine.has_unfinished_requests():
+        if steps == after_steps:
+            engine.abort_request([f"abort-{index}" for index in abort])
+        for output in engine.step():
+            if output.finished:
+                index = int(output.request_id.split("-")[1])
+                finished[index] = _result(output)
+        steps += 1
+    return finished
+
+
+def kv_of_context(llm: Any, prompt: Any, params: Any, tokens: int) -> dict[str, Any]:
+    """Decode until ``tokens`` are out, then read the request's KV from the cache.
+
+    Returns the token ids so far and, per layer, keys and values of every position
+    that counts as computed: [kv_heads, positions, head size].
+    """
+    from vllm_ppd.kernels.cpu.layout import key_view, value_view
+
+    engine = llm.llm_engine
+    engine.add_request("kv", prompt, _sampling_params(params))
+    ids: list[int] = []
+    while len(ids) < tokens and engine.has_unfinished_requests():
+        for output in engine.step():
+            ids = list(output.outputs[0].token_ids)
+            prompt_length = len(output.prompt_token_ids)
+    runner = engine.model_executor.driver_worker.worker.model_runner
+    batch = runner.input_batch
+    index = batch.req_id_to_index[batch.req_ids[0]]
+    # The last emitted token's own KV is written by the next step.
+    positions = prompt_length + len(ids) - 1
+    layers = []
+    for cache in runner.kv_caches:
+        block_size = cache.shape[2]
+        blocks = batch.block_table[0].block_table.np[index]
+        used = blocks[: -(-positions // block_size)].tolist()
+        layers.append(
+            [
+                view[used].transpose(0, 1).flatten(1, 2)[:, :positions].float().numpy()
+                for view in (key_view(cache), value_view(cache))
+            ]
+        )
+    engine.abort_request(["kv"])
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {"ids": ids, "layers": layers}
+
+
+def preemptions(llm: Any) -> int:
+    """How often the scheduler threw a running request out."""
+    return next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
+def recompilations(llm: Any) -> int:
+    """How often torch.compile compiled the model anew while it served."""
+    import torch._dynamo.utils
+
+    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    llm.generate(["def f(", "import os"], _sampling_params({"max_tokens": 40}))
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"] - frames)

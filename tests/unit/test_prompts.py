@@ -1,0 +1,361 @@
+"""Prompt tokens on disk: what is read back, and every input that must be refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_ppd import atomic
+from vllm_ppd.fingerprint import BaseModelFingerprint, FingerprintError
+from vllm_ppd.hub import PathNotResolvedError, resolve_path
+from vllm_ppd.prompts import PromptTokens, PromptTokensError
+
+HIDDEN = 8
+VOCAB = 300
+BASE = BaseModelFingerprint("org/base", None, "LlamaForCausalLM", HIDDEN, VOCAB, None)
+
+
+def make_prompts(m: int = 3, e: int = 2, base: BaseModelFingerprint = BASE):
+    generator = torch.Generator().manual_seed(0)
+    return PromptTokens(torch.randn(m, e, HIDDEN, generator=generator), base)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_prompts().save(tmp_path / "prompts")
+    return tmp_path / "prompts"
+
+
+def edit(folder: Path, **changes) -> None:
+    """Rewrite config.json; a value of `...` removes the key."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        target = config
+        if key.startswith("base__"):
+            target, key = config["base_model"], key.removeprefix("base__")
+        if value is ...:
+            del target[key]
+        else:
+            target[key] = value
+    path.write_text(json.dumps(config))
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(PromptTokensError) as caught:
+        PromptTokens.load(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in (str(folder), *words):
+        assert word in message, message
+
+
+def test_round_trip(folder: Path) -> None:
+    original, loaded = make_prompts(), PromptTokens.load(folder)
+    assert torch.equal(original.embeddings, loaded.embeddings)
+    assert loaded.base == original.base
+    sizes = loaded.num_prompt_tokens, loaded.num_ept, loaded.hidden_size
+    assert sizes == (3, 2, HIDDEN)
+    # Prompt-token major, EPT minor: row i * e + j is token i, EPT j.
+    assert torch.equal(loaded.rows[2 * 2 + 1], original.embeddings[2, 1])
+    assert sorted(os.listdir(folder)) == ["config.json", "prompt_tokens.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_floating_dtype_is_read(folder: Path, dtype: torch.dtype) -> None:
+    tensor = make_prompts().embeddings.to(dtype)
+    save_file({"embeddings": tensor}, folder / "prompt_tokens.safetensors")
+    loaded = PromptTokens.load(folder)
+    assert loaded.embeddings.dtype == torch.float32
+    assert torch.equal(loaded.embeddings, tensor.float())
+
+
+def test_other_files_are_ignored_and_kept(folder: Path) -> None:
+    for name in ("acceptance.json", "README.md", "training.json"):
+        (folder / name).write_text("not ours")
+    PromptTokens.load(folder)
+    make_prompts(m=1).save(folder, overwrite=True)
+    assert (folder / "acceptance.json").read_text() == "not ours"
+    assert PromptTokens.load(folder).num_prompt_tokens == 1
+
+
+def test_save_refuses_to_overwrite(folder: Path) -> None:
+    before = (folder / "prompt_tokens.safetensors").read_bytes()
+    with pytest.raises(PromptTokensError, match=r"already has config\.json"):
+        make_prompts(m=1).save(folder)
+    assert (folder / "prompt_tokens.safetensors").read_bytes() == before
+
+
+def test_save_never_replaces_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(PromptTokensError, match="describes a model"):
+        make_prompts().save(tmp_path, overwrite=True)
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_failed_save_leaves_nothing_half_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = PromptTokens.load(folder).embeddings
+    monkeypatch.setattr(atomic.os, "fsync", full_disk)
+    with pytest.raises(PromptTokensError, match="No space left"):
+        make_prompts(m=1).save(folder, overwrite=True)
+    assert torch.equal(PromptTokens.load(folder).embeddings, before)
+    assert len(os.listdir(folder)) == 2
+
+
+def test_not_a_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "no prompt-token folder")
+    refused(tmp_path, "is empty")
+    (tmp_path / "notes.txt").write_text("hello")
+    refused(tmp_path, "no config.json")
+    refused(tmp_path / "notes.txt", "is a file")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[1]", "no format"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "describes a model"),
+        ('{"format": "gguf"}', "gguf"),
+    ],
+)
+def test_foreign_config(folder: Path, content: str, word: str) -> None:
+    (folder / "config.json").write_text(content)
+    refused(folder, word)
+
+
+def test_peft_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(tmp_path, "PEFT checkpoint", "not supported yet")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format_version": 2}, ["format_version 2", "upgrade"]),
+        ({"format_version": "1"}, ["format_version '1'"]),
+        ({"num_epts": 2}, ["'num_epts'", "did you mean 'num_ept'"]),
+        ({"base__hiden_size": 2}, ["'hiden_size'", "did you mean 'hidden_size'"]),
+        ({"num_ept": ...}, ["lacks 'num_ept'"]),
+        ({"base__vocab_size": ...}, ["lacks 'vocab_size'"]),
+        ({"num_ept": "2"}, ["num_ept", "'2'", "positive integer"]),
+        ({"num_ept": True}, ["num_ept", "True"]),
+        ({"num_prompt_tokens": 0}, ["num_prompt_tokens", "0"]),
+        ({"num_prompt_tokens": 4}, ["[3, 2, 8]", "[4, 2, 8]"]),
+        ({"num_ept": 1}, ["[3, 2, 8]", "[3, 1, 8]"]),
+        ({"hidden_size": 16}, ["[3, 2, 8]", "[3, 2, 16]"]),
+        ({"base__hidden_size": 16}, ["8 wide", "hidden size 16"]),
+        ({"base__hidden_size": 8.0}, ["hidden_size", "8.0"]),
+        ({"base__name": None}, ["name", "None"]),
+        ({"base__revision": 3}, ["revision", "3"]),
+        ({"base__embedding_sha256": "ab"}, ["embedding_sha256", "64"]),
+        ({"base_model": "org/base"}, ["base_model", "expected an object"]),
+    ],
+)
+def test_bad_config(folder: Path, changes: dict, words: list[str]) -> None:
+    edit(folder, **changes)
+    refused(folder, *words)
+
+
+def test_bad_tensor_files(folder: Path) -> None:
+    path = folder / "prompt_tokens.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-4])
+    refused(folder, "not a readable safetensors file")
+    path.write_bytes(b"\xff" * 40)
+    refused(folder, "not a readable safetensors file")
+    path.unlink()
+    refused(folder, "no prompt_tokens.safetensors")
+    save_file({"prompt_embeddings": torch.zeros(3, 2, 8)}, path)
+    refused(folder, "prompt_embeddings")
+    save_file({"embeddings": torch.zeros(6, 8)}, path)
+    refused(folder, "[6, 8]")
+    save_file({"embeddings": torch.zeros(3, 2, 8, dtype=torch.int32)}, path)
+    refused(folder, "torch.int32")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity(folder: Path, bad: float) -> None:
+    tensor = make_prompts().embeddings.clone()
+    tensor[1, 0, 3] = bad
+    save_file({"embeddings": tensor}, folder / "prompt_tokens.safetensors")
+    refused(folder, "prompt token 2 (EPT 0)", "NaN or infinity")
+
+
+def test_bad_tensors_in_memory() -> None:
+    with pytest.raises(PromptTokensError, match="expected a floating-point"):
+        PromptTokens([[1.0]], BASE)  # type: ignore[arg-type]
+    with pytest.raises(PromptTokensError, match="each at least 1"):
+        PromptTokens(torch.zeros(0, 1, HIDDEN), BASE)
+
+
+HASH = "a" * 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 16}, ["hidden size 16 instead of 8"]),
+        ({"vocab_size": 301}, ["vocabulary size 301 instead of 300"]),
+        ({"architecture": "Qwen2ForCausalLM"}, ["architecture Qwen2ForCausalLM"]),
+        ({"embedding_sha256": "b" * 64}, ["embedding hash bbbbbbbbbbbb"]),
+        ({"vocab_size": 1, "architecture": "X"}, ["size 1", "architecture X"]),
+    ],
+)
+def test_check_against_names_the_mismatch(changes: dict, words: list[str]) -> None:
+    base = dataclasses.replace(BASE, embedding_sha256=HASH)
+    other = dataclasses.replace(base, name="org/other", **changes)
+    with pytest.raises(PromptTokensError) as caught:
+        make_prompts(base=base).check_against(other)
+    for word in ("org/base", "org/other", *words):
+        assert word in str(caught.value)
+
+
+def test_check_against_accepts_copies() -> None:
+    base = dataclasses.replace(BASE, embedding_sha256=HASH)
+    make_prompts(base=base).check_against(dataclasses.replace(base, name="copy"))
+    make_prompts(base=base).check_against(BASE)
+    make_prompts(base=BASE).check_against(base)
+
+
+def model_folder(path: Path, weight: torch.Tensor, name: str = "model.embed_tokens"):
+    path.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCAB,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    tensors = {f"{name}.weight": weight, "model.norm.weight": torch.ones(HIDDEN)}
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
+
+
+def test_fingerprint_agrees_across_copies(tmp_path: Path, weight) -> None:
+    half = weight.to(torch.bfloat16)
+    prints = [
+        BaseModelFingerprint.of_folder(model_folder(tmp_path / str(i), w), name="x")
+        for i, w in enumerate((weight, half, half.float()))
+    ]
+    assert prints[0].embedding_sha256 is not None
+    assert prints[0] == prints[1] == prints[2]
+    other = model_folder(tmp_path / "other", weight + 0.1)
+    found = BaseModelFingerprint.of_folder(other)
+    assert found.name == "other"
+    assert found.embedding_sha256 != prints[0].embedding_sha256
+
+
+def test_fingerprint_of_sharded_model(tmp_path: Path, weight: torch.Tensor) -> None:
+    single = model_folder(tmp_path / "single", weight)
+    sharded = model_folder(tmp_path / "sharded", weight)
+    (sharded / "model.safetensors").rename(sharded / "part-2.safetensors")
+    index = {"weight_map": {"model.embed_tokens.weight": "part-2.safetensors"}}
+    path = sharded / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    digest = BaseModelFingerprint.of_folder(single).embedding_sha256
+    assert BaseModelFingerprint.of_folder(sharded).embedding_sha256 == digest
+    path.write_text("{}")
+    with pytest.raises(FingerprintError, match="weight_map"):
+        BaseModelFingerprint.of_folder(sharded)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer.wte", "word_embeddings", "gpt_neox.embed_in", "tok_embeddings"]
+)
+def test_fingerprint_knows_other_names(tmp_path: Path, weight, name: str) -> None:
+    model = model_folder(tmp_path / "model", weight, name)
+    assert BaseModelFingerprint.of_folder(model).embedding_sha256 is not None
+
+
+def test_fingerprint_without_weights(tmp_path: Path, weight: torch.Tensor) -> None:
+    model = model_folder(tmp_path / "model", weight)
+    (model / "model.safetensors").unlink()
+    config = {"architectures": ["Gemma3ForConditionalGeneration"]}
+    config["text_config"] = {"hidden_size": HIDDEN, "vocab_size": VOCAB}
+    (model / "config.json").write_text(json.dumps(config))
+    found = BaseModelFingerprint.of_folder(model)
+    assert found.embedding_sha256 is None
+    assert (found.hidden_size, found.vocab_size) == (HIDDEN, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "word"),
+    [
+        ("config.json", "{", "cannot be read as JSON"),
+        ("config.json", "[]", "no JSON object"),
+        ("config.json", '{"hidden_size": 8}', "no integer vocab_size"),
+        ("config.json", '{"hidden_size": 8, "vocab_size": 9}', "no architecture"),
+        ("model.safetensors", "short", "not a readable safetensors file"),
+    ],
+)
+def test_bad_model_folders(tmp_path: Path, weight, file, content, word) -> None:
+    model = model_folder(tmp_path / "model", weight)
+    (model / file).write_text(content)
+    with pytest.raises(FingerprintError, match=word):
+        BaseModelFingerprint.of_folder(model)
+    (model / "config.json").unlink()
+    with pytest.raises(FingerprintError, match=r"no config\.json"):
+        BaseModelFingerprint.of_folder(model)
+    with pytest.raises(FingerprintError, match="no model folder"):
+        BaseModelFingerprint.of_folder(tmp_path / "nowhere")
+
+
+def test_resolve_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    calls = []
+
+    def fetch(name, revision, allow_patterns):
+        calls.append((name, revision, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert resolve_path(tmp_path) == tmp_path
+    assert not calls
+    assert resolve_path("owner/prompts", revision="v1") == tmp_path
+    assert calls == [("owner/prompts", "v1", ["*.json", "*.safetensors"])]
+
+
+def test_resolve_path_refusals(tmp_path: Path, monkeypatch) -> None:
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route to host\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    file = tmp_path / "weights.bin"
+    file.touch()
+    for name, word in [
+        (str(file), "is a file"),
+        (str(tmp_path / "nowhere"), "no folder"),
+        ("owner/prompts", "no route to host"),
+    ]:
+        with pytest.raises(PathNotResolvedError, match=word) as caught:
+            resolve_path(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_no_vllm_is_imported() -> None:
+    code = "import sys, vllm_ppd.prompts, vllm_ppd.hub; print('vllm' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"

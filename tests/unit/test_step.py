@@ -1,0 +1,162 @@
+"""Layout, verification, KV moves and candidates against brute-force oracles."""
+
+import numpy as np
+import pytest
+
+from tests.unit.test_tree import random_tree
+from vllm_ppd.candidates import fill_drafts
+from vllm_ppd.step import TreeStep, ranges
+from vllm_ppd.tables import PolicyTables, pack_mask
+from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.verify import TreeWalk, kv_moves
+
+VOCABULARY = 100
+# root -> a, b; a -> c.  Prompt tokens: 2 on the root, 1 on a, b and c.
+SMALL = SparseTree((0, 0, 1), (0, 1, 0), (2, 1, 1, 1))
+POLICY = TreePolicy((chain_tree(0, (2,)), chain_tree(1, (1, 1)), SMALL))
+TABLES = PolicyTables(POLICY, VOCABULARY)
+
+
+def test_ranges():
+    assert ranges(np.array([5, 20, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
+
+
+@pytest.mark.parametrize("q", [1, 63, 64, 65, 129])
+def test_packed_masks_hold_every_bit(q):
+    mask = np.random.default_rng(q).random((5, q)) < 0.5
+    words = pack_mask(mask)
+    for i in range(5):
+        for j in range(q):
+            assert bool((int(words[i, j // 64]) >> (j % 64)) & 1) == mask[i, j]
+
+
+def test_a_small_step():
+    # Request 0 runs the tree of state 2 at row 3, request 1 only its root at row 12.
+    step = TreeStep(TABLES, np.array([2, 0]), np.array([3, 12]), np.array([9, 1]))
+    assert step.node_rows.tolist() == [3, 4, 5, 6, 12]
+    rows, states, inner = step.tree_rows()
+    assert rows.tolist() == list(range(3, 12))
+    assert TABLES.depths[states, inner].tolist() == [0, 1, 1, 2, 1, 2, 2, 2, 3]
+    # The target follows root -> b; nothing hangs on b, so its token ends the step.
+    walk = TreeWalk(step, np.array([1, 7, 8, 9, 1]))
+    walk.run_greedy(np.array([8, 9, 42, 0, 5]))
+    assert walk.tokens_out.tolist() == [[8, 42, -1], [5, -1, -1]]
+    assert walk.lengths.tolist() == [2, 1]
+    assert walk.nodes.tolist() == [2, 0]
+    # b sits in row 2 of the tree and belongs in row 1.
+    sources, targets = kv_moves(step, walk)
+    assert (sources.tolist(), targets.tolist()) == ([5], [4])
+    rows, counts = step.prompt_rows(walk.nodes)
+    assert (rows.tolist(), counts.tolist()) == ([10], [1, 0])
+
+
+def test_candidates_and_soft_ids_of_a_small_batch():
+    best = np.array([[7, 8], [9, 10], [11, 12]])
+    drafts = fill_drafts(TABLES, np.array([2, 0, 1]), np.array([2, 0, 1]), best)
+    assert drafts == [
+        [7, 8, 9, 100, 101, 100, 100, 100],
+        [100, 101],
+        [11, 100, 100],
+    ]
+
+
+def oracle(tree: SparseTree, tokens: list[int], picked: list[int]):
+    """Walk one tree node by node."""
+    node, out, path = 0, [picked[0]], [0]
+    while True:
+        children = [
+            c + 1 for c, parent in enumerate(tree.parents) if parent == node
+        ]
+        follow = [c for c in children if tokens[c] == picked[node]]
+        if not follow:
+            return out, path, node
+        node = follow[0]
+        path.append(node)
+        out.append(picked[node])
+
+
+@pytest.mark.parametrize("num_ept", [1, 2])
+def test_batches_of_cut_trees_equal_a_walk_of_each(num_ept):
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        trees = [chain_tree(0, (3,), num_ept)]
+        while len(trees) < 4:
+            tree = random_tree(rng, num_ept)
+            if tree.depth <= len(trees) and max(tree.prompts) <= 3:
+                trees.append(tree)
+        tables = PolicyTables(TreePolicy(tuple(trees)), VOCABULARY)
+        batch = int(rng.integers(1, 7))
+        states = rng.integers(0, 4, batch)
+        num_rows = np.array([rng.integers(1, trees[s].num_rows + 1) for s in states])
+        gaps = rng.integers(0, 5, batch)
+        starts = np.cumsum(gaps + num_rows) - num_rows
+        step = TreeStep(tables, states, starts, num_rows)
+        # Few token values, so that siblings often differ and paths often match.
+        tokens, picked = [], []
+        for nodes in step.num_nodes:
+            tokens.append(rng.permutation(12)[:nodes].tolist())
+            picked.append(rng.integers(0, 12, nodes).tolist())
+        walk = TreeWalk(step, np.concatenate(tokens))
+        walk.run_greedy(np.concatenate(picked))
+        slots = {}
+        for b, (state, rows) in enumerate(zip(states, num_rows, strict=True)):
+            part = trees[state].prefix(int(rows))
+            out, path, node = oracle(part, tokens[b], picked[b])
+            assert walk.tokens_out[b, : walk.lengths[b]].tolist() == out
+            assert (walk.tokens_out[b, walk.lengths[b] :] == -1).all()
+            assert walk.nodes[b] == node
+            slots.update({starts[b] + d: starts[b] + n for d, n in enumerate(path)})
+            # Its prompt rows, complete ensembles only.
+            first = part.num_nodes + num_ept * sum(part.prompts[:node])
+            count = part.prompts[node] * num_ept
+            rows_b = list(range(starts[b] + first, starts[b] + first + count))
+            one = TreeStep(tables, states[[b]], starts[[b]], num_rows[[b]])
+            found, counts = one.prompt_rows(walk.nodes[[b]])
+            assert (found.tolist(), counts.tolist()) == (rows_b, [part.prompts[node]])
+        # Copying in order leaves every accepted node where its depth says.
+        memory = np.arange(int(starts[-1] + num_rows[-1]))
+        for source, target in zip(*kv_moves(step, walk), strict=True):
+            memory[target] = memory[source]
+        assert {t: memory[t] for t in slots} == slots
+
+
+def test_a_padded_first_step_has_inert_rows():
+    tables = PolicyTables(POLICY, VOCABULARY, num_rows=12)
+    step = TreeStep(tables, np.array([0]), np.array([0]), np.array([12]))
+    assert step.num_nodes.tolist() == [1]
+    walk = TreeWalk(step, np.array([1]))
+    walk.run_greedy(np.array([5]))
+    rows, counts = step.prompt_rows(walk.nodes)
+    assert (rows.tolist(), counts.tolist()) == ([1, 2], [2])
+    # Fillers see the root and themselves; no other row sees them.
+    for row in range(3, 12):
+        assert tables.ancestors[0, row, 0] == 1 | (1 << row)
+    assert (tables.ancestors[0, :3, 0] < 8).all()
+
+
+def test_greedy_walks_equal_token_by_token_decoding_of_a_fake_model():
+    """Whatever is guessed, the emitted tokens are the model's own."""
+    rng = np.random.default_rng(5)
+    follow = rng.integers(0, 12, (12, 12))  # next token given the last two
+    history = [0, 1]
+    state = 0
+    while len(history) < 300:
+        tree = POLICY.trees[state]
+        tokens = [history[-1]] + [0] * (tree.num_nodes - 1)
+        for c, parent in enumerate(tree.parents):
+            tokens[c + 1] = (tokens[parent] + 1 + 5 * tree.ranks[c]) % 12
+        picked = []
+        for node in range(tree.num_nodes):
+            before = history[-2] if node == 0 else tokens[tree.parents[node - 1]]
+            picked.append(int(follow[before, tokens[node]]))
+        step = TreeStep(
+            TABLES, np.array([state]), np.array([0]), np.array([tree.num_rows])
+        )
+        walk = TreeWalk(step, np.array(tokens))
+        walk.run_greedy(np.array(picked))
+        history += walk.tokens_out[0, : walk.lengths[0]].tolist()
+        state = int(step.prompt_rows(walk.nodes)[1][0])
+    plain = [0, 1]
+    while len(plain) < len(history):
+        plain.append(int(follow[plain[-2], plain[-1]]))
+    assert history == plain

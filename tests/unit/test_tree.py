@@ -1,0 +1,145 @@
+import json
+
+import numpy as np
+import pytest
+
+from vllm_ppd.tree import SparseTree, TreeError, TreePolicy, chain_tree
+
+# root -> a, b; a -> c.  Prompt tokens: 2 on the root, 1 on a, 0 on b, 1 on c.
+SMALL = SparseTree((0, 0, 1), (0, 1, 0), (2, 1, 0, 1))
+
+
+def random_tree(rng: np.random.Generator, num_ept: int = 1) -> SparseTree:
+    nodes = int(rng.integers(1, 9))
+    parents = [int(rng.integers(0, i + 1)) for i in range(nodes - 1)]
+    ranks = [parents[:i].count(parents[i]) for i in range(nodes - 1)]
+    return SparseTree(
+        tuple(parents), tuple(ranks), tuple(rng.integers(0, 4, nodes)), num_ept
+    )
+
+
+def test_rows_positions_and_mask_of_a_small_tree():
+    assert SMALL.num_nodes == 4
+    assert SMALL.num_rows == 8
+    assert SMALL.node_depths == (0, 1, 1, 2)
+    #                 root a  b  c | r1 r2 a1 c1
+    assert SMALL.row_depths.tolist() == [0, 1, 1, 2, 1, 2, 2, 3]
+    assert SMALL.mask.astype(int).tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 1, 0, 0, 0],
+        [1, 0, 0, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 0, 1, 0],
+        [1, 1, 0, 1, 0, 0, 0, 1],
+    ]
+
+
+def test_ensembles_see_their_own_member_of_earlier_prompt_tokens_only():
+    tree = chain_tree(0, (2,), num_ept=2)
+    assert tree.prompt_rows == ((0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1))
+    assert tree.row_depths.tolist() == [0, 1, 1, 2, 2]
+    assert tree.mask.astype(int).tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 0, 1, 0, 0],
+        [1, 1, 0, 1, 0],
+        [1, 0, 1, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("num_ept", [1, 3])
+def test_mask_equals_a_walk_up_the_tree(num_ept):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        tree = random_tree(rng, num_ept)
+        rows = [("node", node) for node in range(tree.num_nodes)]
+        rows += [("prompt", *row) for row in tree.prompt_rows]
+        for i, row in enumerate(rows):
+            seen = set()
+            node = row[1]
+            if row[0] == "prompt":
+                seen = {("prompt", node, k, row[3]) for k in range(row[2] + 1)}
+            while node is not None:
+                seen.add(("node", node))
+                node = tree.parents[node - 1] if node else None
+            assert {rows[j] for j in np.flatnonzero(tree.mask[i])} == seen
+
+
+@pytest.mark.parametrize("num_ept", [1, 2])
+def test_every_prefix_is_the_tree_it_claims_to_be(num_ept):
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        tree = random_tree(rng, num_ept)
+        for rows in range(1, tree.num_rows + 1):
+            part = tree.prefix(rows)
+            kept = part.num_rows
+            # Only an incomplete ensemble at the end may be missing.
+            assert rows - num_ept < kept <= rows
+            assert (part.mask == tree.mask[:kept, :kept]).all()
+            assert (part.row_depths == tree.row_depths[:kept]).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (((1,), (0,), (1, 1)), "parent must be an earlier node"),
+        (((0, 0), (0, 0), (1, 1, 1)), "same rank"),
+        (((0,), (0, 1), (1, 1)), "needs 1 ranks"),
+        (((0,), (0,), (1,)), "2 prompt counts"),
+        (((0,), (-1,), (1, 1)), "not be negative"),
+        (((), (), (3,), 0), "num_ept is 0"),
+        (((), (), (129,)), "at most 129"),
+    ],
+)
+def test_bad_trees_are_refused(fields, message):
+    with pytest.raises(TreeError, match=message):
+        SparseTree(*fields)
+
+
+def policy() -> TreePolicy:
+    return TreePolicy((chain_tree(0, (2,)), chain_tree(1, (2, 1)), SMALL))
+
+
+def test_policy_round_trip(tmp_path):
+    policy().save(tmp_path / "trees.json")
+    assert TreePolicy.load(tmp_path / "trees.json") == policy()
+    assert [p.name for p in tmp_path.iterdir()] == ["trees.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version 2 is not supported"),
+        ({"format": "x"}, "expected 'ppd_tree_policy'"),
+        ({"shape": 1}, "unknown key 'shape'"),
+        ({"trees": {}}, "'trees' must be a list"),
+        ({"trees": [{"parents": [], "ranks": []}] * 2}, "key 'prompts' is missing"),
+        ({"trees": [3, 4]}, "must be a JSON object, not int"),
+        ({"num_ept": 0}, "num_ept is 0"),
+    ],
+)
+def test_bad_policy_files_are_refused(tmp_path, change, message):
+    path = tmp_path / "trees.json"
+    path.write_text(json.dumps({**policy().to_dict(), **change}))
+    with pytest.raises(TreeError, match=message) as error:
+        TreePolicy.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(TreeError, match="cannot read"):
+        TreePolicy.load(tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"format": "ppd')
+    with pytest.raises(TreeError, match="not JSON"):
+        TreePolicy.load(tmp_path / "half.json")
+
+
+def test_policies_that_cannot_be_filled_are_refused():
+    with pytest.raises(TreeError, match="2 deep, but only 1"):
+        TreePolicy((chain_tree(0, (1,)), chain_tree(2, (1, 1, 1))))
+    with pytest.raises(TreeError, match="puts 2 prompt tokens"):
+        TreePolicy((chain_tree(0, (2,)), chain_tree(1, (1, 1))))
+    with pytest.raises(TreeError, match="same num_ept"):
+        TreePolicy((chain_tree(0, (1,), 2), chain_tree(1, (1, 1))))

@@ -1,0 +1,242 @@
+"""What identifies a base model, so that prompt tokens are not used with another one.
+
+Prompt tokens are input embeddings: they mean something to the model they were trained
+on and noise to any other, which would show only as silently lost acceptance. The
+fingerprint is cheap (a few hundred rows of one tensor) and needs no model code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+__all__ = ["BaseModelFingerprint", "FingerprintError"]
+
+# Names of the input embedding across Hugging Face model code.
+_EMBEDDING_SUFFIXES = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+)
+_MAX_HASHED_ROWS = 256
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class FingerprintError(ValueError):
+    """A model folder or a stored fingerprint that cannot be understood."""
+
+
+@dataclass(frozen=True)
+class BaseModelFingerprint:
+    """Identity of a base model.
+
+    Raises FingerprintError when a field has the wrong type or range.
+    """
+
+    name: str
+    """Hub id or folder name, for messages; never compared."""
+    revision: str | None
+    """Hub commit, or None when unknown; never compared."""
+    architecture: str
+    """First entry of `architectures` in config.json, as "LlamaForCausalLM"."""
+    hidden_size: int
+    """Width of an input embedding."""
+    vocab_size: int
+    """Rows of the input embedding as config.json has it."""
+    embedding_sha256: str | None
+    """See `embedding_sha256`; None when the folder has no readable safetensors."""
+
+    def __post_init__(self) -> None:
+        for field in ("name", "architecture"):
+            value = getattr(self, field)
+            if not isinstance(value, str) or not value:
+                raise FingerprintError(
+                    f"{field} of the base model is {value!r}; expected a name"
+                )
+        for field in ("hidden_size", "vocab_size"):
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                raise FingerprintError(
+                    f"{field} of the base model is {value!r}; "
+                    "expected a positive integer"
+                )
+        if self.revision is not None and not isinstance(self.revision, str):
+            raise FingerprintError(
+                f"revision of the base model is {self.revision!r}; "
+                "expected a string or null"
+            )
+        digest = self.embedding_sha256
+        if digest is not None and not (
+            isinstance(digest, str) and _SHA256.fullmatch(digest)
+        ):
+            raise FingerprintError(
+                f"embedding_sha256 of the base model is {digest!r}; "
+                "expected 64 lower-case hexadecimal digits or null"
+            )
+
+    @classmethod
+    def of_folder(
+        cls,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        revision: str | None = None,
+    ) -> BaseModelFingerprint:
+        """Fingerprint of a local Hugging Face model folder.
+
+        Reads config.json and, through safetensors, up to 256 rows of the input
+        embedding. `name` defaults to the folder's own name. Raises FingerprintError for
+        a missing folder, an unusable config.json or a corrupt safetensors file; a
+        folder without safetensors gets `embedding_sha256=None`.
+        """
+        folder = Path(path)
+        config = _read_config(folder)
+        text = _text_config(config)
+        hidden_size = _first_int(folder, text, ("hidden_size", "n_embd", "d_model"))
+        vocab_size = _first_int(folder, text, ("vocab_size",))
+        architectures = config.get("architectures")
+        if not (
+            isinstance(architectures, list)
+            and architectures
+            and isinstance(architectures[0], str)
+        ):
+            raise FingerprintError(
+                f"{folder / 'config.json'} names no architecture "
+                f"(architectures is {architectures!r}); is it a model's folder?"
+            )
+        return cls(
+            name=name or folder.resolve().name,
+            revision=revision,
+            architecture=architectures[0],
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            embedding_sha256=_hash_embedding(folder, hidden_size, vocab_size),
+        )
+
+    def differences(self, other: BaseModelFingerprint) -> list[str]:
+        """What tells `other` from this model, one phrase each; empty when nothing does.
+
+        Name and revision may differ between equal copies, so they are not compared;
+        the hash is compared when both sides have one.
+        """
+        found = [
+            f"{label} {getattr(other, field)} instead of {getattr(self, field)}"
+            for field, label in (
+                ("hidden_size", "hidden size"),
+                ("vocab_size", "vocabulary size"),
+                ("architecture", "architecture"),
+            )
+            if getattr(other, field) != getattr(self, field)
+        ]
+        known = self.embedding_sha256 and other.embedding_sha256
+        if known and self.embedding_sha256 != other.embedding_sha256:
+            found.append(
+                f"embedding hash {str(other.embedding_sha256)[:12]} instead of "
+                f"{str(self.embedding_sha256)[:12]} (other weights)"
+            )
+        return found
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FingerprintError(f"there is no model folder {str(folder)!r}")
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FingerprintError(
+            f"{str(folder)!r} has no config.json; expected a Hugging Face model folder"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FingerprintError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise FingerprintError(f"{path} holds no JSON object")
+    return config
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    # Multimodal checkpoints keep the language model's sizes one level down.
+    nested = config.get("text_config")
+    if "hidden_size" not in config and isinstance(nested, dict):
+        return nested
+    return config
+
+
+def _first_int(folder: Path, config: dict[str, Any], keys: tuple[str, ...]) -> int:
+    for key in keys:
+        value = config.get(key)
+        if type(value) is int:
+            return value
+    raise FingerprintError(
+        f"{folder / 'config.json'} has no integer {' or '.join(keys)}; "
+        "is it the folder of a language model?"
+    )
+
+
+def _hash_embedding(folder: Path, hidden_size: int, vocab_size: int) -> str | None:
+    """sha256 over up to 256 evenly spaced rows of the input embedding.
+
+    Rows are rounded to bfloat16 and hashed as little-endian float32, so that copies of
+    one checkpoint in float32 and bfloat16 agree.
+    """
+    for file, name in _candidates(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                view = tensors.get_slice(name)
+                shape = view.get_shape()
+                fits = len(shape) == 2 and shape[1] == hidden_size
+                # A quantised embedding cannot be compared with a plain one.
+                if not fits or view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    continue
+                rows = min(vocab_size, shape[0])
+                count = min(_MAX_HASHED_ROWS, rows)
+                picked = [i * rows // count for i in range(count)]
+                sample = torch.cat([view[row : row + 1] for row in picked])
+        except (SafetensorError, OSError) as error:
+            raise FingerprintError(
+                f"{file} is not a readable safetensors file ({error}); "
+                "download the model again"
+            ) from error
+        values = sample.to(torch.bfloat16).float().numpy().astype("<f4")
+        return hashlib.sha256(values.tobytes()).hexdigest()
+    return None
+
+
+def _candidates(folder: Path) -> Iterator[tuple[Path, str]]:
+    """(file, tensor name) of everything named like an input embedding."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            pairs = sorted((str(k), str(v)) for k, v in weight_map.items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FingerprintError(
+                f"{index} is not a safetensors index (no usable weight_map); "
+                "download the model again"
+            ) from error
+        for name, file in pairs:
+            if name.endswith(_EMBEDDING_SUFFIXES) and (folder / file).is_file():
+                yield folder / file, name
+        return
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                names = sorted(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise FingerprintError(
+                f"{path} is not a readable safetensors file ({error}); "
+                "download the model again"
+            ) from error
+        for name in names:
+            if name.endswith(_EMBEDDING_SUFFIXES):
+                yield path, name

@@ -1,0 +1,68 @@
+"""Turn what a user typed, a folder or a Hugging Face repository id, into a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["PathNotResolvedError", "resolve_path"]
+
+# One or two segments, as huggingface_hub accepts them.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PROMPT_FILES = ("*.json", "*.safetensors")
+
+
+class PathNotResolvedError(ValueError):
+    """Neither a folder nor a hub repository that could be fetched."""
+
+
+def resolve_path(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    allow_patterns: Sequence[str] = _PROMPT_FILES,
+) -> Path:
+    """Return the local folder of `path_or_hub_id`, fetching it from the hub if need be.
+
+    An existing folder always wins over a repository of the same name. Only files that
+    match `allow_patterns` are fetched. Raises PathNotResolvedError for a file, for a
+    name that can be neither, and for every failure of the hub (offline, no such
+    repository or revision, no permission).
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    name = os.fspath(path_or_hub_id)
+    if path.exists():
+        raise PathNotResolvedError(
+            f"{name!r} is a file; expected a folder or a hub repository id "
+            f"(did you mean its folder, {str(path.parent)!r}?)"
+        )
+    if not _HUB_ID.fullmatch(name):
+        raise PathNotResolvedError(
+            f"there is no folder {name!r}, and it is no hub repository id "
+            "(expected the form 'owner/name'); check the path"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise PathNotResolvedError(
+            f"there is no folder {name!r}, and fetching it as a hub repository needs "
+            "the package huggingface_hub: pip install huggingface_hub"
+        ) from error
+    try:
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=list(allow_patterns)
+        )
+    # huggingface_hub raises many unrelated types (HTTP, OS, validation, offline).
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        at = f" at revision {revision!r}" if revision else ""
+        raise PathNotResolvedError(
+            f"there is no folder {name!r}, and the hub repository of that name{at} "
+            f"could not be fetched ({type(error).__name__}: {reason.rstrip('.')}); "
+            "check the name and the network, or pass a local folder"
+        ) from error
+    return Path(folder)

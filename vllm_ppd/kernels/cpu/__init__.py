@@ -1,0 +1,14 @@
+"""C++ kernels for vLLM's CPU backend, compiled at first use."""
+
+from .build import load_library
+from .kv_compact import CpuKVCompactor
+from .layout import key_view, value_view
+from .tree_attention import CpuTreeAttention
+
+__all__ = [
+    "CpuKVCompactor",
+    "CpuTreeAttention",
+    "key_view",
+    "load_library",
+    "value_view",
+]

@@ -1,0 +1,44 @@
+"""KV compaction, the torch reference: move the accepted path next to the context.
+
+After verification the accepted rows' keys and values lie scattered over the step's
+slots; the next step expects them right after the context. A slot is a linear index
+into the cache: block * block_size + offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["kv_compact_reference"]
+
+
+def kv_compact_reference(
+    key_caches: Sequence[torch.Tensor],
+    value_caches: Sequence[torch.Tensor],
+    src: torch.Tensor,
+    dst: torch.Tensor,
+) -> None:
+    """Copy slot src[i] to dst[i], in order of i, in every layer and KV head.
+
+    Args:
+        key_caches: per layer [num_blocks, kv_heads, block_size, D], any strides
+        value_caches: likewise
+        src: int64 [n], slots to read
+        dst: int64 [n], slots to write
+
+    Along one request callers pass ascending dst with src >= dst, so no move reads
+    what an earlier one wrote, and a parallel version may do the moves in any order
+    per element as long as each element sees them ascending.
+    """
+    moves = list(zip(src.tolist(), dst.tolist(), strict=True))
+    for cache in (*key_caches, *value_caches):
+        block_size = cache.shape[2]
+        slots = cache.shape[0] * block_size
+        for a, b in moves:
+            if not (0 <= a < slots and 0 <= b < slots):
+                raise IndexError(f"move {a} -> {b} leaves a cache of {slots} slots")
+        for a, b in moves:
+            source = cache[a // block_size, :, a % block_size]
+            cache[b // block_size, :, b % block_size] = source
