@@ -35,5 +35,6 @@ def fill_drafts(
         tokens = best[np.where(is_candidate, rows, 0), tables.candidate_ranks[states]]
         ids[:, :width] = np.where(is_candidate, tokens, ids[:, :width])
     return [
-        row[1:end] for row, end in zip(ids.tolist(), tables.num_rows[states], strict=True)
+        row[1:end]
+        for row, end in zip(ids.tolist(), tables.num_rows[states], strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Trained prompt tokens on disk and in memory (paper section 3: prompt tokens, EPT).
+"""Trained prompt tokens (the paper's prompt tokens and EPT) on disk and in memory.
 
 A prompt-token folder holds `config.json`
 `{"format": "ppd_prompt_tokens", "format_version": 1, "num_prompt_tokens": m,

@@ -118,7 +118,10 @@ class SparseTree:
         """[q] position of each row minus the root's position."""
         return np.array(
             [*self.node_depths]
-            + [self.node_depths[node] + 1 + index for node, index, _ in self.prompt_rows]
+            + [
+                self.node_depths[node] + 1 + index
+                for node, index, _ in self.prompt_rows
+            ]
         )
 
     @cached_property
@@ -132,7 +135,7 @@ class SparseTree:
         mask = np.eye(self.num_rows, dtype=bool)
         for node, parent in enumerate(self.parents, start=1):
             mask[node] |= mask[parent]
-        for row, (node, index, ept) in enumerate(self.prompt_rows, self.num_nodes):
+        for row, (node, index, _ept) in enumerate(self.prompt_rows, self.num_nodes):
             before = row - self.num_ept if index else node
             mask[row] |= mask[before]
         return mask
@@ -165,7 +168,7 @@ class SparseTree:
 
 
 def chain_tree(length: int, prompts: Sequence[int], num_ept: int = 1) -> SparseTree:
-    """A chain of the best guesses: ``length`` candidates, each the previous one's child.
+    """A chain of ``length`` best guesses, each the child of the one before.
 
     prompts: number of prompt tokens on each of the ``length + 1`` nodes.
     """
@@ -220,7 +223,7 @@ class TreePolicy:
     @property
     def max_rank(self) -> int:
         """Largest rank any tree uses; -1 if no tree has candidates."""
-        return max((max(tree.ranks, default=-1) for tree in self.trees))
+        return max(max(tree.ranks, default=-1) for tree in self.trees)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -18,6 +18,8 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    # The model is tiny: a second thread would mostly wait for the first.
+    "OMP_NUM_THREADS": "1",
 }
 
 

@@ -30,5 +30,5 @@ def test_measured_acceptance_is_used_and_checked(tmp_path):
     assert acceptance_of(tmp_path, 3).num_prompt_tokens == 3
     AcceptanceStats([[0.5, 0.2], [0.3, 0.1]]).save(tmp_path / "acceptance.json")
     assert acceptance_of(tmp_path, 2).acceptance[0, 0] == 0.5
-    with pytest.raises(AcceptanceError, match="is about 2 prompt tokens.*holds 3"):
+    with pytest.raises(AcceptanceError, match=r"is about 2 prompt tokens.*holds 3"):
         acceptance_of(tmp_path, 3)

@@ -27,6 +27,7 @@ and implementation (forward), ``VocabParallelEmbedding`` (forward).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -66,7 +67,8 @@ def _with_speculative_model_flag(original: Callable[..., Any]) -> Callable[..., 
     @functools.wraps(original)
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
-        try:
+        # vLLM, or another plugin, may already have the flag.
+        with contextlib.suppress(argparse.ArgumentError):
             parser.add_argument(
                 "--speculative-model",
                 dest="spec_model",
@@ -76,9 +78,6 @@ def _with_speculative_model_flag(original: Callable[..., Any]) -> Callable[..., 
                 "Prompt Decoding): 'ppd:' and a folder or hub id. Another name of "
                 "--spec-model.",
             )
-        except argparse.ArgumentError:
-            # vLLM, or another plugin, already has the flag.
-            pass
         return parser
 
     return add_cli_args

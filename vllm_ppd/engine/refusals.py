@@ -80,6 +80,12 @@ def _engine_refusals(args: Any, parallel: Any) -> Iterator[tuple[bool, str, str]
         "custom logits processors",
         "leave them out",
     )
+    # "auto" follows the model's dtype; the rest are quantised caches.
+    yield (
+        args.kv_cache_dtype not in ("auto", "bfloat16", "float16"),
+        f"--kv-cache-dtype {args.kv_cache_dtype}",
+        "leave it at auto",
+    )
     yield (
         parallel.worker_cls != "auto",
         f"--worker-cls {parallel.worker_cls}",

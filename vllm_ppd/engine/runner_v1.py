@@ -111,8 +111,7 @@ class PPDRunnerMixin:
         rows, states, inner = step.tree_rows()
         depths = tables.depths[states, inner]
         moved = self.positions  # type: ignore[attr-defined]
-        index = self._to_device(rows)
-        moved[index] += self._to_device(depths - inner)
+        moved[self._to_device(rows)] += self._to_device(depths - inner)
         everything = np.zeros(total_rows, dtype=np.int64)
         everything[rows] = depths
         masks = np.zeros((total_rows, tables.ancestors.shape[2]), dtype=np.int64)
@@ -122,9 +121,9 @@ class PPDRunnerMixin:
         step_context.set_current(
             step_context.StepContext(
                 requests=self._to_device(trees),
-                starts=self._to_device(step.starts[trees]),
-                num_rows=self._to_device(step.num_rows[trees]),
-                context_lens=self._to_device(computed[trees].astype(np.int64)),
+                starts=torch.from_numpy(step.starts[trees]),
+                num_rows=torch.from_numpy(step.num_rows[trees]),
+                context_lens=torch.from_numpy(computed[trees].astype(np.int64)),
                 ancestors=self._to_device(masks),
                 depths=self._to_device(everything),
                 only_trees=len(rows) == total_rows,
@@ -200,7 +199,9 @@ class PPDRunnerMixin:
         self.ppd_states.update(zip(request_ids, counts.tolist(), strict=True))
         grammar = scheduler_output.has_structured_output_requests
         for index, request_id in enumerate(request_ids):
-            if not sampled_token_ids[index] or (grammar and self._has_grammar(request_id)):
+            if not sampled_token_ids[index] or (
+                grammar and self._has_grammar(request_id)
+            ):
                 drafts[index] = []
         return drafts
 

@@ -15,6 +15,9 @@ import torch
 class StepContext:
     """The trees of one step. R tree requests, T rows of the whole step, W mask words.
 
+    ``starts``, ``num_rows`` and ``context_lens`` are on the host, the rest is on the
+    model's device.
+
     Attributes:
         requests: [R] index of each tree request in the batch.
         starts: [R] row of each root.

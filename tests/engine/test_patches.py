@@ -1,0 +1,143 @@
+"""The ledger's contract: everything patched or overridden is where we expect it."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+import vllm.v1.worker.cpu_worker as cpu_worker
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_ppd.engine import patches
+from vllm_ppd.engine.runner_v1 import OVERRIDDEN, PPDRunnerMixin
+from vllm_ppd.engine.worker_cpu import PPDCPUModelRunner
+from vllm_ppd.plugin import register
+
+
+def original(function):
+    return getattr(function, patches._MARK, function)
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(original(function)).parameters)
+
+
+def test_create_speculative_config():
+    register()
+    assert parameters(EngineArgs.create_speculative_config) == [
+        "self",
+        "target_model_config",
+        "target_parallel_config",
+    ]
+    fields = EngineArgs.__dataclass_fields__
+    for name in (
+        *("speculative_config", "spec_method", "spec_model", "spec_tokens"),
+        *("additional_config", "attention_backend", "compilation_config"),
+    ):
+        assert name in fields
+
+
+def test_add_cli_args():
+    assert isinstance(vars(EngineArgs)["add_cli_args"], staticmethod)
+    assert parameters(EngineArgs.add_cli_args) == ["parser"]
+
+
+def test_patching_twice_changes_nothing():
+    register()
+    before = EngineArgs.create_speculative_config, EngineArgs.add_cli_args
+    register()
+    assert before == (EngineArgs.create_speculative_config, EngineArgs.add_cli_args)
+    assert not hasattr(original(before[0]), patches._MARK)
+
+
+def test_the_cpu_worker_names_its_runner_class_in_its_module():
+    assert cpu_worker.CPUModelRunner is CPUModelRunner
+    source = inspect.getsource(cpu_worker.CPUWorker.init_device)
+    assert "CPUModelRunner(self.vllm_config" in source
+
+
+def test_gpu_worker_seam():
+    assert parameters(Worker._make_model_runner) == ["self"]
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_overridden_runner_methods_exist(name):
+    assert name in vars(PPDRunnerMixin)
+    assert callable(getattr(GPUModelRunner, name))
+
+
+def test_every_override_is_listed():
+    stock = dir(GPUModelRunner)
+    ours = [n for n in vars(PPDRunnerMixin) if n in stock and not n.startswith("__")]
+    assert sorted(ours) == sorted(OVERRIDDEN)
+    assert issubclass(PPDCPUModelRunner, CPUModelRunner)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("_prepare_inputs", ["scheduler_output", "num_scheduled_tokens"]),
+        (
+            "_calc_spec_decode_metadata",
+            ["num_draft_tokens", "cu_num_scheduled_tokens"],
+        ),
+        ("_sample", ["logits", "spec_decode_metadata"]),
+        ("_input_fits_in_drafter", ["common_attn_metadata"]),
+        ("_update_states", ["scheduler_output"]),
+    ],
+)
+def test_signatures(name, expected):
+    assert parameters(getattr(GPUModelRunner, name)) == ["self", *expected]
+
+
+def test_proposal_gets_the_hidden_states():
+    names = parameters(GPUModelRunner.propose_draft_token_ids)
+    assert names[1:5] == [
+        "scheduler_output",
+        "sampled_token_ids",
+        "sampling_metadata",
+        "hidden_states",
+    ]
+
+
+def test_attention_seams():
+    assert "layer" in parameters(cpu_attn.CPUAttentionBackendImpl.forward)
+    assert parameters(cpu_attn.CPUAttentionMetadataBuilder.build)[1:3] == [
+        "common_prefix_len",
+        "common_attn_metadata",
+    ]
+    assert parameters(cpu_attn.CPUAttentionMetadataBuilder._set_isa_to_layers) == [
+        "self",
+        "layer_names",
+    ]
+
+
+def test_embedding_forward():
+    assert parameters(VocabParallelEmbedding.forward) == ["self", "input_"]
+
+
+def test_the_entry_point_is_installed():
+    found = entry_points(group="vllm.general_plugins", name="ppd")
+    assert [e.value for e in found] == ["vllm_ppd.plugin:register"]
+
+
+def test_register_survives_a_vllm_it_does_not_know():
+    code = (
+        "import sys, types\n"
+        "for name in ('vllm', 'vllm.engine', 'vllm.engine.arg_utils'):\n"
+        "    sys.modules[name] = types.ModuleType(name)\n"
+        "from vllm_ppd.plugin import register\n"
+        "register(); register()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "could not hook into this version of vLLM" in done.stderr

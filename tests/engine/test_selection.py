@@ -1,0 +1,208 @@
+"""What a user can say, and how wrong choices are refused before an engine starts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from tests.engine.conftest import MODEL, PROMPTS
+from vllm_ppd.engine.selection import KEY, WORKERS
+
+PPD = {"method": "ppd", "model": str(PROMPTS)}
+
+
+def configure(speculative: dict[str, Any] | None, **args: Any) -> Any:
+    args = {"model": str(MODEL), "max_model_len": 256, **args}
+    return EngineArgs(speculative_config=speculative, **args).create_engine_config()
+
+
+def from_cli(*flags: str) -> Any:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parsed = parser.parse_args(["--model", str(MODEL), *flags])
+    return EngineArgs.from_cli_args(parsed).create_engine_config()
+
+
+def is_ppd(config: Any) -> bool:
+    settings = (config.additional_config or {}).get(KEY, {})
+    return (
+        config.parallel_config.worker_cls in WORKERS.values()
+        and settings.get("path") == str(PROMPTS.resolve())
+        and config.speculative_config.num_speculative_tokens
+        == max(1, max_rows(settings) - 1)
+    )
+
+
+def max_rows(settings: dict[str, Any]) -> int:
+    return max(
+        len(t["ranks"]) + 1 + sum(t["prompts"]) for t in settings["policy"]["trees"]
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--speculative-model", f"ppd:{PROMPTS}"],
+        ["--spec-model", f"ppd:{PROMPTS}"],
+        ["--spec-model", f"ppd:{PROMPTS}", "--spec-tokens", "6"],
+        ["--speculative-config", json.dumps(PPD)],
+        ["--speculative-config", json.dumps({"model": f"ppd:{PROMPTS}"})],
+        ["--speculative-config", json.dumps(PPD), "--spec-tokens", "5"],
+    ],
+    ids=lambda flags: " ".join(f.split("/")[-1] for f in flags),
+)
+def test_every_way_in_from_the_command_line(flags):
+    config = from_cli(*flags)
+    assert is_ppd(config)
+    if "--spec-tokens" in flags:
+        assert config.speculative_config.num_speculative_tokens <= int(flags[-1])
+
+
+def test_every_way_in_from_python():
+    assert is_ppd(configure(PPD))
+    assert is_ppd(configure({"model": f"ppd:{PROMPTS}"}))
+    assert is_ppd(configure({**PPD, "num_speculative_tokens": 4}))
+    assert is_ppd(configure(PPD, additional_config={"other": 1}))
+
+
+def test_without_ppd_vllm_is_as_it_was():
+    assert configure(None).speculative_config is None
+    config = configure({"method": "ngram", "num_speculative_tokens": 3})
+    assert config.speculative_config.method == "ngram"
+    for plain in (config, from_cli()):
+        assert plain.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+        assert KEY not in (plain.additional_config or {})
+    with pytest.raises(ValueError, match="num_speculative_tokens"):
+        configure({"method": "ngram", "num_speculative_tokens": -1})
+
+
+def test_help_names_the_flag():
+    parser = AsyncEngineArgs.add_cli_args(argparse.ArgumentParser())
+    assert "--speculative-model ppd:PATH" in parser.format_help()
+
+
+def test_the_compiled_graphs_key_knows_about_ppd():
+    """A graph compiled without soft tokens must not be loaded for PPD."""
+    hashes = {
+        configure(None).compute_hash(),
+        configure(PPD).compute_hash(),
+        configure({"method": "ngram", "num_speculative_tokens": 3}).compute_hash(),
+    }
+    assert len(hashes) == 3
+
+
+@pytest.mark.parametrize(
+    ("speculative", "message"),
+    [
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0; expected 1"),
+        ({"num_speculative_tokens": -1}, "num_speculative_tokens is -1"),
+        ({"num_speculative_tokens": "four"}, "is 'four'; expected a whole number"),
+        ({"num_speculative_tokens": 1000}, "is 1000; expected 1 to 128"),
+        ({"draft_tensor_parallel_size": 1}, "'draft_tensor_parallel_size', which"),
+        ({"model": None}, "path is None"),
+        ({"model": "/no/such/folder"}, "there is no folder '/no/such/folder'"),
+    ],
+)
+def test_bad_speculative_settings(speculative, message):
+    with pytest.raises(ValueError, match=message):
+        configure({**PPD, **speculative})
+
+
+def test_a_flag_and_a_key_for_the_same_thing_conflict():
+    with pytest.raises(ValueError, match=r"--spec-model and .* both given"):
+        from_cli(
+            *("--speculative-config", json.dumps(PPD)),
+            *("--speculative-model", f"ppd:{PROMPTS}"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({"enable_lora": True}, "--enable-lora: serve the merged model"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"worker_cls": "some.Worker"}, "--worker-cls some.Worker"),
+        ({"scheduler_cls": "some.Scheduler"}, "--scheduler-cls some.Scheduler"),
+        ({"logits_processors": ["some:Processor"]}, "custom logits processors"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+    ],
+)
+def test_settings_that_ppd_cannot_serve(args, message):
+    with pytest.raises(ValueError, match=rf"'ppd' does not support.*{message}"):
+        configure(PPD, **args)
+
+
+def altered(tmp_path: Path, config: dict[str, Any] | None = None, tensor=None) -> str:
+    folder = tmp_path / "prompts"
+    shutil.copytree(PROMPTS, folder)
+    if config is not None:
+        old = json.loads((folder / "config.json").read_text())
+        base = {**old["base_model"], **config.pop("base_model", {})}
+        new = {**old, "base_model": base, **config}
+        (folder / "config.json").write_text(json.dumps(new))
+    if tensor is not None:
+        save_file({"embeddings": tensor}, folder / "prompt_tokens.safetensors")
+    return str(folder)
+
+
+HIDDEN = json.loads((MODEL / "config.json").read_text())["hidden_size"]
+
+
+@pytest.mark.parametrize(
+    ("config", "tensor", "message"),
+    [
+        ({"format_version": 9}, None, "format.version"),
+        ({"surprise": 1}, None, "surprise"),
+        ({"num_prompt_tokens": 5}, None, "num_prompt_tokens|shape"),
+        ({"num_ept": 2}, None, "num_ept|shape"),
+        (
+            {"hidden_size": 64, "base_model": {"hidden_size": 64}},
+            torch.zeros(3, 1, 64),
+            "hidden size",
+        ),
+        ({"base_model": {"vocab_size": 77}}, None, "vocab"),
+        ({"base_model": {"architecture": "Other"}}, None, "Other"),
+        ({"base_model": {"embedding_sha256": "0" * 64}}, None, "embedding"),
+        (None, torch.full((3, 1, HIDDEN), float("nan")), "NaN"),
+        (None, torch.full((3, 1, HIDDEN), float("inf")), "infinit|NaN"),
+    ],
+)
+def test_prompt_tokens_that_do_not_fit(tmp_path, config, tensor, message):
+    with pytest.raises(ValueError, match=message):
+        configure({"method": "ppd", "model": altered(tmp_path, config, tensor)})
+
+
+def test_folders_that_hold_no_prompt_tokens(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        configure({"method": "ppd", "model": str(tmp_path / "empty")})
+    with pytest.raises(ValueError, match=r"config.json"):
+        configure({"method": "ppd", "model": str(MODEL)})
+    folder = Path(altered(tmp_path))
+    file = folder / "prompt_tokens.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"prompt_tokens.safetensors"):
+        configure({"method": "ppd", "model": str(folder)})
+
+
+def test_tree_policies_that_do_not_fit(tmp_path, trees):
+    with pytest.raises(ValueError, match="num_speculative_tokens is 5, too small"):
+        configure({**PPD, "tree": trees["wide"], "num_speculative_tokens": 5})
+    with pytest.raises(ValueError, match="cannot read the tree policy"):
+        configure({**PPD, "tree": str(tmp_path / "none.json")})
+
+
+def test_unsupported_vllm_is_refused_only_with_ppd(monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.31.0")
+    configure(None)
+    with pytest.raises(ValueError, match=r"works with vLLM 0.32 and 0.33"):
+        configure(PPD)

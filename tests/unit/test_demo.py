@@ -1,0 +1,164 @@
+"""`vllm-ppd demo` without engines: its prompts, its words and its pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vllm_ppd.cli import demo, demo_prompts, demo_view, main
+from vllm_ppd.cli.demo_report import Comparison, NearTie, Totals, verdict
+from vllm_ppd.cli.engine_worker import sentence
+from vllm_ppd.cli.generation import Generation, Step
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--num-prompts", "-1"], "--num-prompts is -1"),
+        (["--temperature", "-1"], "--temperature is -1"),
+        (["--model", "org/other"], "--model is given without --prompts"),
+        (["--model", "/nowhere", "--prompts", "/"], "there is no folder '/nowhere'"),
+        (["--model", "/", "--prompts", "/nowhere"], "there is no folder '/nowhere'"),
+    ],
+)
+def test_demo_refuses_before_starting(argv: list[str], word: str, capsys) -> None:
+    assert main.main(["demo", *argv]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_demo_without_its_model(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(demo, "MODEL", tmp_path / "missing")
+    assert main.main(["demo"]) == 2
+    assert "clone of the repository" in capsys.readouterr().err
+
+
+def test_excerpts_end_where_something_begins(tmp_path: Path) -> None:
+    code = (
+        "# licence\n" * 40 + "import os\n\n\ndef first(a):\n    return a\n" + "x\n" * 99
+    )
+    prose = "It was a dark night.\n" * 60
+    file = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": text}) for text in (code, "short", prose)]
+    file.write_text("\n".join(lines))
+    found = demo_prompts.excerpts(file, 2)
+    assert found[0].endswith("\ndef first(a):")
+    assert found[1].endswith("night.")
+    assert all(len(text) <= demo_prompts.MAX_CHARACTERS for text in found)
+    assert demo_prompts.excerpts(file, 2) == found
+    with pytest.raises(ValueError, match="lower --num-prompts"):
+        demo_prompts.excerpts(file, 3)
+
+
+@pytest.mark.parametrize("line", ["{", '{"words": 1}', '{"text": 1}', "[1]"])
+def test_bad_texts(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text(f'{{"text": "fine"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"line 2 of .*texts\.jsonl"):
+        list(demo_prompts.read_texts(file))
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(demo_prompts.read_texts(tmp_path / "none"))
+
+
+def generation(counts: list[int], step_s: float) -> Generation:
+    """Ids 0, 1, 2, ... in steps of the given sizes."""
+    steps, done = [], 0
+    for number, count in enumerate(counts, start=1):
+        ids = tuple(range(done, done + count))
+        texts = [f"<{i}>" for i in ids]
+        steps.append(Step(number * step_s, ids, "".join(texts[:-1]), texts[-1]))
+        done += count
+    return Generation(tuple(steps))
+
+
+PLAIN = generation([1] * 7, 0.010)
+PPD = generation([1, 3, 1, 2], 0.014)
+
+
+def test_generation_figures() -> None:
+    assert PPD.ids == PLAIN.ids == (0, 1, 2, 3, 4, 5, 6)
+    assert PPD.text == PLAIN.text
+    assert PPD.tokens_per_step == 2.0
+    assert PLAIN.tokens_per_step == 1.0
+    assert PPD.tokens_per_s == pytest.approx(7 / 0.056)
+    assert Generation(()).tokens_per_step == 1.0
+    records = [[0.1, [5], "", "a"], [0.2, [], "", ""], [0.3, [6, 7], "b", "c"]]
+    assert len(Generation.of(records).steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"),
+    [([1, 2, 3, 4, 5], 0.0), ([1, 2, 3], 0.0), ([7] * 13, 0.9), ([], 0.0)],
+)
+def test_repeated(ids: list[int], share: float) -> None:
+    assert Generation((Step(1.0, tuple(ids), "", ""),)).repeated == pytest.approx(share)
+
+
+def test_verdict_is_honest() -> None:
+    faster = Comparison("p", (PLAIN,) * 3, (PPD,) * 3)
+    assert faster.first_difference is None
+    assert faster.speedup == pytest.approx(0.070 / 0.056)
+    totals = Totals.of([faster])
+    assert (totals.plain_steps, totals.ppd_steps) == (7, 4)
+    said = " ".join(verdict([faster], [], "bfloat16", 0))
+    assert "1.25x as fast: 2.00 tokens per step" in said
+    assert "14.0 ms instead of 10.0 ms (1.40x)" in said
+    assert "All 7 token ids are identical" in said
+
+    slower = Comparison("p", (PLAIN,), (generation([1, 3, 1, 2], 0.035),))
+    assert "slower here (0.50x)" in verdict([slower], [], "bfloat16", 0)[0]
+    level = Comparison("p", (PLAIN,), (PLAIN,))
+    assert "no faster here (1.00x)" in verdict([level], [], "bfloat16", 0)[0]
+    assert "drawn" not in " ".join(verdict([level], [], "bfloat16", 0))
+    assert "at random" in verdict([level], [], "bfloat16", 0.7)[1]
+
+
+def test_differing_ids_are_said_and_placed() -> None:
+    other = generation([1, 3], 0.01)
+    cut = Comparison("p", (PLAIN,), (other,))
+    assert cut.first_difference == 4
+    tie = NearTie(0, 4, 0.06, "a", "b")
+    said = verdict([cut], [tie], "bfloat16", 0)
+    assert "identical for 0 of 1 prompts" in said[1]
+    assert "near-tie, which rounding decides" in said[2]
+    assert "prompt 1 from token 5" in said[2]
+    assert "please report" in verdict([cut], [tie], "float32", 0)[1]
+    assert "not a near-tie" in str(NearTie(0, 4, 2.0, "a", "b"))
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_panels_and_table(width: int) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, color_system=None)
+    c = Comparison("import os\n\ndef f(x):\n", (PLAIN,), (PPD,))
+    console.print(demo_view.side_by_side(console, c.prompt, PLAIN, PPD, 0.03, "slowly"))
+    console.print(demo_view.summary([c, c], greedy=True))
+    shown = out.getvalue()
+    for word in ("def f(x):", "3 tokens, 3 steps", "4 tokens, 2 steps", "slowly", "14"):
+        assert word in shown
+    assert "<4>" not in shown.split("slowly")[0]
+    assert "identical" in shown or width == 60
+
+
+def test_plain_output_has_no_escapes() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80)
+    demo_view.print_plainly(console, 1, 2, Comparison("a\nb [c]:\n", (PLAIN,), (PPD,)))
+    shown = out.getvalue()
+    assert "\x1b" not in shown
+    assert "ending in: b [c]:" in shown
+    assert "7 tokens in 4 steps" in shown
+    assert "| <0><1><2>" in shown
+
+
+def test_pydantic_errors_become_sentences() -> None:
+    class Reported(ValueError):
+        def errors(self) -> list[dict[str, str]]:
+            return [{"msg": "Value error, max_model_len is too large"}]
+
+    assert sentence(Reported("1 validation error")) == "max_model_len is too large"
+    assert sentence(RuntimeError("plain words")) == "plain words"
