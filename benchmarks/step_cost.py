@@ -14,7 +14,8 @@ Each engine is an eager or compiled LLM in its own process with one thread; they
 turns, and figures are medians over steps, then over turns.
 
     python benchmarks/step_cost.py --out benchmarks/results/step_cost.json
-    python benchmarks/step_cost.py --context 128 1024 4096 --hidden 512 --layers 12
+    python benchmarks/step_cost.py --hidden 768 --layers 12 --rows 4 \
+        --replay benchmarks/data/vicuna-7b-v1.3.json     # speed at that acceptance
 
 The last line printed is one JSON document.
 """
@@ -34,8 +35,13 @@ from pathlib import Path
 from typing import Any
 
 from environment import environment_card
+from replay import replay_acceptance
 
+from vllm_ppd.acceptance import AcceptanceStats
 from vllm_ppd.atomic import write_json
+from vllm_ppd.default_trees import DEFAULT_ROWS
+from vllm_ppd.latency import LatencyCurve
+from vllm_ppd.tree_search import optimal_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 # Method of the runner (or of what hangs on it) -> the part of a step it is.
@@ -69,12 +75,14 @@ class Clock:
         setattr(owner, name, timed)
 
 
-def serve(pipe: Any, engine: dict[str, Any]) -> None:
+def serve(pipe: Any, engine: dict[str, Any], acceptance: str | None) -> None:
     """Engine process: measure one (batch, context) at a time."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     from vllm import LLM
 
     llm = LLM(**engine)
+    if acceptance:
+        replay_acceptance(AcceptanceStats.load(acceptance))
     core = llm.llm_engine.engine_core.engine_core
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     clock = Clock()
@@ -137,10 +145,12 @@ def measure(
 
 
 class Engine:
-    def __init__(self, engine: dict[str, Any]):
+    def __init__(self, engine: dict[str, Any], acceptance: str | None = None):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, engine), daemon=True)
+        self.process = context.Process(
+            target=serve, args=(theirs, engine, acceptance), daemon=True
+        )
         self.process.start()
         if self.pipe.recv() != "ready":
             raise RuntimeError("the engine did not start")
@@ -199,10 +209,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "enforce_eager": args.eager,
             "enable_prefix_caching": False,
         }
-        rows = {} if args.rows is None else {"num_speculative_tokens": args.rows - 1}
-        ppd = {**base, "speculative_config": {"model": f"ppd:{prompts}", **rows}}
-        plain, speculating = Engine(base), Engine(ppd)
-        count = args.rows or 8
+        count = args.rows or DEFAULT_ROWS["cpu"]
+        speculative: dict[str, Any] = {"model": f"ppd:{prompts}"}
+        if args.rows:
+            speculative["num_speculative_tokens"] = args.rows - 1
+        if args.replay:
+            stats = AcceptanceStats.load(args.replay)
+            found = optimal_policy(stats, LatencyCurve.constant(1.0), count)
+            found.policy.save(f"{folder}/trees.json")
+            speculative["tree"] = f"{folder}/trees.json"
+        ppd = {**base, "speculative_config": speculative}
+        plain = Engine(base)
+        speculating = Engine(ppd, str(args.replay) if args.replay else None)
         cells = []
         for context in args.context:
             turns: dict[str, list[dict[str, Any]]] = {}
@@ -214,7 +232,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 ):
                     task = {"batch": batch, "context": context, "steps": args.steps}
                     turns.setdefault(name, []).append(engine.measure(**task))
-            cells.append({"context": context, "decoders": summarise(turns)})
+            cells.append(
+                {
+                    "context": context,
+                    "decoders": summarise(turns),
+                    "ppd_speedup": speedups(turns["plain x1"], turns["ppd x1"]),
+                }
+            )
             show(cells[-1])
     return {
         "format": "ppd_step_cost",
@@ -228,6 +252,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "rounds": args.rounds,
             "hidden": args.hidden or "demo model",
             "layers": args.layers if args.hidden else "demo model",
+            "replayed acceptance": args.replay.stem if args.replay else None,
         },
         "cells": cells,
     }
@@ -254,6 +279,21 @@ def summarise(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
 
 
+def speedups(
+    plain: list[dict[str, Any]], ppd: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Tokens per second of PPD against plain, one request each, turn by turn."""
+    ratios = [
+        p["tokens_per_step"] * a["step"] / p["step"]
+        for a, p in zip(plain, ppd, strict=True)
+    ]
+    return {
+        "median": round(statistics.median(ratios), 3),
+        "min": round(min(ratios), 3),
+        "max": round(max(ratios), 3),
+    }
+
+
 def show(cell: dict[str, Any]) -> None:
     print(f"\ncontext {cell['context']}")
     parts = sorted({p for d in cell["decoders"].values() for p in d["parts_ms"]})
@@ -265,6 +305,7 @@ def show(cell: dict[str, Any]) -> None:
     ]
     for name, values in rows:
         print(f"{name:22}" + "".join(f"{value:12.3f}" for value in values))
+    print(f"tokens/s against plain x1: {cell['ppd_speedup']}")
 
 
 def main() -> None:
@@ -277,6 +318,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6, help="and of this depth")
     parser.add_argument("--context", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--rows", type=int, help="rows of a PPD step (default: 8)")
+    parser.add_argument(
+        "--replay",
+        type=Path,
+        help="accept guesses as often as this acceptance.json says, whatever they are",
+    )
     parser.add_argument("--steps", type=int, default=100, help="per turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each engine")
     parser.add_argument("--dtype", default="bfloat16")

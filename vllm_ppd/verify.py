@@ -27,6 +27,8 @@ class TreeWalk:
         tokens_out: [B, max_depth + 1] emitted tokens, -1 padded.
         paths: [B, max_depth + 1] visited nodes (column 0 the root), 0 padded.
         lengths: [B] tokens emitted so far.
+        tokens, parents: [B, N] token and parent of each node; -1 for the root's and
+            for nodes that were not scheduled.
     """
 
     def __init__(self, step: TreeStep, tokens: np.ndarray):
@@ -35,8 +37,8 @@ class TreeWalk:
         node = np.arange(width)
         present = node < step.num_nodes[:, None]
         index = np.where(present, step.first_nodes[:, None] + node, 0)
-        self._tokens = np.where(present & (node > 0), tokens[index], -1)
-        self._parents = tables.parents[step.states]
+        self.tokens = np.where(present & (node > 0), tokens[index], -1)
+        self.parents = tables.parents[step.states]
         self._first_nodes = step.first_nodes
         self._requests = np.arange(batch)
         self._level = 0
@@ -63,8 +65,8 @@ class TreeWalk:
         active, level = self.active, self._level
         self.tokens_out[active, level] = picked[active]
         self.lengths += active
-        children = (self._parents == self.nodes[:, None]) & (
-            self._tokens == picked[:, None]
+        children = (self.parents == self.nodes[:, None]) & (
+            self.tokens == picked[:, None]
         )
         child = children.argmax(axis=1)
         # Node 0 is never a child, so 0 means that none carries the token.

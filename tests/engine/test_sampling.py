@@ -24,8 +24,8 @@ SEEDED = {"temperature": 1.0, "seed": 1234, "max_tokens": 64}
         {"presence_penalty": 0.8, "frequency_penalty": 0.4},
         {"temperature": 0.0, "repetition_penalty": 1.2},
         {"temperature": 0.0, "frequency_penalty": 0.5, "presence_penalty": 0.5},
-        {"bad_words": ["self", "\n", " return"]},
-        {"temperature": 0.0, "bad_words": ["self", "\n\n", " ("]},
+        {"bad_words": ["self", "return", "name"]},
+        {"temperature": 0.0, "bad_words": ["self", "import os", "def"]},
         {"allowed_token_ids": list(range(300, 900))},
         {"min_tokens": 40, "stop": None},
     ],
@@ -51,7 +51,7 @@ def test_a_batch_of_different_sampling_parameters(
         {"temperature": 0.0, "frequency_penalty": 1.0},
         {"temperature": 0.8, "seed": 2, "top_p": 0.7, "repetition_penalty": 1.1},
         {"temperature": 0.0, "logprobs": 3},
-        {"temperature": 0.9, "seed": 5, "bad_words": [" the"], "logprobs": 0},
+        {"temperature": 0.9, "seed": 5, "bad_words": ["the"], "logprobs": 0},
     ]
     params = [{**kinds[i % 6], "max_tokens": 50 + i} for i in range(12)]
     prompts = mixed(texts, 12, first=33)

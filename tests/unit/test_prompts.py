@@ -278,7 +278,8 @@ def test_fingerprint_of_sharded_model(tmp_path: Path, weight: torch.Tensor) -> N
 
 
 @pytest.mark.parametrize(
-    "name", ["transformer.wte", "word_embeddings", "gpt_neox.embed_in", "tok_embeddings"]
+    "name",
+    ["transformer.wte", "word_embeddings", "gpt_neox.embed_in", "tok_embeddings"],
 )
 def test_fingerprint_knows_other_names(tmp_path: Path, weight, name: str) -> None:
     model = model_folder(tmp_path / "model", weight, name)

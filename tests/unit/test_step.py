@@ -18,7 +18,13 @@ TABLES = PolicyTables(POLICY, VOCABULARY)
 
 
 def test_ranges():
-    assert ranges(np.array([5, 20, 9]), np.array([2, 0, 3])).tolist() == [5, 6, 9, 10, 11]
+    assert ranges(np.array([5, 20, 9]), np.array([2, 0, 3])).tolist() == [
+        5,
+        6,
+        9,
+        10,
+        11,
+    ]
 
 
 @pytest.mark.parametrize("q", [1, 63, 64, 65, 129])
@@ -64,9 +70,7 @@ def oracle(tree: SparseTree, tokens: list[int], picked: list[int]):
     """Walk one tree node by node."""
     node, out, path = 0, [picked[0]], [0]
     while True:
-        children = [
-            c + 1 for c, parent in enumerate(tree.parents) if parent == node
-        ]
+        children = [c + 1 for c, parent in enumerate(tree.parents) if parent == node]
         follow = [c for c in children if tokens[c] == picked[node]]
         if not follow:
             return out, path, node
