@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from rich.console import Console
 
 from vllm_ppd.cli import demo, demo_prompts, demo_view, main
 from vllm_ppd.cli.demo_report import Comparison, NearTie, Totals, verdict
+from vllm_ppd.cli.engine_process import EngineFailedError, EngineProcess, start_all
 from vllm_ppd.cli.engine_worker import sentence
 from vllm_ppd.cli.generation import Generation, Step
 
@@ -162,3 +165,77 @@ def test_pydantic_errors_become_sentences() -> None:
 
     assert sentence(Reported("1 validation error")) == "max_model_len is too large"
     assert sentence(RuntimeError("plain words")) == "plain words"
+
+
+WORKER = """
+import json, sys, time
+print("Traceback (most recent call last)", file=sys.stderr)
+print("(Worker) ValueError: the root cause", file=sys.stderr)
+print("RuntimeError: engine core failed", file=sys.stderr, flush=True)
+mode = json.loads(input())["mode"]
+answers = {
+    "start": {"event": "ready", "card": {}},
+    "encode": {"event": "ids", "ids": [[1, 2]]},
+    "generate": {"event": "done", "wall_s": 0.5, "engine_steps": 2, "requests":
+        [[[0.1, [5], "", "a"], [0.2, [6, 7], "b", "c"]]]},
+    "score": {"event": "scores", "top": [[1, -0.5, "x"], [2, -0.75, "y"]]},
+    "refused": {"event": "error", "invalid": True, "message": "no such model"},
+    "failed": {"event": "error", "invalid": False, "message": "see above"},
+}
+print(json.dumps({"event": "imported", "device": "cpu"}), flush=True)
+for line in sys.stdin:
+    command = json.loads(line)["command"]
+    if command == "quit" or mode == "dies":
+        sys.exit()
+    if mode == "hangs":
+        time.sleep(60)
+    answer = answers.get(mode, answers[command])
+    if command == "generate" and json.loads(line)["stream"]:
+        steps = [[0, 0.1, [5], "", "a"]]
+        print(json.dumps({"event": "progress", "steps": steps}), flush=True)
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def fake_engine(mode: str, folder: Path) -> EngineProcess:
+    command = (sys.executable, "-c", WORKER)
+    return EngineProcess("an engine", {"mode": mode}, folder, command=command)
+
+
+def test_conversation_with_an_engine(tmp_path: Path) -> None:
+    engine = fake_engine("works", tmp_path)
+    start_all([engine], parallel=True)
+    assert engine.encode(["x"]) == [[1, 2]]
+    seen: list = []
+    batch = engine.generate([[1, 2]], {}, seen.extend)
+    assert seen == [[0, 0.1, [5], "", "a"]]
+    assert batch.tokens == 3
+    assert batch.requests[0].ids == (5, 6, 7)
+    assert engine.generate([[1, 2]], {}) == batch
+    assert engine.score([1]) == [(1, -0.5, "x"), (2, -0.75, "y")]
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "words"),
+    [
+        ("refused", ValueError, "^no such model$"),
+        ("failed", EngineFailedError, "ValueError: the root cause; its log is"),
+        ("dies", EngineFailedError, "ValueError: the root cause; its log is"),
+    ],
+)
+def test_failing_engines(tmp_path: Path, mode: str, kind: type, words: str) -> None:
+    engine = fake_engine(mode, tmp_path)
+    with pytest.raises(kind, match=words):
+        start_all([engine])
+    engine.close()
+    engine.close()
+
+
+def test_a_hanging_engine_is_ended(tmp_path: Path) -> None:
+    engine = fake_engine("hangs", tmp_path)
+    engine.wait_imported()
+    engine.begin_start()
+    start = time.monotonic()
+    engine.close()
+    assert time.monotonic() - start < 10

@@ -1,0 +1,41 @@
+# PYTHON: which interpreter builds .venv.  DEVICE: auto (default), cpu or cuda.
+# ARGS: more arguments for the demo.
+PYTHON ?= python3
+DEVICE ?= $(or $(VLLM_PPD_DEVICE),auto)
+
+# Commands of .venv first, so that tests and engines start what was installed there.
+RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+UNIT_TESTS := $(wildcard tests/unit tests/kernels)
+ENGINE_TESTS := $(wildcard tests/engine tests/e2e)
+
+.PHONY: help setup demo test test-unit lint format clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: ## make .venv with vLLM (CUDA or CPU) and this project, once
+	@$(PYTHON) scripts/setup_env.py --device $(DEVICE)
+
+demo: setup ## decode with a small trained model, plain against PPD
+	@$(RUN) vllm-ppd demo $(ARGS)
+
+test: test-unit ## all tests; those that need a GPU are skipped without one
+ifneq ($(ENGINE_TESTS),)
+	@$(RUN) python -m pytest $(ENGINE_TESTS)
+endif
+
+test-unit: setup ## tests that start no engine
+	@$(RUN) python -m pytest $(UNIT_TESTS)
+
+lint: setup ## ruff and mypy, changing nothing
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy vllm_ppd
+
+format: setup ## let ruff fix and format
+	@$(RUN) ruff check --fix .
+	@$(RUN) ruff format .
+
+clean: ## remove .venv and caches; build/ (trained models) stays
+	rm -rf .venv dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './build/*' -prune -exec rm -rf {} +

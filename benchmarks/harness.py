@@ -1,0 +1,265 @@
+"""Runs decoders in turn on the same prompts, counted by the same counter.
+
+Every decoder is a vLLM engine in a process of its own (`vllm_ppd.cli.engine_process`)
+that sleeps while another is measured. Tokens are the token ids in vLLM's own outputs,
+for all decoders alike; steps are the engine's steps that brought output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from stats import Sameness, summarise
+
+from vllm_ppd.cli.demo_prompts import read_texts
+from vllm_ppd.cli.engine_process import (
+    EngineFailedError,
+    EngineProcess,
+    settle,
+    start_all,
+)
+from vllm_ppd.cli.generation import Batch, Generation
+
+DECODERS = ("plain", "ppd", "ngram")
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 4,
+    "prompt_lookup_min": 2,
+}
+
+
+class Decoder(Protocol):
+    """What is measured; an EngineProcess, or a fake in tests."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: dict[str, Any]
+    ) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One condition: what is held fixed while decoders alternate."""
+
+    batch: int
+    temperature: float
+
+
+@dataclass
+class Measured:
+    """One decoder in one cell."""
+
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    texts: list[Generation] = field(default_factory=list)
+    """Of the first round, request by request."""
+
+
+def decoder_settings(
+    name: str,
+    base: Mapping[str, Any],
+    prompt_tokens: str,
+    ppd: Mapping[str, Any],
+    ngram: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for a decoder; raises ValueError for an unknown one."""
+    if name == "plain":
+        return dict(base)
+    if name == "ppd":
+        speculative = {"method": "ppd", "model": prompt_tokens, **ppd}
+    elif name == "ngram":
+        speculative = {**NGRAM, **ngram}
+    else:
+        raise ValueError(f"unknown decoder {name!r}; known: {', '.join(DECODERS)}")
+    return {**base, "speculative_config": speculative}
+
+
+@contextlib.contextmanager
+def running(
+    settings: Mapping[str, Mapping[str, Any]], in_process: bool, say: Any
+) -> Iterator[dict[str, EngineProcess]]:
+    """All engines, started one after the other; logs stay only if one fails."""
+    folder = Path(tempfile.mkdtemp(prefix="vllm-ppd-bench-"))
+    engines: dict[str, EngineProcess] = {}
+    keep = False
+    try:
+        for name, options in settings.items():
+            engines[name] = EngineProcess(name, dict(options), folder, in_process)
+        start_all(list(engines.values()), say)
+        yield engines
+    except EngineFailedError:
+        keep = True
+        raise
+    finally:
+        for engine in engines.values():
+            engine.close()
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def pick_texts(path: Path, count: int, characters: int, seed: int = 0) -> list[str]:
+    """Passages of `characters` from inside held-out texts, the same at every call.
+
+    Passages begin at any line, as a file's start is often a licence. Raises ValueError
+    when there are too few texts of that length.
+    """
+    chosen = random.Random(seed)
+    passages = []
+    for text in read_texts(path):
+        starts = [0, *(i + 1 for i, c in enumerate(text) if c == "\n")]
+        starts = [start for start in starts if start + characters <= len(text)]
+        if starts:
+            start = chosen.choice(starts)
+            passages.append(text[start : start + characters])
+    if len(passages) < count:
+        raise ValueError(
+            f"{path} has {len(passages)} texts of {characters} characters or more, "
+            f"and {count} are asked for; lower --num-prompts or --prompt-tokens"
+        )
+    return chosen.sample(passages, count)
+
+
+def encode_prompts(
+    engine: EngineProcess, path: Path, count: int, length: int
+) -> list[list[int]]:
+    """`count` prompts of exactly `length` tokens from a file of held-out texts."""
+    # Text has rarely more than five characters per token; shorter ones are dropped.
+    texts = pick_texts(path, count, 5 * length)
+    prompts = [ids[:length] for ids in engine.encode(texts)]
+    short = sum(len(ids) < length for ids in prompts)
+    if short:
+        raise ValueError(
+            f"{short} of {count} passages of {path} have fewer than {length} tokens; "
+            "lower --prompt-tokens"
+        )
+    return prompts
+
+
+def figures(batches: Sequence[Batch]) -> dict[str, float]:
+    """The figures of one round: all prompts, in batches one after the other."""
+    requests = [request for batch in batches for request in batch.requests]
+    wall = sum(batch.wall_s for batch in batches)
+    decoded = sum(len(r.ids) - len(r.steps[0].ids) for r in requests)
+    decode_steps = sum(len(r.steps) - 1 for r in requests)
+    return {
+        "tokens_per_s": sum(batch.tokens for batch in batches) / wall,
+        "wall_s": wall,
+        "tokens": sum(batch.tokens for batch in batches),
+        "engine_steps": sum(batch.engine_steps for batch in batches),
+        # Acceptance length; a request's first step reads the prompt and is left out.
+        "tokens_per_step": decoded / decode_steps if decode_steps else 1.0,
+        "ms_per_step": 1000 * wall / max(1, sum(b.engine_steps for b in batches)),
+        "first_token_s": sum(r.steps[0].at_s for r in requests) / len(requests),
+    }
+
+
+def run_prompts(
+    engine: Decoder,
+    prompts: Sequence[Sequence[int]],
+    cell: Cell,
+    max_tokens: int,
+) -> list[Batch]:
+    """All prompts once, `cell.batch` at a time; every request to full length."""
+    params = {
+        "temperature": cell.temperature,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+    }
+    return [
+        engine.generate(prompts[at : at + cell.batch], params)
+        for at in range(0, len(prompts), cell.batch)
+    ]
+
+
+def measure_cell(
+    engines: Mapping[str, Decoder],
+    prompts: Sequence[Sequence[int]],
+    cell: Cell,
+    max_tokens: int,
+    rounds: int,
+    pause: Any = settle,
+) -> dict[str, Any]:
+    """Warm every decoder up, then measure them in alternation.
+
+    pause: called before each turn, so that the engine that ran last is asleep.
+    """
+    found = {name: Measured() for name in engines}
+    for engine in engines.values():
+        pause()
+        # A whole batch, so that nothing is compiled or allocated while measured.
+        run_prompts(engine, prompts[: cell.batch], cell, max_tokens)
+    for number in range(rounds):
+        for name, engine in engines.items():
+            pause()
+            batches = run_prompts(engine, prompts, cell, max_tokens)
+            found[name].rounds.append(figures(batches))
+            if number == 0:
+                found[name].texts = [r for b in batches for r in b.requests]
+    return report(cell, found)
+
+
+def report(cell: Cell, found: Mapping[str, Measured]) -> dict[str, Any]:
+    """A cell's part of the results file."""
+    summary = summarise({name: measured.rounds for name, measured in found.items()})
+    decoders = {}
+    for name, measured in found.items():
+        same = None
+        # Sampled texts differ by chance, greedy ones must not.
+        if cell.temperature == 0 and "plain" in found:
+            plain_ids = [text.ids for text in found["plain"].texts]
+            same = vars(Sameness.of([t.ids for t in measured.texts], plain_ids))
+        repeated = [text.repeated for text in measured.texts]
+        decoders[name] = {
+            **summary[name],
+            "same_ids_as_plain": same,
+            "repeated_4grams": round(sum(repeated) / len(repeated), 4),
+            "rounds": [
+                {key: round(value, 5) for key, value in one.items()}
+                for one in measured.rounds
+            ],
+        }
+    return {
+        "batch": cell.batch,
+        "temperature": cell.temperature,
+        "decoders": decoders,
+    }
+
+
+def document(
+    script: str,
+    environment: Mapping[str, Any],
+    engines: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    cells: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """A results file."""
+    return {
+        "format": "ppd_benchmark",
+        "format_version": 1,
+        "script": script,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": dict(environment),
+        "engines": dict(engines),
+        "settings": dict(settings),
+        "cells": list(cells),
+    }
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A results file; raises ValueError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    kind = content.get("format") if isinstance(content, dict) else None
+    if kind != "ppd_benchmark" or content.get("format_version") != 1:
+        raise ValueError(f"{path} is no results file of this version")
+    return content

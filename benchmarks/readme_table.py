@@ -1,0 +1,101 @@
+"""Write the README's result table from committed results.
+
+python benchmarks/readme_table.py            # rewrites README.md
+python benchmarks/readme_table.py --check    # fails if README.md is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results: benchmarks/readme_table.py -->", "<!-- end -->"
+
+
+def spread(figure: dict[str, float], digits: int = 2) -> str:
+    return "{median:.{d}f} ({min:.{d}f}-{max:.{d}f})".format(**figure, d=digits)
+
+
+def decoders(results: dict[str, Any]) -> list[str]:
+    """One row per batch and temperature: ratios against plain vLLM."""
+    lines = [
+        "| requests at once | temperature | plain, tokens/s | PPD / plain | PPD tokens "
+        "per step | n-gram / plain |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in results["cells"]:
+        plain, ppd, ngram = (cell["decoders"][n] for n in ("plain", "ppd", "ngram"))
+        lines.append(
+            f"| {cell['batch']} | {cell['temperature']:g} "
+            f"| {plain['tokens_per_s']['median']:.0f} | {spread(ppd['ratio'])} "
+            f"| {ppd['tokens_per_step']['median']:.2f} | {spread(ngram['ratio'])} |"
+        )
+    return lines
+
+
+def replayed(name: str, what: str) -> list[str]:
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text())
+    cell, rows = results["cells"][0], results["settings"]["rows"]
+    found = cell["decoders"]
+    return [
+        f"- {what}: **{spread(cell['ppd_speedup'])}x** plain at one request "
+        f"({found['ppd x1']['tokens_per_step']:.2f} tokens per step of {rows} rows; "
+        f"{found['plain x1']['step_ms']:.2f} ms a plain step, "
+        f"{found['ppd x1']['step_ms']:.2f} ms a PPD step)."
+    ]
+
+
+def section() -> str:
+    results = json.loads((RESULTS / "demo_model.json").read_text())
+    machine = results["environment"]
+    engine = results["engines"]["ppd"]
+    settings = results["settings"]
+    lines = [
+        "Measured on the demo model "
+        f"({machine['cpu']}, {machine['usable_cores']} cores; vLLM {engine['vllm']}, "
+        f"{engine['dtype']}, {'eager' if engine['eager'] else 'compiled'}; held-out "
+        f"Python sources, {settings['max_tokens']} tokens each; engines take turns, "
+        f"medians of {settings['rounds']} rounds with the slowest and fastest):",
+        "",
+        *decoders(results),
+        "",
+        *replayed(
+            "step_cost_100m_replay",
+            "A random model of 100 M parameters, guesses accepted as published for "
+            "Vicuna-7B",
+        ),
+        *replayed(
+            "step_cost_30m_replay",
+            "The same at 30 M parameters",
+        ),
+    ]
+    return "\n".join([BEGIN, *lines, END])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only compare")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    new = pattern.sub(lambda _: section(), text)
+    if args.check:
+        if new != text:
+            raise SystemExit("README.md does not show the committed results")
+    elif new == text and not pattern.search(text):
+        raise SystemExit(f"README.md has no line {BEGIN!r}")
+    else:
+        readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,385 @@
+"""Calibration counts what decoding would see, and writes it or leaves no trace."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+
+from vllm_ppd.acceptance import AcceptanceError, AcceptanceStats  # noqa: E402
+from vllm_ppd.candidates import fill_drafts  # noqa: E402
+from vllm_ppd.cli import calibrate as command  # noqa: E402
+from vllm_ppd.fingerprint import BaseModelFingerprint  # noqa: E402
+from vllm_ppd.prompts import PromptTokens, PromptTokensError  # noqa: E402
+from vllm_ppd.tables import PolicyTables  # noqa: E402
+from vllm_ppd.train import calibration_job  # noqa: E402
+from vllm_ppd.train.calibrate import Measurement, measure, prompt_starts  # noqa: E402
+from vllm_ppd.train.calibration_settings import CalibrationSettings  # noqa: E402
+from vllm_ppd.train.continuation import continue_prompts, end_tokens  # noqa: E402
+from vllm_ppd.train.data import TokenStream  # noqa: E402
+from vllm_ppd.train.documents import DataError  # noqa: E402
+from vllm_ppd.train.model import FrozenModel, ModelError  # noqa: E402
+from vllm_ppd.train.reliability import EDGES, Reliability  # noqa: E402
+from vllm_ppd.train.settings import SettingsError  # noqa: E402
+from vllm_ppd.tree import SparseTree, TreePolicy  # noqa: E402
+
+VOCAB, HIDDEN, END = 53, 32, 0
+PROMPT, WRITTEN = 6, 14
+# Every place of every continuation becomes a point.
+SETTINGS = CalibrationSettings(
+    points=10_000,
+    points_per_prompt=WRITTEN,
+    prompt_length=PROMPT,
+    continuation=WRITTEN,
+    ranks=VOCAB,
+    batch_size=3,
+)
+
+
+def tiny_llama(vocabulary: int = VOCAB) -> transformers.PreTrainedModel:
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        eos_token_id=END,
+        bos_token_id=None,
+    )
+    return transformers.LlamaForCausalLM(config).float()
+
+
+@pytest.fixture(scope="module")
+def model() -> FrozenModel:
+    return FrozenModel(tiny_llama())
+
+
+@pytest.fixture(scope="module")
+def stream() -> TokenStream:
+    generator = torch.Generator().manual_seed(5)
+    return TokenStream(torch.randint(1, VOCAB, (8 * PROMPT + 3,), generator=generator))
+
+
+def table(m: int, e: int) -> torch.Tensor:
+    return torch.randn(m, e, HIDDEN, generator=torch.Generator().manual_seed(m * e))
+
+
+def written_by(model: FrozenModel, prompt: list[int]) -> list[int]:
+    """The greedy continuation, each token from a whole forward pass of its own."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + WRITTEN:
+        logits = model.model(torch.tensor([tokens])).logits[0, -1]
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] == END:
+            break
+    return tokens
+
+
+@torch.no_grad()
+def prompt_logits(
+    model: FrozenModel, prompts: torch.Tensor, context: list[int]
+) -> torch.Tensor:
+    """[m, vocabulary]: prompt rows after a context, by a pass of their own."""
+    m, e, _ = prompts.shape
+    embedded = model.embed(torch.tensor(context))
+    members = [
+        model.model(inputs_embeds=torch.cat([embedded, prompts[:, j]])[None]).logits
+        for j in range(e)
+    ]
+    return torch.stack(members).mean(dim=0)[0, -m:]
+
+
+@pytest.mark.parametrize(("m", "e"), [(3, 1), (2, 3)])
+@torch.no_grad()
+def test_counts_are_those_of_points_one_by_one(model, stream, m, e, monkeypatch):
+    prompts = table(m, e)
+    counts = np.zeros((m, VOCAB))
+    total = 0
+    mass = np.zeros(m)
+    for start in prompt_starts(stream, PROMPT).tolist():
+        tokens = written_by(model, stream.tokens[start : start + PROMPT].tolist())
+        for root in range(PROMPT, len(tokens) - m - 1):
+            logits = prompt_logits(model, prompts, tokens[: root + 1])
+            total += 1
+            for d in range(1, m + 1):
+                best = logits[d - 1].argsort(descending=True).tolist()
+                counts[d - 1, best.index(tokens[root + 1 + d])] += 1
+            mass += logits.softmax(dim=1).sum(dim=1).numpy()
+    assert total > 30
+    whole = measure(model, prompts, stream, SETTINGS)
+    # The same again with the prompt rows of one point at a time.
+    monkeypatch.setattr("vllm_ppd.train.calibrate._ROWS_AT_ONCE", 1)
+    monkeypatch.setattr("vllm_ppd.train.calibrate._CHUNK_ELEMENTS", 1)
+    for found in (whole, measure(model, prompts, stream, SETTINGS)):
+        assert found.num_points == total
+        np.testing.assert_allclose(found.acceptance(VOCAB), counts / total, atol=1e-12)
+        assert found.reliability.right.sum(dim=1).tolist() == [total] * m
+        np.testing.assert_allclose(found.reliability.predicted.sum(dim=1), mass)
+    few = whole.acceptance(4)
+    assert few.shape == (m, 4)
+    np.testing.assert_allclose(few, counts[:, :4] / total, atol=1e-12)
+
+
+@torch.no_grad()
+def test_distance_is_the_depth_in_the_next_tree(model, stream):
+    """Decode token by token; hold each step's tree against the tokens that come."""
+    m, ranks = 2, 5
+    # All candidates of depth 1, and all of depth 2 below the best of them.
+    parents, chosen = (0,) * ranks + (1,) * ranks, tuple(range(ranks)) * 2
+    tree = SparseTree(parents, chosen, (m,) + (0,) * 2 * ranks)
+    empty = [SparseTree((), (), (m,)), SparseTree((0,), (0,), (m, m))]
+    tables = PolicyTables(TreePolicy((*empty, tree)), first_soft_id=VOCAB)
+    prompts = table(m, 1)
+    hits, steps = np.zeros((m, ranks)), 0
+    for start in prompt_starts(stream, PROMPT).tolist():
+        future = written_by(model, stream.tokens[start : start + PROMPT].tolist())
+        for last in range(PROMPT, len(future) - m - 1):
+            # A step that ends at its root: prompt rows there, then the next token.
+            context = future[: last + 1]
+            best = prompt_logits(model, prompts, context).topk(ranks).indices.numpy()
+            root = len(context)
+            assert future[root] == written_by(model, context)[root]
+            state = np.array([m])
+            (drafts,) = fill_drafts(tables, state, state, best)
+            steps += 1
+            for node, depth in enumerate(tree.node_depths):
+                if node and drafts[node - 1] == future[root + depth]:
+                    hits[depth - 1, tree.ranks[node - 1]] += 1
+    assert hits.sum() > 3
+    found = measure(model, prompts, stream, SETTINGS)
+    np.testing.assert_allclose(found.acceptance(ranks), hits / steps, atol=1e-12)
+
+
+def test_greedy_and_sampled_continuations(model, stream):
+    starts = prompt_starts(stream, PROMPT)
+    prompts, _ = stream.windows(starts, PROMPT)
+    generator = torch.Generator().manual_seed(0)
+    greedy = continue_prompts(model, prompts, WRITTEN, 0.0, generator)
+    for row, prompt in enumerate(prompts.tolist()):
+        expected = written_by(model, prompt)
+        kept = PROMPT + int(greedy.written[row].sum())
+        assert greedy.tokens[row, :kept].tolist() == expected
+        assert not greedy.written[row, :PROMPT].any()
+        assert greedy.written[row, PROMPT:kept].all()
+    assert end_tokens(model) == [END]
+    # Sampling: the first token's frequencies are the model's probabilities.
+    many = prompts[:1].expand(4000, -1)
+    drawn = continue_prompts(model, many, 1, 1.7, generator).tokens[:, -1]
+    logits = model.model(prompts[:1]).logits[0, -1]
+    expected = (logits / 1.7).softmax(dim=0)
+    observed = torch.bincount(drawn, minlength=VOCAB) / len(drawn)
+    assert (observed - expected).abs().max() < 4 * math.sqrt(0.25 / len(drawn))
+    assert observed.max() < 0.99
+
+
+def test_same_seed_same_figures(model, stream):
+    settings = dataclasses.replace(SETTINGS, temperature=1.0, points_per_prompt=4)
+    ranks = [
+        measure(
+            model, table(2, 1), stream, dataclasses.replace(settings, seed=seed)
+        ).ranks
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(ranks[0], ranks[1])
+    assert not torch.equal(ranks[0], ranks[2])
+
+
+def test_stops_at_the_points_asked_for(model, stream):
+    settings = dataclasses.replace(SETTINGS, points=8, points_per_prompt=4)
+    found = measure(model, table(2, 1), stream, settings)
+    assert 8 <= found.num_points < 12
+    assert found.num_prompts <= 3
+
+
+def test_prompts_of_chats_end_where_the_assistant_writes():
+    allowed = torch.zeros(40, dtype=torch.bool)
+    allowed[[3, 10, 11, 12, 30]] = True
+    starts = prompt_starts(TokenStream(torch.arange(40), allowed), 5)
+    assert starts.tolist() == [5, 25]
+    with pytest.raises(DataError, match="no prompt of 35 tokens"):
+        prompt_starts(TokenStream(torch.arange(40), allowed), 35)
+
+
+def test_conditional_rates_and_intervals():
+    ranks = torch.tensor([[0, 0], [0, 3], [5, 0], [0, 0]])
+    own = Measurement(ranks, torch.arange(4), Reliability.zeros(2))
+    assert own.given_earlier(1) == pytest.approx([3 / 4, 2 / 3])
+    assert own.given_earlier(4) == pytest.approx([3 / 4, 1.0])
+    # Wilson at 40 of 100, worked out by hand: centre .4038, [.3094, .4980].
+    hits = torch.cat([torch.zeros(40), torch.ones(60)]).long()[:, None]
+    apart = Measurement(hits, torch.arange(100), Reliability.zeros(1))
+    assert apart.effective_points()[0] == pytest.approx(99.0)
+    assert 0.0943 < apart.half_widths()[0] < 0.0955
+    # Ten equal points in each of ten continuations say no more than ten points.
+    together = Measurement(hits, torch.arange(100) // 10, Reliability.zeros(1))
+    assert together.effective_points()[0] == pytest.approx(9.0)
+    never = Measurement(hits * 0 + 1, torch.arange(100), Reliability.zeros(1))
+    assert 0 < never.half_widths()[0] < 0.02
+
+
+def test_reliability_of_believable_and_of_boastful_rows():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(20_000, 5, generator=generator).softmax(dim=1)
+    values = values.sort(dim=1, descending=True).values
+    rank = torch.multinomial(values, 1, generator=generator)[:, 0]
+    at = torch.arange(20_000) % 2
+    honest = Reliability.of(2, at, values, rank)
+    assert honest.count.sum().item() == values.numel()
+    assert honest.count.shape == (2, len(EDGES) + 1)
+    assert max(honest.errors(10_000)) < 0.02
+    boast = Reliability.of(2, at, values.square(), rank) + Reliability.zeros(2)
+    assert min(boast.errors(10_000)) > 0.3
+    for bins in honest.to_dicts():
+        assert bins["observed"] == pytest.approx(bins["predicted"], abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model's folder and a text file."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<end>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>"
+    ).save_pretrained(folder / "tiny")
+    tiny_llama(len(vocabulary)).save_pretrained(folder / "tiny")
+    words = random.Random(0).choices(["alpha", "beta", "(x)", "= 1"], k=120)
+    (folder / "text.txt").write_text(" ".join(words))
+    return folder / "tiny", folder / "text.txt"
+
+
+@pytest.fixture
+def prompts_folder(folders, tmp_path: Path) -> Path:
+    path = tmp_path / "prompts"
+    base = BaseModelFingerprint.of_folder(folders[0])
+    PromptTokens(table(2, 1), base).save(path)
+    return path
+
+
+def calibrate(folders, path: Path, *more: str, data: Path | None = None) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    small = "--points 60 --prompt-length 8 --continue 12 --ranks 9 --cpu --quiet"
+    paths = [str(path), "--model", str(folders[0]), "--data", str(data or folders[1])]
+    return command.run(parser.parse_args([*paths, *small.split(), *more]))
+
+
+def test_writes_table_record_and_plot(folders, prompts_folder, capsys):
+    before = sorted(p.name for p in prompts_folder.iterdir())
+    assert calibrate(folders, prompts_folder) == 0
+    stats = AcceptanceStats.load(prompts_folder / "acceptance.json")
+    assert stats.acceptance.shape == (2, 9)
+    source = stats.source
+    assert source["points"] >= 60 and source["temperature"] == 0
+    assert source["base_model"]["name"] == "tiny"
+    assert list(source["data_sha256"]) == ["text.txt"]
+    assert {"torch", "transformers", "vllm_ppd"} <= set(source["versions"])
+    assert len(source["top1_half_width_95"]) == 2
+    assert len(source["reliability"]) == 2
+    new = {p.name for p in prompts_folder.iterdir()} - set(before)
+    plotted = "no plot" not in capsys.readouterr().out
+    assert new == {"acceptance.json"} | ({"acceptance.png"} if plotted else set())
+    # Prompt tokens with an acceptance table are prompt tokens still.
+    PromptTokens.load(prompts_folder)
+
+
+def test_without_matplotlib_there_is_no_plot(
+    folders, prompts_folder, monkeypatch, capsys
+):
+    def missing(stats):
+        raise ImportError
+
+    monkeypatch.setattr(calibration_job, "draw", missing)
+    assert calibrate(folders, prompts_folder) == 0
+    assert "matplotlib is not installed" in capsys.readouterr().out
+    assert not (prompts_folder / "acceptance.png").exists()
+
+
+def test_keeps_and_replaces_an_earlier_table(folders, prompts_folder, tmp_path):
+    file = prompts_folder / "acceptance.json"
+    file.write_text("precious")
+    with pytest.raises(ValueError, match="there already.*--overwrite"):
+        calibrate(folders, prompts_folder)
+    assert file.read_text() == "precious"
+    other = tmp_path / "other.json"
+    assert calibrate(folders, prompts_folder, "--out", str(other)) == 0
+    assert file.read_text() == "precious"
+    assert calibrate(folders, prompts_folder, "--overwrite") == 0
+    same = [json.loads(f.read_text())["acceptance"] for f in (file, other)]
+    assert same[0] == same[1]
+
+
+def test_a_failed_write_leaves_the_earlier_table(folders, prompts_folder, monkeypatch):
+    file = prompts_folder / "acceptance.json"
+    file.write_text("precious")
+    before = sorted(p.name for p in prompts_folder.iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vllm_ppd.atomic.os.replace", full)
+    with pytest.raises(AcceptanceError, match="No space left"):
+        calibrate(folders, prompts_folder, "--overwrite")
+    assert file.read_text() == "precious"
+    assert sorted(p.name for p in prompts_folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        ("--points 0", SettingsError, "points is 0"),
+        ("--temperature -1", SettingsError, "temperature is -1"),
+        ("--temperature nan", SettingsError, "temperature is nan"),
+        ("--dtype int4", SettingsError, "dtype is 'int4'"),
+        ("--continue 3", SettingsError, "too short for 2 prompt tokens.*at least 4"),
+        ("--ranks 1000", SettingsError, "vocabulary has 257 tokens"),
+        ("--continue 60", ModelError, "length 68 exceeds the model's 64 positions"),
+        ("--prompt-length 5000 --continue 9", DataError, "at least 5000"),
+        ("--out nowhere/a.json", ValueError, "nowhere is no folder"),
+        ("--out weights.bin", ValueError, "ending in .json"),
+    ],
+)
+def test_bad_settings(folders, prompts_folder, flags, error, message):
+    with pytest.raises(error, match=message):
+        calibrate(folders, prompts_folder, *flags.split())
+    assert not (prompts_folder / "acceptance.json").exists()
+
+
+def test_bad_data_model_and_prompt_tokens(folders, prompts_folder, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    with pytest.raises(DataError, match="holds no text"):
+        calibrate(folders, prompts_folder, data=empty)
+    with pytest.raises(DataError, match="cannot be read"):
+        calibrate(folders, prompts_folder, data=tmp_path / "missing.txt")
+    with pytest.raises(ValueError, match="missing"):
+        calibrate(folders, tmp_path / "missing")
+    base = BaseModelFingerprint.of_folder(folders[0])
+    other = dataclasses.replace(base, embedding_sha256="0" * 64)
+    PromptTokens(table(2, 1), other).save(tmp_path / "other")
+    with pytest.raises(PromptTokensError, match="trained for 'tiny'"):
+        calibrate(folders, tmp_path / "other")
+
+
+def test_a_model_that_ends_at_once(stream):
+    silent = FrozenModel(tiny_llama())
+    silent.model.generation_config.eos_token_id = list(range(VOCAB))
+    with pytest.raises(DataError, match="after none of 8 prompts"):
+        measure(silent, table(2, 1), stream, SETTINGS)

@@ -1,0 +1,202 @@
+"""The command vllm-ppd: help, errors, and `inspect`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vllm_ppd.cli import main
+from vllm_ppd.cli.engine_process import EngineFailedError
+from vllm_ppd.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompts import PromptTokens
+
+HIDDEN, VOCAB = 8, 50
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": HIDDEN,
+        "vocab_size": VOCAB,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
+    save_file({"model.embed_tokens.weight": weight}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path, model: Path) -> Path:
+    base = BaseModelFingerprint.of_folder(model, name="org/base")
+    folder = tmp_path / "prompts"
+    embeddings = torch.zeros(3, 2, HIDDEN)
+    embeddings[1, 0, :2] = torch.tensor([3.0, 4.0])
+    PromptTokens(embeddings, base).save(folder)
+    return folder
+
+
+def command(monkeypatch: pytest.MonkeyPatch, run) -> None:
+    """Make `vllm-ppd probe` run the given function."""
+    module = types.ModuleType("probe_command")
+    module.add_arguments = lambda parser: None  # type: ignore[attr-defined]
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "probe_command", module)
+    entry = main.Command("probe_command", "probes", "vllm-ppd probe")
+    monkeypatch.setitem(main.COMMANDS, "probe", entry)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, contextlib\n"
+        "from vllm_ppd.cli.main import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "heavy = {'vllm', 'torch', 'rich', 'numpy'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+    for name, entry in main.COMMANDS.items():
+        assert name in done.stdout
+        assert entry.example in done.stdout
+
+
+@pytest.mark.parametrize("name", ["demo", "inspect"])
+def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main.main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"example: vllm-ppd {name}" in capsys.readouterr().out
+
+
+def test_no_command_prints_help(capsys: pytest.CaptureFixture) -> None:
+    assert main.main([]) == 2
+    assert "inspect" in capsys.readouterr().out
+
+
+def test_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_ppd", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("vllm-ppd ")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("no such x"), 2), (EngineFailedError("dead"), 1)]
+)
+def test_errors_are_sentences(monkeypatch, capsys, error, status) -> None:
+    def run(args) -> int:
+        raise error
+
+    command(monkeypatch, run)
+    assert main.main(["probe"]) == status
+    assert capsys.readouterr().err == f"vllm-ppd probe: {error}\n"
+    for argv in (["probe", "--debug"], ["--debug", "probe"]):
+        assert main.main(argv) == status
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_other_errors_keep_their_traceback(monkeypatch) -> None:
+    def run(args) -> int:
+        raise KeyError("a bug")
+
+    command(monkeypatch, run)
+    with pytest.raises(KeyError):
+        main.main(["probe"])
+
+
+def test_interrupt_is_quiet(monkeypatch, capsys) -> None:
+    def run(args) -> int:
+        raise KeyboardInterrupt
+
+    command(monkeypatch, run)
+    assert main.main(["probe"]) == 130
+    assert capsys.readouterr().err.strip() == ""
+
+
+def inspect_json(capsys, *argv: str) -> tuple[int, dict]:
+    status = main.main(["inspect", "--json", *argv])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_inspect_json(prompts: Path, model: Path, capsys) -> None:
+    status, found = inspect_json(capsys, str(prompts), "--model", str(model))
+    assert status == 0
+    assert (found["num_prompt_tokens"], found["num_ept"]) == (3, 2)
+    assert found["hidden_size"] == HIDDEN
+    assert found["trainable_parameters"] == 3 * 2 * HIDDEN
+    assert found["norms"][1] == [5.0, 0.0]
+    assert found["base_model"]["name"] == "org/base"
+    assert found["training"] is None
+    assert found["acceptance"] is None
+    assert found["problems"] == []
+    assert found["fits"] == {
+        "model": str(model),
+        "fits": True,
+        "weights_compared": True,
+    }
+
+
+def test_inspect_reads_the_records(prompts: Path, capsys) -> None:
+    record = {
+        "steps": 7,
+        "seconds": 12.5,
+        "device": "cpu",
+        "settings": {"alpha": 0.8},
+        "held_out": {"model_top1": [0.3, 0.2, 0.1], "model_top10": [0.6, 0.5, 0.4]},
+        "history": [1, 2, 3],
+    }
+    (prompts / "training.json").write_text(json.dumps(record))
+    table = {
+        "format": "ppd_acceptance",
+        "format_version": 1,
+        "acceptance": [[0.25, 0.125], [0.125, 0.125], [0.0625, 0.0]],
+    }
+    (prompts / "acceptance.json").write_text(json.dumps(table))
+    status, found = inspect_json(capsys, str(prompts))
+    assert status == 0
+    assert found["training"]["steps"] == 7
+    assert "history" not in found["training"]
+    assert found["acceptance"]["top1"] == [0.25, 0.125, 0.0625]
+    assert found["acceptance"]["top10"] == [0.375, 0.25, 0.0625]
+    assert main.main(["inspect", str(prompts)]) == 0
+    shown = capsys.readouterr().out
+    for word in ("org/base", "7 steps", "0.300 / 0.600", "0.062 / 0.062", "alpha 0.8"):
+        assert word in shown
+
+
+def test_inspect_says_what_does_not_fit(prompts: Path, model: Path, capsys) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "hidden_size": 16}))
+    status, found = inspect_json(capsys, str(prompts), "--model", str(model))
+    assert status == 1
+    assert found["fits"]["fits"] is False
+    assert "hidden size 16 instead of 8" in found["problems"][0]
+    assert main.main(["inspect", str(prompts), "--model", str(model)]) == 1
+    assert "problem: these prompt tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["training.json", "acceptance.json"])
+def test_inspect_reports_unreadable_records(prompts: Path, name: str, capsys) -> None:
+    (prompts / name).write_text("{")
+    status, found = inspect_json(capsys, str(prompts))
+    assert status == 1
+    assert name in found["problems"][0]
+
+
+def test_inspect_refuses_other_folders(tmp_path: Path, model: Path, capsys) -> None:
+    assert main.main(["inspect", str(model)]) == 2
+    assert "describes a model" in capsys.readouterr().err
+    assert main.main(["inspect", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

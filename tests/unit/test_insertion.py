@@ -1,0 +1,379 @@
+"""Many insertions in one pass are the insertions one by one, and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+transformers = pytest.importorskip("transformers")
+
+from vllm_ppd.train.forward import insertion_loss  # noqa: E402
+from vllm_ppd.train.insertion import (  # noqa: E402
+    Insertion,
+    sample_insertion,
+    token_positions,
+)
+from vllm_ppd.train.loss import NO_TOKEN, Targets, prompt_loss  # noqa: E402
+from vllm_ppd.train.model import FrozenModel, ModelError  # noqa: E402
+from vllm_ppd.train.scores import token_rank  # noqa: E402
+
+VOCAB, HIDDEN, LENGTH, BATCH = 61, 32, 20, 3
+ALPHA = 0.8
+# fp32: the two computations order their sums differently, nothing more.
+TOLERANCE = {"rtol": 2e-4, "atol": 2e-6}
+
+PADDING = {
+    "none": torch.ones(BATCH, LENGTH),
+    "left": (torch.arange(LENGTH) >= torch.tensor([0, 5, 12])[:, None]).float(),
+    "right": (torch.arange(LENGTH) < torch.tensor([20, 15, 8])[:, None]).float(),
+}
+
+
+def tiny_llama(**changes) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        # Large weights make distributions peaked, so that errors show.
+        initializer_range=0.3,
+        **changes,
+    )
+    return transformers.LlamaForCausalLM(config).float()
+
+
+@pytest.fixture(scope="module")
+def model() -> FrozenModel:
+    return FrozenModel(tiny_llama())
+
+
+def make_batch(padding: str, m: int, e: int, points: int = 5):
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
+    mask = PADDING[padding]
+    insertion = sample_insertion(mask, points, m, e, generator)
+    table = torch.randn(m, e, HIDDEN, generator=generator)
+    return ids, insertion, table
+
+
+def naive_loss(model, table, ids, insertion, kind):
+    """Each point and ensemble member by itself, as an ordinary causal sequence."""
+    m, e, _ = table.shape
+    sums, counts = [torch.zeros(())] * m, [0] * m
+    for b, k in itertools.product(*map(range, insertion.points.shape)):
+        if not insertion.valid[b, k]:
+            continue
+        p = int(insertion.points[b, k])
+        real = insertion.attention_mask[b].nonzero()[:, 0]
+        first, last = int(real[0]), int(real[-1])
+        context = model.model.get_input_embeddings()(ids[b, first : p + 1])
+        members = []
+        for j in range(e):
+            inputs = torch.cat([context, table[:, j]])[None]
+            members.append(model.model(inputs_embeds=inputs).logits[0, -m:])
+        guess = torch.stack(members).mean(dim=0).log_softmax(dim=-1)
+        own = model.model(ids[b, first : p + m + 1][None]).logits[0, -m:]
+        for i in range(m):
+            after = p + 1 + i + 1
+            if kind == "kl":
+                target = own[i].log_softmax(dim=-1).detach()
+                value = (target.exp() * (target - guess[i])).sum()
+            elif after <= last:
+                value = -guess[i, ids[b, after]]
+            else:
+                continue
+            sums[i] = sums[i] + value
+            counts[i] += 1
+    return sum(ALPHA**i * sums[i] / counts[i] for i in range(m))
+
+
+@pytest.mark.parametrize("kind", ["kl", "labels"])
+@pytest.mark.parametrize("e", [1, 3])
+@pytest.mark.parametrize("padding", list(PADDING))
+def test_one_pass_equals_naive_loop(model, padding: str, e: int, kind) -> None:
+    ids, insertion, table = make_batch(padding, m=3, e=e)
+    assert insertion.valid.sum() > 8
+    gradients, losses = [], []
+    for compute in (
+        lambda t: insertion_loss(model, t, ids, insertion, alpha=ALPHA, kind=kind)[0],
+        lambda t: naive_loss(model, t, ids, insertion, kind),
+    ):
+        leaf = table.clone().requires_grad_()
+        loss = compute(leaf)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*losses, **TOLERANCE)
+    torch.testing.assert_close(*gradients, **TOLERANCE)
+    assert gradients[0].abs().max() > 1e-3
+
+
+def test_eager_attention_agrees_with_sdpa(model) -> None:
+    ids, insertion, table = make_batch("left", m=2, e=2)
+    eager = FrozenModel(tiny_llama(attn_implementation="eager"))
+    losses = [
+        insertion_loss(each, table, ids, insertion, alpha=ALPHA)[0]
+        for each in (model, eager)
+    ]
+    torch.testing.assert_close(*losses, **TOLERANCE)
+
+
+def test_mask_against_a_literal() -> None:
+    insertion = Insertion(
+        points=torch.tensor([[1, 2]]),
+        valid=torch.tensor([[True, True]]),
+        attention_mask=torch.tensor([[False, True, True, True]]),
+        num_prompt_tokens=2,
+        num_ept=2,
+    )
+    # Columns: 4 ordinary rows, then tokens 1 1 2 2 with EPT 0 1 0 1 of each point.
+    expected = """
+        0100 1000 0000
+        0100 0100 0000
+        0100 1010 0000
+        0100 0101 0000
+        0110 0000 1000
+        0110 0000 0100
+        0110 0000 1010
+        0110 0000 0101
+    """
+    rows = ["".join(line.split()) for line in expected.split("\n") if line.strip()]
+    literal = torch.tensor([[c == "1" for c in row] for row in rows])
+    assert torch.equal(insertion.mask()[0, 0], literal)
+    assert insertion.position_ids().tolist() == [[1, 1, 2, 2, 2, 2, 3, 3]]
+
+
+@pytest.mark.parametrize("padding", list(PADDING))
+def test_mask_against_nested_loops(padding: str) -> None:
+    m, e = 3, 2
+    _, insertion, _ = make_batch(padding, m, e, points=3)
+    mask = insertion.mask()
+    assert mask.shape == (BATCH, 1, 3 * m * e, LENGTH + 3 * m * e)
+    rows = list(itertools.product(range(3), range(m), range(e)))
+    positions = token_positions(insertion.attention_mask)
+    for b in range(BATCH):
+        for r, (point, token, ept) in enumerate(rows):
+            p = int(insertion.points[b, point])
+            for t in range(LENGTH):
+                sees = t <= p and bool(insertion.attention_mask[b, t])
+                assert mask[b, 0, r, t] == sees
+            for c, (other, earlier, member) in enumerate(rows):
+                sees = other == point and member == ept and earlier <= token
+                assert mask[b, 0, r, LENGTH + c] == sees
+            assert insertion.position_ids()[b, r] == positions[b, p] + token + 1
+
+
+@pytest.mark.parametrize("padding", list(PADDING))
+def test_sampled_points(padding: str) -> None:
+    mask, m = PADDING[padding].bool(), 3
+    insertion = sample_insertion(mask, 12, m, 1, torch.Generator().manual_seed(0))
+    for b in range(BATCH):
+        points = insertion.points[b, insertion.valid[b]].tolist()
+        room = int(mask[b].sum()) - m
+        assert points == sorted(set(points))
+        assert len(points) == min(12, room)
+        assert all(mask[b, p : p + m + 1].all() for p in points)
+
+
+def test_sampling_is_seeded_and_uniform() -> None:
+    mask = torch.ones(400, 12)
+    draws = [
+        sample_insertion(mask, 3, 2, 1, torch.Generator().manual_seed(seed)).points
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    counts = draws[0].flatten().bincount(minlength=10)
+    # 400 * 3 draws over the ten places 0 .. 9; five standard deviations.
+    assert counts.numel() == 10
+    assert (counts - 120).abs().max() < 50
+
+
+def test_allowed_restricts_the_whole_window() -> None:
+    allowed = torch.zeros(1, 10).bool()
+    allowed[0, 4:8] = True
+    drawn = sample_insertion(
+        torch.ones(1, 10), 5, 2, 1, torch.Generator().manual_seed(0), allowed
+    )
+    assert drawn.points[drawn.valid].tolist() == [4, 5]
+
+
+def test_too_short_a_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 tokens are too short"):
+        sample_insertion(torch.ones(1, 3), 1, 3, 1, torch.Generator())
+
+
+@pytest.mark.parametrize("kind", ["kl", "labels"])
+def test_chunks_change_nothing(model, kind) -> None:
+    ids, insertion, table = make_batch("right", m=3, e=2)
+    results = []
+    for elements in (1, VOCAB * 2 * 7, 1 << 30):
+        leaf = table.clone().requires_grad_()
+        loss, scores = insertion_loss(
+            model,
+            leaf,
+            ids,
+            insertion,
+            alpha=ALPHA,
+            kind=kind,
+            chunk_elements=elements,
+            with_scores=True,
+            with_greedy=True,
+        )
+        loss.backward()
+        results.append((loss.detach(), leaf.grad, scores))
+    for loss, gradient, scores in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], **TOLERANCE)
+        torch.testing.assert_close(gradient, results[0][1], **TOLERANCE)
+        for key, values in results[0][2].summary().items():
+            assert scores.summary()[key] == pytest.approx(values, rel=1e-4), key
+
+
+def test_scores_against_a_loop() -> None:
+    """With an identity head the hidden rows are the logits."""
+    generator = torch.Generator().manual_seed(0)
+    count, m, vocab = 40, 2, 30
+    guess = torch.randn(count, m, 1, vocab, generator=generator)
+    target = torch.randn(count, m, vocab, generator=generator)
+    # Some guesses right, so that hits and near misses both occur.
+    guess[::3, :, 0] = target[::3] + 0.3 * guess[::3, :, 0]
+    tokens = torch.randint(vocab, (count, m), generator=generator)
+    tokens[::5, 1] = NO_TOKEN
+    on_path = torch.rand(count, m, generator=generator) < 0.5
+    _, scores = prompt_loss(
+        guess,
+        Targets(target, tokens, on_path),
+        lambda hidden: hidden.float(),
+        alpha=1.0,
+        with_scores=True,
+    )
+    found = scores.summary()
+    for i in range(m):
+        order = guess[:, i, 0].argsort(dim=1, descending=True)
+        best = target[:, i].argmax(dim=1)
+        top1, top10 = order[:, 0] == best, (order[:, :10] == best[:, None]).any(1)
+        known = tokens[:, i] != NO_TOKEN
+        true10 = (order[:, :10] == tokens[:, i, None]).any(1)
+        kl = F.kl_div(
+            guess[:, i, 0].log_softmax(-1),
+            target[:, i].softmax(-1),
+            reduction="batchmean",
+        )
+        path = on_path[:, i]
+        assert found["model_top1"][i] == pytest.approx(top1.float().mean().item())
+        assert found["model_top10"][i] == pytest.approx(top10.float().mean().item())
+        assert found["greedy_top1"][i] == pytest.approx(top1[path].float().mean())
+        assert found["true_top10"][i] == pytest.approx(true10[known].float().mean())
+        assert found["kl"][i] == pytest.approx(kl.item(), rel=1e-4)
+
+
+def test_greedy_path_is_where_the_model_agrees(model) -> None:
+    """Text that the model wrote lies on its own greedy path everywhere."""
+    ids = torch.randint(VOCAB, (2, 4), generator=torch.Generator().manual_seed(1))
+    while ids.shape[1] < 16:
+        following = model.model(ids).logits[:, -1].argmax(dim=-1)
+        ids = torch.cat([ids, following[:, None]], dim=1)
+    points = torch.arange(4, 13).expand(2, -1)
+    insertion = Insertion(
+        points, torch.ones_like(points).bool(), torch.ones(2, 16).bool(), 3, 1
+    )
+    table = torch.randn(3, 1, HIDDEN)
+    options = {"alpha": ALPHA, "with_scores": True, "with_greedy": True}
+    _, scores = insertion_loss(model, table, ids, insertion, **options)
+    assert scores.greedy.tolist() == [18, 18, 18]
+    assert torch.equal(scores.greedy_top10, scores.model_top10)
+    # Another token at 8: it is not what the model would have written after 7.
+    ids[:, 8] = (ids[:, 8] + 1) % VOCAB
+    points = torch.tensor([[5, 7], [5, 7]])
+    insertion = Insertion(
+        points, torch.ones_like(points).bool(), torch.ones(2, 16).bool(), 3, 1
+    )
+    _, scores = insertion_loss(model, table, ids, insertion, **options)
+    # From root 5, predictions 1 and 2 precede the change; from root 7 none does.
+    assert scores.greedy.tolist() == [2, 2, 0]
+
+
+def test_rank_breaks_ties_like_argmax() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0]]).expand(4, -1)
+    assert token_rank(logits, torch.arange(4)).tolist() == [3, 0, 1, 2]
+
+
+def test_no_points_are_refused() -> None:
+    empty = Targets(torch.zeros(0, 2, 4), torch.zeros(0, 2).long())
+    with pytest.raises(ValueError, match="no insertion points"):
+        prompt_loss(torch.zeros(0, 2, 1, 4), empty, lambda h: h, alpha=ALPHA)
+
+
+def test_unknown_ways_to_compute_logits_are_refused() -> None:
+    class Strange(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 1.5
+            return output
+
+    with pytest.raises(ModelError, match="computes its logits"):
+        FrozenModel(Strange(tiny_llama().config))
+
+
+@pytest.mark.parametrize(
+    ("limits", "word"),
+    [
+        ({"max_position_embeddings": 16}, "16 positions"),
+        ({"max_position_embeddings": 64, "sliding_window": 8}, "sliding"),
+    ],
+)
+def test_too_long_for_the_model(limits: dict, word: str) -> None:
+    base = tiny_llama()
+    for key, value in limits.items():
+        setattr(base.config, key, value)
+    with pytest.raises(ModelError, match=word):
+        FrozenModel(base, max_length=20)
+
+
+LIKE_LLAMA = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+FAMILIES = {
+    "qwen2": {**LIKE_LLAMA, "use_sliding_window": False, "sliding_window": 4},
+    # A window as long as the sequence is full attention.
+    "gemma2": {**LIKE_LLAMA, "final_logit_softcapping": 5.0, "sliding_window": 64},
+    "granite": {**LIKE_LLAMA, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64},
+}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_other_families_pass_the_same_comparison(family: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        family,
+        vocab_size=VOCAB,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+        **FAMILIES[family],
+    )
+    model = FrozenModel(transformers.AutoModelForCausalLM.from_config(config).float())
+    ids, insertion, table = make_batch("left", m=2, e=1)
+    gradients = []
+    for compute in (
+        lambda t: insertion_loss(model, t, ids, insertion, alpha=ALPHA)[0],
+        lambda t: naive_loss(model, t, ids, insertion, "kl"),
+    ):
+        leaf = table.clone().requires_grad_()
+        compute(leaf).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)

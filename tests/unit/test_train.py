@@ -1,0 +1,372 @@
+"""Training end to end on a tiny model: data in, prompt tokens and a record out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+
+from vllm_ppd.cli import train as command  # noqa: E402
+from vllm_ppd.prompts import PromptTokens, PromptTokensError  # noqa: E402
+from vllm_ppd.train.checkpoint import CheckpointError  # noqa: E402
+from vllm_ppd.train.data import read_stream  # noqa: E402
+from vllm_ppd.train.documents import DataError, find_documents  # noqa: E402
+from vllm_ppd.train.job import TrainJob  # noqa: E402
+from vllm_ppd.train.model import FrozenModel, ModelError  # noqa: E402
+from vllm_ppd.train.settings import SettingsError, TrainSettings  # noqa: E402
+from vllm_ppd.train.table import initial_table  # noqa: E402
+from vllm_ppd.train.trainer import Interrupted, Schedule, Trainer  # noqa: E402
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SETTINGS = TrainSettings(steps=8, length=24, batch_size=2, points=6)
+SCHEDULE = Schedule(evaluations=2, evaluation_sequences=4, checkpoint_every=3)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<end>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>"
+    )
+    wrapped.chat_template = TEMPLATE
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path):
+    return transformers.AutoTokenizer.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    chooser = random.Random(0)
+    words = ["alpha", "beta", "gamma", "delta", "(x)", "= 1"]
+    lines = [
+        json.dumps({"text": " ".join(chooser.choices(words, k=30))}) for _ in range(20)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def job(model_folder: Path, data: Path, tmp_path: Path) -> TrainJob:
+    return TrainJob(
+        model=str(model_folder),
+        data=[str(data)],
+        out=str(tmp_path / "out"),
+        settings=SETTINGS,
+        schedule=SCHEDULE,
+        cpu=True,
+        quiet=True,
+    )
+
+
+def test_a_run_learns_and_writes(job: TrainJob, data: Path) -> None:
+    job = dataclasses.replace(
+        job, settings=dataclasses.replace(SETTINGS, steps=40, num_ept=2)
+    )
+    result = job.run()
+    kl = [sum(record["kl"]) for record in result.history]
+    assert [record["step"] for record in result.history] == [0, 20, 40]
+    assert kl[-1] < 0.9 * kl[0]
+    out = Path(job.out)
+    assert sorted(os.listdir(out)) == [
+        "config.json",
+        "prompt_tokens.safetensors",
+        "training.json",
+    ]
+    prompts = PromptTokens.load(out)
+    assert torch.equal(prompts.embeddings, result.table)
+    assert prompts.embeddings.shape == (3, 2, 32)
+    assert prompts.base.name == "tiny"
+    record = json.loads((out / "training.json").read_text())
+    assert record["steps"] == 40
+    assert record["positions"] == 40 * 2 * 6 * 3
+    assert record["trainable_parameters"] == 3 * 2 * 32
+    assert list(record["data_sha256"]["train"]) == [data.name]
+    assert record["held_out"] == record["history"][-1]
+    assert set(record["held_out"]) >= {"model_top1", "model_top10", "true_top1"}
+    assert str(data.parent) not in json.dumps(record)
+
+
+def test_labels_can_be_learnt_too(job: TrainJob) -> None:
+    settings = dataclasses.replace(SETTINGS, loss="labels", steps=30)
+    history = dataclasses.replace(job, settings=settings).run().history
+    assert sum(history[-1]["true_top1"]) > sum(history[0]["true_top1"])
+
+
+def tables_of_stopped_run(job: TrainJob, monkeypatch, stop) -> tuple:
+    """Tables of an undisturbed run, and of one that `stop(step)` disturbs."""
+    whole = dataclasses.replace(job, out=job.out + "-whole").run().table
+    step = Trainer._train_step
+
+    def disturbed(self, *args):
+        stop(self._step)
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", disturbed)
+        with pytest.raises((Interrupted, RuntimeError)):
+            job.run()
+    assert os.listdir(job.out) == ["checkpoint.safetensors"]
+    with pytest.raises(CheckpointError, match="--resume"):
+        job.run()
+    resumed = dataclasses.replace(job, resume=True).run()
+    assert "checkpoint.safetensors" not in os.listdir(job.out)
+    assert [record["step"] for record in resumed.history] == [0, 4, 8]
+    return whole, resumed.table
+
+
+def test_resume_after_a_kill(job: TrainJob, monkeypatch) -> None:
+    def die(step: int) -> None:
+        if step == 5:
+            raise RuntimeError("killed")
+
+    # The last checkpoint is of step 3; steps 3 and 4 are done a second time.
+    whole, resumed = tables_of_stopped_run(job, monkeypatch, die)
+    assert torch.equal(whole, resumed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_resume_after_a_signal(job: TrainJob, monkeypatch, number) -> None:
+    before = signal.getsignal(number)
+
+    def interrupt(step: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), number)
+
+    whole, resumed = tables_of_stopped_run(job, monkeypatch, interrupt)
+    assert torch.equal(whole, resumed)
+    assert signal.getsignal(number) is before
+
+
+def test_seeds_matter_and_repeat(job: TrainJob) -> None:
+    tables = []
+    for index, seed in enumerate((0, 0, 1)):
+        settings = dataclasses.replace(SETTINGS, steps=2, seed=seed)
+        out = f"{job.out}-{index}"
+        tables.append(dataclasses.replace(job, settings=settings, out=out).run().table)
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
+
+
+def test_a_time_budget_ends(job: TrainJob) -> None:
+    settings = dataclasses.replace(SETTINGS, steps=None, minutes=0.01)
+    result = dataclasses.replace(job, settings=settings).run()
+    assert result.steps > 0
+    assert len(result.history) == 3
+
+
+def interrupted(job: TrainJob, monkeypatch) -> None:
+    def die(self, *args):
+        self._ask_to_stop()
+        return 0.0, 1, None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", die)
+        with pytest.raises(Interrupted):
+            job.run()
+
+
+def test_checkpoint_of_another_run(job: TrainJob, monkeypatch) -> None:
+    interrupted(job, monkeypatch)
+    settings = dataclasses.replace(SETTINGS, learning_rate=0.02)
+    other = dataclasses.replace(job, settings=settings, resume=True)
+    with pytest.raises(CheckpointError, match=r"learning_rate 0\.01 instead of 0\.02;"):
+        other.run()
+    (Path(job.out) / "checkpoint.safetensors").write_bytes(b"no")
+    with pytest.raises(CheckpointError, match="not a training checkpoint"):
+        dataclasses.replace(job, resume=True).run()
+
+
+def test_existing_prompt_tokens_are_kept(job: TrainJob) -> None:
+    settings = dataclasses.replace(SETTINGS, steps=1)
+    job = dataclasses.replace(job, settings=settings)
+    job.run()
+    with pytest.raises(PromptTokensError, match="already has"):
+        job.run()
+    dataclasses.replace(job, overwrite=True).run()
+
+
+def test_init_from_prompt_tokens_of_another_shape(
+    job: TrainJob, model_folder: Path, data: Path, tokenizer
+) -> None:
+    settings = dataclasses.replace(SETTINGS, steps=1, num_prompt_tokens=2)
+    dataclasses.replace(job, settings=settings).run()
+    old = PromptTokens.load(job.out)
+    model = FrozenModel.load(model_folder)
+    stream = read_stream([data], tokenizer, max_tokens=500, least_tokens=1)
+    grown = initial_table(old, (3, 2), model, stream, seed=0)
+    assert torch.equal(grown[:2, :1], old.embeddings)
+    assert torch.equal(grown[2, 0], old.embeddings[1, 0])
+    assert not torch.equal(grown[:, 1], grown[:, 0])
+    for init in ("text", "vocabulary"):
+        assert initial_table(init, (3, 2), model, stream, seed=0).shape == (3, 2, 32)
+
+
+def test_plain_text_and_limits(tmp_path: Path, tokenizer) -> None:
+    text = "".join(f"line {i}\n" for i in range(20_000))
+    path = tmp_path / "book.txt"
+    path.write_text(text)
+    documents = find_documents(path)
+    assert len(documents) == 4
+    assert "".join(document.read() for document in documents) == text
+    stream = read_stream([path], tokenizer, max_tokens=1000, least_tokens=1)
+    assert stream.tokens.numel() == 1000
+    assert stream.allowed is None
+
+
+def test_chats_allow_the_assistant_only(tmp_path: Path, tokenizer) -> None:
+    path = tmp_path / "chat.jsonl"
+    turns = [("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path.write_text(json.dumps({"messages": messages}) + "\n\n")
+    stream = read_stream([path], tokenizer, max_tokens=1000, least_tokens=1)
+    assert stream.allowed is not None
+    text = tokenizer.decode(stream.tokens)
+    assert text == "<user>hi\n<assistant>yes\n<user>so\n<assistant>no\n"
+    allowed = "".join(c for c, a in zip(text, stream.allowed, strict=True) if a)
+    assert allowed == "yes\nno\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("", "holds no text"),
+        ("\n \n", "holds no text"),
+        ('{"text": "a"}\n{"txt": "b"}', 'line 2 has neither "text"'),
+        ('{"text": 3}', "line 1 has neither"),
+        ("[1]", "line 1 has neither"),
+        ('{"messages": ["hi"]}', "line 1 has neither"),
+        ('{"text": "a', "line 1 is not JSON"),
+        (b'{"text": "\xff"}', "line 1 is not UTF-8"),
+        ('{"text": "abc"}', "gives 4 tokens; expected at least 48"),
+    ],
+)
+def test_bad_data(tmp_path: Path, tokenizer, content: str | bytes, word: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=word) as caught:
+        read_stream([path], tokenizer, max_tokens=1000, least_tokens=48)
+    assert str(path) in str(caught.value)
+
+
+def test_chat_data_without_template(tmp_path: Path, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}')
+    with pytest.raises(DataError, match="no chat template"):
+        read_stream([path], tokenizer, max_tokens=1000, least_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"steps": None}, "exactly one"),
+        ({"minutes": 1.0}, "exactly one"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": None, "minutes": 0.0}, "minutes is 0"),
+        ({"points": 0}, "points is 0"),
+        ({"num_ept": 1.5}, "num_ept is 1.5"),
+        ({"learning_rate": -1.0}, "learning_rate is -1"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"alpha": 1.5}, "alpha is 1.5"),
+        ({"loss": "mse"}, "loss is 'mse'"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"length": 3}, "length is 3"),
+    ],
+)
+def test_bad_settings(changes: dict, word: str) -> None:
+    with pytest.raises(SettingsError, match=word):
+        dataclasses.replace(SETTINGS, **changes)
+
+
+def test_learning_rate_is_a_cosine() -> None:
+    rates = [SETTINGS.learning_rate_at(p) for p in (0.0, 0.5, 1.0, 1.2)]
+    assert rates == pytest.approx([0.01, 0.005, 0.0, 0.0])
+
+
+def test_bad_models(job: TrainJob, model_folder: Path, tmp_path: Path) -> None:
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    config = {"architectures": ["T5Model"], "model_type": "t5"}
+    (encoder / "config.json").write_text(
+        json.dumps(config | {"d_model": 8, "vocab_size": 10})
+    )
+    with pytest.raises(ModelError, match="causal language model"):
+        dataclasses.replace(job, model=str(encoder)).run()
+    settings = dataclasses.replace(SETTINGS, length=100)
+    with pytest.raises(ModelError, match="exceeds the model's 64"):
+        dataclasses.replace(job, settings=settings).run()
+    assert not Path(job.out).exists()
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(flags)
+
+
+def test_command(job: TrainJob, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", job.model, "--data", *job.data, "--out", job.out, "--cpu"]
+    sizes = ["--length", "24", "--batch-size", "2", "--points", "4", "--quiet"]
+    assert command.run(parse(*flags, *sizes, "--steps", "2")) == 0
+    output = capsys.readouterr().out
+    assert "2 steps" in output
+    assert "the model's argmax" in output
+    for extra, word in (
+        (["--steps", "2"], "already has"),
+        (["--overwrite"], "exactly one"),
+        (["--steps", "2", "--overwrite", "--data", "nowhere"], "nowhere cannot be"),
+        (["--steps", "2", "--overwrite", "--model", "/no/model"], "/no/model"),
+    ):
+        with pytest.raises(ValueError, match=word) as caught:
+            command.run(parse(*flags, *sizes, *extra))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_stopped_command_says_how_to_go_on(
+    job: TrainJob, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    def stop(self, *args):
+        self._ask_to_stop()
+        return 0.0, 1, None
+
+    monkeypatch.setattr(Trainer, "_train_step", stop)
+    flags = ["--model", job.model, "--data", *job.data, "--out", job.out, "--cpu"]
+    sizes = ["--length", "24", "--batch-size", "2", "--quiet", "--steps", "9"]
+    assert command.run(parse(*flags, *sizes)) == 130
+    assert "continue with --resume" in capsys.readouterr().err

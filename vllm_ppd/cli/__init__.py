@@ -1,0 +1,1 @@
+"""The command `vllm-ppd`; one file per subcommand."""

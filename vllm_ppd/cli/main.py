@@ -1,0 +1,134 @@
+"""The command `vllm-ppd`: finds the subcommand and turns errors into sentences.
+
+A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. Only
+the one that is asked for is imported, so that `vllm-ppd --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_ppd import __version__
+from vllm_ppd.cli.engine_process import EngineFailedError
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the help says about a subcommand without importing it."""
+
+    module: str
+    summary: str
+    example: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "vllm_ppd.cli.demo",
+        "watch a model write with and without PPD, side by side",
+        "vllm-ppd demo --max-tokens 200",
+    ),
+    "inspect": Command(
+        "vllm_ppd.cli.inspect",
+        "show what a prompt-token folder holds and which model it fits",
+        "vllm-ppd inspect trained_prompts/demo --model demo_model/model",
+    ),
+    "train": Command(
+        "vllm_ppd.cli.train",
+        "train prompt tokens for a model",
+        "vllm-ppd train --model MODEL --data TEXTS.jsonl --out PATH --minutes 15",
+    ),
+    "calibrate": Command(
+        "vllm_ppd.cli.calibrate",
+        "measure how often prompt tokens guess right, which chooses their trees",
+        "vllm-ppd calibrate PATH --model MODEL --data HELD_OUT.jsonl",
+    ),
+}
+
+INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
+
+
+def _parser(selected: str | None) -> argparse.ArgumentParser:
+    """The whole command line, with the arguments of the selected subcommand only."""
+    examples = "\n".join(f"  {command.example}" for command in COMMANDS.values())
+    parser = argparse.ArgumentParser(
+        prog="vllm-ppd",
+        description="Parallel Prompt Decoding for vLLM: a model speculates for itself,"
+        "\nwith a few trained prompt tokens and no draft model.",
+        epilog=f"examples:\n{examples}\n"
+        "  vllm serve MODEL --speculative-model ppd:PATH",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"vllm-ppd {__version__}"
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error"
+    )
+    subparsers = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND"
+    )
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=command.summary,
+            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+            epilog=f"example: {command.example}",
+        )
+        # SUPPRESS keeps a --debug given before the subcommand.
+        subparser.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show the traceback of an error",
+        )
+        if name == selected:
+            module = importlib.import_module(command.module)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+def _run(argv: Sequence[str]) -> int:
+    selected = next((word for word in argv if word in COMMANDS), None)
+    parser = _parser(selected)
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    debug = args.debug
+    try:
+        return args.run(args)
+    except (ValueError, EngineFailedError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"vllm-ppd {args.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `vllm-ppd ARGV`; returns the exit status.
+
+    0 is success, 1 a failed run (each subcommand says when), 2 unusable input, 130
+    Ctrl-C. Other exceptions are bugs and keep their traceback.
+    """
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`head`) has left; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

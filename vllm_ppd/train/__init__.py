@@ -1,0 +1,1 @@
+"""Training of prompt tokens for a frozen language model."""

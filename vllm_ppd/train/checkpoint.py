@@ -1,0 +1,111 @@
+"""State of an unfinished run in one file, written atomically.
+
+Every batch depends on the seed and the step only, so the table, AdamW's moments, the
+step and the time used are all that a run needs to continue as if never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+
+from vllm_ppd.atomic import write_bytes
+
+__all__ = ["Checkpoint", "CheckpointError"]
+
+_TENSORS = ("table", "exp_avg", "exp_avg_sq")
+_METADATA = "ppd_train"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or continued."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a run needs to continue."""
+
+    table: torch.Tensor
+    """float32 [m, e, hidden]."""
+    exp_avg: torch.Tensor
+    """float32 [m, e, hidden]: AdamW's first moment."""
+    exp_avg_sq: torch.Tensor
+    """float32 [m, e, hidden]: AdamW's second moment."""
+    step: int
+    """Optimiser steps done."""
+    seconds: float
+    """Training time used, over all starts."""
+    positions: int
+    """Supervised predictions so far, of one process."""
+    run: dict[str, Any]
+    """Settings, model and data of the run, to tell it from others."""
+    history: list[dict[str, Any]]
+    """Held-out evaluations so far."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write atomically, over an earlier checkpoint. Raises CheckpointError."""
+        about = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "positions": self.positions,
+            "run": self.run,
+            "history": self.history,
+        }
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
+        metadata = {_METADATA: json.dumps(about)}
+        try:
+            write_bytes(path, serialise(tensors, metadata=metadata))
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint cannot be written to {path}: {error.strerror}"
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], run: dict[str, Any]) -> Checkpoint:
+        """Read the checkpoint of `run`.
+
+        Raises CheckpointError when it is unreadable or of another run, naming what
+        differs.
+        """
+        path = Path(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()[_METADATA])
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+            found = cls(**tensors, **about)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is not a training checkpoint ({error}); start again without "
+                "resuming"
+            ) from error
+        # Through JSON, as the saved one went: it knows no tuples.
+        wanted, got = _flat(json.loads(json.dumps(run))), _flat(found.run)
+        differing = [
+            f"{key} {got.get(key)!r} instead of {wanted.get(key)!r}"
+            for key in sorted({*wanted, *got})
+            if got.get(key) != wanted.get(key)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"{path} belongs to another run: it has {', '.join(differing)}; give "
+                "the same arguments, or start again without resuming"
+            )
+        return found
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}, so that a message can name the very setting."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,150 @@
+"""Training text as one stream of tokens, cut into windows.
+
+Documents are shuffled (seeded), tokenised, closed with the end-of-text token and
+packed, so that no row of a batch is wasted on padding. In chats, insertions are
+allowed in the assistant's turns only: nothing else is ever decoded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vllm_ppd.train.chat import ChatError, render_chat
+from vllm_ppd.train.documents import DataError, Document, find_documents
+
+__all__ = ["TokenStream", "read_stream"]
+
+_DOCUMENTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStream:
+    """Packed documents."""
+
+    tokens: torch.Tensor
+    """int32 [N]."""
+    allowed: torch.Tensor | None = None
+    """bool [N]: where insertions may take place; None is everywhere."""
+
+    def windows(
+        self, starts: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token ids, int64 [batch, length], and `allowed` for them, if any."""
+        index = starts[:, None] + torch.arange(length)
+        allowed = None if self.allowed is None else self.allowed[index]
+        return self.tokens[index].long(), allowed
+
+    def random_starts(
+        self, count: int, length: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        """int64 [count]: uniformly random starts of windows."""
+        last = self.tokens.numel() - length
+        return torch.randint(last + 1, (count,), generator=generator)
+
+    def split(self, size: int) -> tuple[TokenStream, TokenStream]:
+        """Everything but the last `size` tokens, and those."""
+        cut = self.tokens.numel() - size
+        return self._part(slice(0, cut)), self._part(slice(cut, None))
+
+    def _part(self, part: slice) -> TokenStream:
+        allowed = None if self.allowed is None else self.allowed[part]
+        return TokenStream(self.tokens[part], allowed)
+
+
+def read_stream(
+    paths: Sequence[str | os.PathLike[str]],
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    least_tokens: int,
+    seed: int = 0,
+    quiet: bool = True,
+) -> TokenStream:
+    """Tokenise files until they end or `max_tokens` are reached.
+
+    Raises DataError for unreadable, empty or malformed files, for chats that the
+    tokenizer cannot render, and when fewer than `least_tokens` come out.
+    """
+    documents = [document for path in paths for document in find_documents(path)]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    tokens: list[torch.Tensor] = []
+    flags: list[torch.Tensor] = []
+    total, chats = 0, False
+    with tqdm(desc="tokenising", unit="tok", unit_scale=True, disable=quiet) as bar:
+        for start in range(0, len(order), _DOCUMENTS_AT_ONCE):
+            batch = [documents[i] for i in order[start : start + _DOCUMENTS_AT_ONCE]]
+            for ids, allowed in _tokenise(batch, tokenizer):
+                tokens.append(torch.tensor(ids, dtype=torch.int32))
+                flags.append(torch.ones(len(ids), dtype=torch.bool))
+                if allowed is not None:
+                    flags[-1] = torch.tensor(allowed, dtype=torch.bool)
+                    chats = True
+                total += len(ids)
+                bar.update(len(ids))
+            if total >= max_tokens:
+                break
+    if total < least_tokens:
+        raise DataError(
+            f"{', '.join(map(str, paths))} gives {total} tokens; expected at least "
+            f"{least_tokens}: use more text or a smaller length"
+        )
+    return TokenStream(
+        torch.cat(tokens)[:max_tokens],
+        torch.cat(flags)[:max_tokens] if chats else None,
+    )
+
+
+def _tokenise(
+    documents: list[Document], tokenizer: Any
+) -> Iterator[tuple[list[int], list[bool] | None]]:
+    """Token ids of each document, and for a chat which of them the assistant wrote."""
+    texts: list[str] = []
+    spans: list[list[tuple[int, int]] | None] = []
+    for document in documents:
+        content = document.read()
+        if isinstance(content, str):
+            texts.append(content)
+            spans.append(None)
+            continue
+        try:
+            rendered = render_chat(content, tokenizer)
+        except ChatError as error:
+            raise DataError(f"{document.place}: {error}") from error
+        if rendered is not None:
+            texts.append(rendered[0])
+            spans.append(rendered[1])
+    yield from _tokenise_texts(texts, spans, tokenizer)
+
+
+def _tokenise_texts(
+    texts: list[str], spans: list[list[tuple[int, int]] | None], tokenizer: Any
+) -> Iterator[tuple[list[int], list[bool] | None]]:
+    plain = [i for i, span in enumerate(spans) if span is None]
+    if plain:
+        # Without the warning about texts longer than the model: windows are cut later.
+        batch = tokenizer([texts[i] for i in plain], verbose=False)["input_ids"]
+        end = tokenizer.eos_token_id
+        for ids in batch:
+            closed = end is None or (ids and ids[-1] == end)
+            yield (ids if closed else [*ids, end]), None
+    for text, span in zip(texts, spans, strict=True):
+        if span is None:
+            continue
+        # The template writes the special tokens itself.
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        yield (
+            encoded["input_ids"],
+            [
+                any(first <= start and end <= last for first, last in span)
+                for start, end in encoded["offset_mapping"]
+            ],
+        )

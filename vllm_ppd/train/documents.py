@@ -1,0 +1,123 @@
+"""Documents inside text files, found without holding them in memory.
+
+Files ending in .jsonl hold one JSON object a line: {"text": ...}, or {"messages":
+[{"role": ..., "content": ...}, ...]}. Any other file is plain text, cut at line ends
+into documents of some 64 kB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["DataError", "Document", "find_documents", "sha256_of_files"]
+
+_PLAIN_BYTES = 1 << 16
+
+
+class DataError(ValueError):
+    """Training text that cannot be used; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A stretch of a file."""
+
+    path: Path
+    offset: int
+    """Bytes before it."""
+    size: int
+    """Bytes."""
+    line: int
+    """Number of its first line, from 1."""
+
+    def read(self) -> str | list[dict[str, Any]]:
+        """Its text, or its chat messages. Raises DataError with file and line."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        try:
+            text = content.decode()
+            if self.path.suffix != ".jsonl":
+                return text
+            record = json.loads(text)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.place} is not UTF-8 text: {error}") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"{self.place} is not JSON: {error}") from error
+        if isinstance(record, dict):
+            if isinstance(record.get("text"), str):
+                return record["text"]
+            messages = record.get("messages")
+            if isinstance(messages, list) and all(
+                isinstance(message, dict) and isinstance(message.get("role"), str)
+                for message in messages
+            ):
+                return messages
+        raise DataError(
+            f'{self.place} has neither "text" (a string) nor "messages" (a list of '
+            "objects with a role); expected one of them on every line"
+        )
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}, line {self.line}"
+
+
+def find_documents(path: str | os.PathLike[str]) -> list[Document]:
+    """Documents of a file, in order; blank lines of .jsonl are passed over.
+
+    Raises DataError when it cannot be read or holds nothing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; expected a .jsonl or text file")
+    try:
+        with open(path, "rb") as file:
+            pieces = _lines(file) if path.suffix == ".jsonl" else _blocks(file)
+            found = [Document(path, *piece) for piece in pieces]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if not found:
+        raise DataError(f"{path} holds no text; expected at least one document")
+    return found
+
+
+def sha256_of_files(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
+    """File name (without folders) -> sha256 of its bytes. Raises DataError."""
+    found = {}
+    for path in map(Path, paths):
+        try:
+            with open(path, "rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    return found
+
+
+def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, int, int]]:
+    """(offset, size, line number) of every line that is not blank."""
+    offset = 0
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield offset, len(line), number
+        offset += len(line)
+
+
+def _blocks(file: Iterable[bytes]) -> Iterator[tuple[int, int, int]]:
+    """As `_lines`, lines joined up to `_PLAIN_BYTES` bytes."""
+    start = None
+    for offset, size, number in _lines(file):
+        if start is None:
+            start, first = offset, number
+        end = offset + size
+        if end - start >= _PLAIN_BYTES:
+            yield start, end - start, first
+            start = None
+    if start is not None:
+        yield start, end - start, first

@@ -1,0 +1,136 @@
+"""Where prompt tokens are inserted into training sequences, and what they may see.
+
+Row layout of one sequence (the paper has one insertion, here are many at once):
+
+    [T ordinary rows][point 0: m * e prompt rows][point 1: m * e prompt rows] ...
+
+Within a point the rows are prompt-token major, EPT minor. An insertion point p is the
+index of its root, the last token that its prompt rows see. Prompt token i (1..m) sits
+at the root's position + i and learns the frozen model's distribution there, that is,
+the prediction of token p + i + 1. EPT j of prompt token i sees the ordinary rows up to
+p and EPT j of prompt tokens 1..i of its own point. Ordinary rows never see prompt rows,
+so they give the target distributions in the same pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+__all__ = ["Insertion", "sample_insertion", "token_positions"]
+
+
+def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position ids, int64 [batch, T], of sequences padded on either side.
+
+    `attention_mask` is [batch, T], nonzero at tokens. Padding gets position 0 or that
+    of its neighbour; nothing reads it.
+    """
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Insertion:
+    """Insertion points of a batch and the row layout that follows from them."""
+
+    points: torch.Tensor
+    """int64 [batch, P]: index of each root in its sequence, ascending."""
+    valid: torch.Tensor
+    """bool [batch, P]: False where the sequence had too few places; such a point takes
+    rows, so that the batch stays rectangular, but no part in the loss."""
+    attention_mask: torch.Tensor
+    """bool [batch, T]: True at tokens, False at padding."""
+    num_prompt_tokens: int
+    num_ept: int
+
+    def to(self, device: torch.device) -> Insertion:
+        """The same on another device."""
+        names = ("points", "valid", "attention_mask")
+        return replace(self, **{n: getattr(self, n).to(device) for n in names})
+
+    def position_ids(self) -> torch.Tensor:
+        """int64 [batch, R]: positions of the R = P * m * e prompt rows."""
+        roots = token_positions(self.attention_mask).gather(1, self.points)
+        steps = torch.arange(1, self.num_prompt_tokens + 1, device=roots.device)
+        steps = steps.repeat_interleave(self.num_ept)
+        return (roots[:, :, None] + steps).flatten(1)
+
+    def mask(self) -> torch.Tensor:
+        """bool [batch, 1, R, T + R]: True where a prompt row may look.
+
+        These are the last R rows of the square mask over [T ordinary][R prompt] rows;
+        the first T are the causal mask, False on every prompt row.
+        """
+        batch, length = self.attention_mask.shape
+        per_point = self.num_prompt_tokens * self.num_ept
+        count = self.points.shape[1] * per_point
+        device = self.points.device
+        roots = self.points.repeat_interleave(per_point, dim=1)
+        index = torch.arange(length, device=device)
+        context = (index <= roots[:, :, None]) & self.attention_mask[:, None, :]
+        row = torch.arange(count, device=device)
+        point, token = row // per_point, row % per_point // self.num_ept
+        ept = row % self.num_ept
+        chain = (
+            (point[:, None] == point)
+            & (ept[:, None] == ept)
+            & (token[:, None] >= token)
+        )
+        mask = torch.cat([context, chain.expand(batch, -1, -1)], dim=2)
+        return mask[:, None]
+
+    def target_index(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the V valid points find their targets.
+
+        Returns int64 [V, 1], the sequence of each point, and int64 [V, m], the ordinary
+        rows p + 1 .. p + m whose output distribution prompt tokens 1..m should match.
+        """
+        sequence, point = self.valid.nonzero(as_tuple=True)
+        steps = torch.arange(1, self.num_prompt_tokens + 1, device=sequence.device)
+        return sequence[:, None], self.points[sequence, point][:, None] + steps
+
+    def split_points(self, rows: torch.Tensor) -> torch.Tensor:
+        """Prompt rows [batch, R, hidden] as [V, m, e, hidden], valid points only."""
+        sizes = (self.points.shape[1], self.num_prompt_tokens, self.num_ept)
+        return rows.unflatten(1, sizes)[self.valid]
+
+
+def sample_insertion(
+    attention_mask: torch.Tensor,
+    points_per_sequence: int,
+    num_prompt_tokens: int,
+    num_ept: int,
+    generator: torch.Generator,
+    allowed: torch.Tensor | None = None,
+) -> Insertion:
+    """Draw insertion points uniformly, without repetition within a sequence.
+
+    `attention_mask` [batch, T] is nonzero at tokens and may be padded on either side;
+    `allowed` [batch, T] restricts the points further (to an assistant's turns). A root
+    p qualifies when p .. p + m are all allowed tokens. Everything is on the CPU, so
+    that one seed means the same points on every device. Raises ValueError when T does
+    not leave room for m tokens after a root.
+    """
+    tokens = attention_mask.bool()
+    usable = tokens if allowed is None else tokens & allowed.bool()
+    length = usable.shape[1]
+    if length <= num_prompt_tokens:
+        raise ValueError(
+            f"sequences of {length} tokens are too short to insert "
+            f"{num_prompt_tokens} prompt tokens; expected at least "
+            f"{num_prompt_tokens + 1}: raise the length or lower the prompt tokens"
+        )
+    # A window of m + 1 usable tokens starts at each place that qualifies.
+    places = usable.unfold(1, num_prompt_tokens + 1, 1).all(dim=2)
+    score = torch.rand(places.shape, generator=generator)
+    score = score.masked_fill(~places, -1.0)
+    count = min(points_per_sequence, places.shape[1])
+    points = score.topk(count, dim=1).indices.sort(dim=1).values
+    return Insertion(
+        points=points,
+        valid=places.gather(1, points),
+        attention_mask=tokens,
+        num_prompt_tokens=num_prompt_tokens,
+        num_ept=num_ept,
+    )

@@ -1,0 +1,79 @@
+"""How well prompt tokens guess, counted per distance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+__all__ = ["TOP", "Scores", "token_rank"]
+
+TOP = 10
+"""The wider of the two accuracies reported, as in the paper."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Sums over predictions, per distance 1..m; they add up over batches."""
+
+    points: torch.Tensor
+    """int64 [m]: predictions made."""
+    kl: torch.Tensor
+    """float64 [m]: KL(target || prompt) in nats."""
+    model_top1: torch.Tensor
+    """int64 [m]: the frozen model's argmax was the first guess."""
+    model_top10: torch.Tensor
+    """int64 [m]: the frozen model's argmax was among the first ten guesses."""
+    labelled: torch.Tensor
+    """int64 [m]: predictions whose true token is known."""
+    true_top1: torch.Tensor
+    """int64 [m]: the true token was the first guess."""
+    true_top10: torch.Tensor
+    """int64 [m]: the true token was among the first ten guesses."""
+    greedy: torch.Tensor
+    """int64 [m]: predictions on the greedy path: the text from the root's successor up
+    to the predicted token's predecessor is what the model itself would have written."""
+    greedy_top1: torch.Tensor
+    """int64 [m]: as model_top1, on the greedy path: what greedy decoding accepts."""
+    greedy_top10: torch.Tensor
+    """int64 [m]: as model_top10, on the greedy path."""
+
+    @classmethod
+    def zeros(cls, distances: int) -> Scores:
+        names = [field.name for field in fields(cls)]
+        return cls(
+            **{
+                name: torch.zeros(
+                    distances, dtype=torch.float64 if name == "kl" else torch.int64
+                )
+                for name in names
+            }
+        )
+
+    def __add__(self, other: Scores) -> Scores:
+        names = [field.name for field in fields(self)]
+        return Scores(**{n: getattr(self, n) + getattr(other, n) for n in names})
+
+    def summary(self) -> dict[str, list[float]]:
+        """Means per distance 1..m: KL in nats, accuracies in 0..1; 0 without data."""
+        groups = {"points": ("kl", "model"), "labelled": ("true",)}
+        groups["greedy"] = ("greedy",)
+        found: dict[str, list[float]] = {}
+        for total, names in groups.items():
+            count = getattr(self, total).clamp(min=1).double()
+            for name in names:
+                keys = ["kl"] if name == "kl" else [f"{name}_top1", f"{name}_top10"]
+                for key in keys:
+                    found[key] = (getattr(self, key) / count).tolist()
+        return found
+
+
+@torch.no_grad()
+def token_rank(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """int64 [n]: how many tokens come before `token` [n] in `logits` [n, vocabulary].
+
+    Ties go to the lower id, as argmax has it; half-precision logits do tie.
+    """
+    own = logits.gather(1, token[:, None])
+    earlier = torch.arange(logits.shape[1], device=logits.device) < token[:, None]
+    return ((logits > own) | ((logits == own) & earlier)).sum(dim=1)

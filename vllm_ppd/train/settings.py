@@ -1,0 +1,101 @@
+"""Everything about a training run that changes its result."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+__all__ = ["DTYPES", "INITS", "LossKind", "SettingsError", "TrainSettings"]
+
+LossKind = Literal["kl", "labels"]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+INITS = ("text", "vocabulary")
+
+
+class SettingsError(ValueError):
+    """A training setting that cannot be used; the message names it."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Defaults follow the paper's training where it gives a value.
+
+    Raises SettingsError for a value out of range.
+    """
+
+    steps: int | None = None
+    """Optimiser steps; either this or `minutes`."""
+    minutes: float | None = None
+    """Wall-clock budget of the training loop, start-up not counted."""
+    num_prompt_tokens: int = 3
+    """m: tokens guessed beyond the next one."""
+    num_ept: int = 1
+    """e: ensemble members per prompt token."""
+    length: int = 256
+    """Tokens per training sequence."""
+    batch_size: int = 8
+    """Sequences per step and process."""
+    points: int = 32
+    """Insertion points per sequence."""
+    learning_rate: float = 0.01
+    """Peak of AdamW's cosine schedule (no warm-up, no weight decay)."""
+    alpha: float = 0.8
+    """Distance i counts alpha^(i-1)."""
+    loss: LossKind = "kl"
+    """kl (to the frozen model) or labels (cross-entropy with the text)."""
+    init: str = "text"
+    """text or vocabulary (embeddings of ordinary tokens), or a prompt-token folder."""
+    dtype: str = "auto"
+    """Number format of the frozen model; auto is the checkpoint's own."""
+    seed: int = 0
+    max_tokens: int = 20_000_000
+    """Training text beyond this many tokens is left unread."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.minutes is None):
+            raise SettingsError(
+                f"steps is {self.steps} and minutes is {self.minutes}; "
+                "expected exactly one of the two"
+            )
+        for name in (
+            "num_prompt_tokens",
+            "num_ept",
+            "length",
+            "batch_size",
+            "points",
+            "max_tokens",
+            *(["steps"] if self.steps is not None else []),
+        ):
+            self._check(name, type(getattr(self, name)) is int, 1, "a whole number")
+        for name in (
+            "learning_rate",
+            *(["minutes"] if self.minutes is not None else []),
+        ):
+            self._check(name, math.isfinite(getattr(self, name)), None, "a number")
+        if not 0 < self.alpha <= 1:
+            raise SettingsError(f"alpha is {self.alpha}; expected above 0, at most 1")
+        for name, choices in (("loss", get_args(LossKind)), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise SettingsError(
+                    f"{name} is {getattr(self, name)!r}; "
+                    f"expected one of {', '.join(choices)}"
+                )
+        if self.length <= self.num_prompt_tokens:
+            raise SettingsError(
+                f"length is {self.length}, too short to insert "
+                f"{self.num_prompt_tokens} prompt tokens; "
+                f"expected at least {self.num_prompt_tokens + 1}"
+            )
+
+    def _check(self, name: str, typed: bool, least: int | None, kind: str) -> None:
+        value = getattr(self, name)
+        in_range = typed and (value >= least if least is not None else value > 0)
+        if not in_range:
+            bound = f"of at least {least}" if least is not None else "above 0"
+            raise SettingsError(f"{name} is {value!r}; expected {kind} {bound}")
+
+    def learning_rate_at(self, progress: float) -> float:
+        """Cosine from the peak at progress 0 to zero at 1 and beyond."""
+        done = min(max(progress, 0.0), 1.0)
+        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))

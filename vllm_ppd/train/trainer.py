@@ -1,0 +1,323 @@
+"""The training loop (as the paper trains): AdamW on the prompt table, model frozen.
+
+Batches depend on the seed, the step and the process only, never on what came before,
+so a run continued from its checkpoint is the run that was never stopped. (With a time
+budget the learning rate follows the clock; then this holds up to timing.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from vllm_ppd.train.checkpoint import Checkpoint
+from vllm_ppd.train.data import TokenStream
+from vllm_ppd.train.documents import DataError
+from vllm_ppd.train.evaluation import evaluate
+from vllm_ppd.train.forward import insertion_loss
+from vllm_ppd.train.insertion import Insertion, sample_insertion
+from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.train.scores import Scores
+from vllm_ppd.train.settings import TrainSettings
+from vllm_ppd.train.stopping import stopping_signals
+from vllm_ppd.train.table import PromptTable
+
+__all__ = ["Interrupted", "Result", "Schedule", "Trainer"]
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+# Scores cost about as much as the loss; the progress bar needs only a sample of them.
+_SCORE_EVERY = 10
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; its checkpoint is saved."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How often things happen; changes no result."""
+
+    evaluations: int = 8
+    """Held-out evaluations, evenly spread over the run, besides one at its start."""
+    evaluation_sequences: int = 64
+    checkpoint_every: int = 100
+    """Steps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A finished run."""
+
+    table: torch.Tensor
+    """float32 [m, e, hidden], on the CPU."""
+    steps: int
+    seconds: float
+    """Training time over all starts, evaluations included."""
+    positions: int
+    """Supervised predictions, over all starts and processes."""
+    positions_per_second: float
+    """Of the last start, evaluations not counted."""
+    history: list[dict[str, Any]]
+    """Held-out evaluations: step, seconds, and `Scores.summary`."""
+
+
+@dataclass
+class Trainer:
+    """One run. `run_id` tells its checkpoint from those of other runs."""
+
+    model: FrozenModel
+    train_stream: TokenStream
+    held_out: TokenStream
+    settings: TrainSettings
+    accelerator: Accelerator
+    folder: Path
+    run_id: dict[str, Any]
+    schedule: Schedule = field(default_factory=Schedule)
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        self._step = 0
+        self._used = 0.0
+        self._positions = 0
+        self._history: list[dict[str, Any]] = []
+        self._stop = False
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / CHECKPOINT_FILE
+
+    def run(self, initial: torch.Tensor, *, resume: bool = False) -> Result:
+        """Train from `initial` [m, e, hidden], or from the folder's checkpoint.
+
+        Raises Interrupted after Ctrl-C or a termination signal, with the checkpoint
+        saved; CheckpointError when the checkpoint is another run's or cannot be
+        written; DataError when the data allow no insertion.
+        """
+        table = PromptTable(initial.to(self.accelerator.device))
+        if resume and self.checkpoint_path.exists():
+            saved = Checkpoint.load(self.checkpoint_path, self.run_id)
+        else:
+            saved = None
+        if saved is not None:
+            table = PromptTable(saved.table.to(self.accelerator.device))
+        self._table = table
+        optimiser = torch.optim.AdamW(
+            table.parameters(), lr=self.settings.learning_rate, weight_decay=0.0
+        )
+        self._optimiser = optimiser
+        if saved is not None:
+            self._restore(saved)
+        module, wrapped = self.accelerator.prepare(table, optimiser)
+        with stopping_signals(self._ask_to_stop):
+            return self._loop(module, wrapped)
+
+    def _loop(self, module: Any, optimiser: Any) -> Result:
+        start = time.monotonic() - self._used
+        processes = self.accelerator.num_processes
+        before, busy, smooth = self._positions, 1e-9, math.nan
+        recent = Scores.zeros(self.settings.num_prompt_tokens)
+        with self._bar() as bar:
+            while True:
+                self._used = time.monotonic() - start
+                progress, stop = self._progress()
+                self._evaluate_if_due(progress)
+                if progress >= 1.0:
+                    break
+                if stop or self._checkpoint_due():
+                    self._save_checkpoint()
+                if stop:
+                    raise Interrupted(
+                        f"stopped after step {self._step}; the checkpoint is "
+                        f"{self.checkpoint_path}"
+                    )
+                begun = time.monotonic()
+                loss, count, scores = self._train_step(module, optimiser, progress)
+                busy += time.monotonic() - begun
+                self._positions += count
+                smooth = loss if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss
+                if scores is not None:
+                    recent = scores
+                self._step += 1
+                rate = (self._positions - before) * processes / busy
+                self._show(bar, smooth, recent, rate, start)
+        return Result(
+            table=self._table.embeddings.detach().cpu().clone(),
+            steps=self._step,
+            seconds=self._used,
+            positions=self._positions * processes,
+            positions_per_second=(self._positions - before) * processes / busy,
+            history=self._history,
+        )
+
+    def _train_step(
+        self, module: Any, optimiser: Any, progress: float
+    ) -> tuple[float, int, Scores | None]:
+        """One update; loss, supervised predictions and, at times, their scores."""
+        for group in optimiser.param_groups:
+            group["lr"] = self.settings.learning_rate_at(progress)
+        ids, insertion = self._batch()
+        loss, scores = insertion_loss(
+            self.model,
+            module(),
+            ids,
+            insertion,
+            alpha=self.settings.alpha,
+            kind=self.settings.loss,
+            with_scores=self._step % _SCORE_EVERY == 0,
+        )
+        self.accelerator.backward(loss)
+        optimiser.step()
+        optimiser.zero_grad()
+        count = int(insertion.valid.sum()) * self.settings.num_prompt_tokens
+        return loss.item(), count, scores
+
+    def _batch(self) -> tuple[torch.Tensor, Insertion]:
+        settings, device = self.settings, self.accelerator.device
+        generator = torch.Generator().manual_seed(
+            _mixed_seed(settings.seed, self._step, self.accelerator.process_index)
+        )
+        # In chats a whole batch may be the user's words; draw again then.
+        for _ in range(100):
+            ids, allowed = self.train_stream.windows(
+                self.train_stream.random_starts(
+                    settings.batch_size, settings.length, generator
+                ),
+                settings.length,
+            )
+            insertion = sample_insertion(
+                torch.ones_like(ids),
+                settings.points,
+                settings.num_prompt_tokens,
+                settings.num_ept,
+                generator,
+                allowed,
+            )
+            if bool(insertion.valid.any()):
+                return ids.to(device), insertion.to(device)
+        raise DataError(
+            f"no window of {settings.length} tokens has "
+            f"{settings.num_prompt_tokens + 1} tokens of the assistant in a row; use "
+            "data with longer answers"
+        )
+
+    def _progress(self) -> tuple[float, bool]:
+        """Part of the budget used, and whether to stop; equal in all processes."""
+        if self.settings.steps is not None:
+            progress = self._step / self.settings.steps
+        else:
+            progress = self._used / (60.0 * (self.settings.minutes or 1.0))
+        state = [progress, self._stop]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(state)
+        return float(state[0]), bool(state[1])
+
+    def _evaluate_if_due(self, progress: float) -> None:
+        spacing = 1.0 / max(1, self.schedule.evaluations)
+        # The small surplus absorbs rounding of progress at its last multiple.
+        due = 1 + int(min(progress, 1.0) / spacing + 1e-9)
+        if len(self._history) >= due:
+            return
+        scores = evaluate(
+            self.model,
+            self._table.embeddings.detach(),
+            self.held_out,
+            self.settings,
+            self.schedule.evaluation_sequences,
+        )
+        rates = {
+            key: [round(value, 4) for value in values]
+            for key, values in scores.summary().items()
+        }
+        record = {"step": self._step, "seconds": round(self._used, 1), **rates}
+        # Evaluations that a slow step skipped over are the same evaluation.
+        self._history += [record] * (due - len(self._history))
+        self._say(
+            f"step {self._step}: held-out KL {_join(rates['kl'], '.2f')}, "
+            f"top-1 {_join(rates['model_top1'], '.3f')}, "
+            f"top-10 {_join(rates['model_top10'], '.3f')}"
+        )
+
+    def _checkpoint_due(self) -> bool:
+        return self._step > 0 and self._step % self.schedule.checkpoint_every == 0
+
+    def _save_checkpoint(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        parameter = self._table.embeddings
+        state = self._optimiser.state.get(parameter, {})
+        Checkpoint(
+            table=parameter.detach(),
+            exp_avg=state.get("exp_avg", torch.zeros_like(parameter)),
+            exp_avg_sq=state.get("exp_avg_sq", torch.zeros_like(parameter)),
+            step=self._step,
+            seconds=self._used,
+            positions=self._positions,
+            run=self.run_id,
+            history=self._history,
+        ).save(self.checkpoint_path)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        parameter = self._table.embeddings
+        if saved.step > 0:
+            self._optimiser.state[parameter] = {
+                "step": torch.tensor(float(saved.step)),
+                "exp_avg": saved.exp_avg.to(parameter.device),
+                "exp_avg_sq": saved.exp_avg_sq.to(parameter.device),
+            }
+        self._step, self._used = saved.step, saved.seconds
+        self._positions = saved.positions
+        self._history = list(saved.history)
+        self._say(f"continuing after step {saved.step}")
+
+    def _ask_to_stop(self) -> None:
+        self._stop = True
+
+    def _bar(self) -> tqdm:
+        minutes = self.settings.minutes
+        return tqdm(
+            total=self.settings.steps if minutes is None else round(60 * minutes),
+            initial=self._step if minutes is None else int(self._used),
+            unit="step" if minutes is None else "s",
+            desc="training",
+            disable=self.quiet or not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+
+    def _show(
+        self, bar: tqdm, loss: float, recent: Scores, rate: float, start: float
+    ) -> None:
+        if bar.disable:
+            return
+        summary = recent.summary()
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, top-1 {_join(summary['model_top1'], '.2f')}, "
+            f"top-10 {_join(summary['model_top10'], '.2f')}, {rate:.0f} pos/s",
+            refresh=False,
+        )
+        done = self._step
+        if self.settings.minutes is not None:
+            done = min(int(time.monotonic() - start), bar.total)
+        bar.update(done - bar.n)
+
+    def _say(self, sentence: str) -> None:
+        if self.accelerator.is_main_process and not self.quiet:
+            tqdm.write(sentence)
+
+
+def _mixed_seed(*parts: int) -> int:
+    """A seed from several numbers, alike on every platform and Python."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _join(values: list[float], spec: str) -> str:
+    return " ".join(format(value, spec) for value in values)
