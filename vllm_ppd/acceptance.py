@@ -45,8 +45,9 @@ class AcceptanceStats:
 
     acceptance: np.ndarray
     """float64 [m, K], read-only: `acceptance[d][r]` is the probability that the token
-    at distance d + 1 is the rank-r candidate of prompt token d + 1, given that the
-    tokens before it were guessed rightly; ranks need not fall in probability."""
+    at distance d + 1 is the rank-r candidate of prompt token d + 1, over all points;
+    tree search takes it for the probability given that the tokens before it were
+    guessed rightly (the paper's independence). Ranks need not fall in probability."""
     source: Mapping[str, Any] | None = None
     """Where the figures come from, for people; nothing reads it."""
 

@@ -7,6 +7,8 @@ nothing below needs a special case for it.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
 from vllm_ppd.tables import PolicyTables
@@ -18,6 +20,10 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     >>> ranges(np.array([5, 20]), np.array([2, 3])).tolist()
     [5, 6, 20, 21, 22]
     """
+    if len(counts) == 1:
+        # One request decoding alone is where every microsecond shows.
+        start = int(starts[0])
+        return np.arange(start, start + int(counts[0]))
     total = int(counts.sum())
     firsts = np.cumsum(counts) - counts
     return np.arange(total) + np.repeat(starts - firsts, counts)
@@ -49,7 +55,7 @@ class TreeStep:
         self.first_nodes = np.cumsum(self.num_nodes) - self.num_nodes
         self.trees = np.flatnonzero(num_rows > 1)
 
-    @property
+    @cached_property
     def node_rows(self) -> np.ndarray:
         """[sum of num_nodes] the step's rows that are nodes, request by request."""
         return ranges(self.starts, self.num_nodes)

@@ -33,7 +33,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-SETTINGS = TrainSettings(steps=8, length=24, batch_size=2, points=6)
+SETTINGS = TrainSettings(steps=8, length=24, batch_size=2, points=6, learning_rate=0.01)
 SCHEDULE = Schedule(evaluations=2, evaluation_sequences=4, checkpoint_every=3)
 
 
@@ -317,6 +317,14 @@ def test_bad_settings(changes: dict, word: str) -> None:
 def test_learning_rate_is_a_cosine() -> None:
     rates = [SETTINGS.learning_rate_at(p) for p in (0.0, 0.5, 1.0, 1.2)]
     assert rates == pytest.approx([0.01, 0.005, 0.0, 0.0])
+
+
+def test_the_default_learning_rate_follows_the_embeddings(job: TrainJob) -> None:
+    settings = dataclasses.replace(SETTINGS, learning_rate=None, steps=1)
+    dataclasses.replace(job, settings=settings).run()
+    record = json.loads((Path(job.out) / "training.json").read_text())
+    # Embeddings were drawn with a standard deviation of 0.2.
+    assert record["settings"]["learning_rate"] == pytest.approx(0.8, rel=0.1)
 
 
 def test_bad_models(job: TrainJob, model_folder: Path, tmp_path: Path) -> None:

@@ -79,7 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     setting(group, "length", int, "tokens per training sequence")
     setting(group, "batch_size", int, "sequences per step and process")
     setting(group, "points", int, "insertion points per sequence")
-    setting(group, "learning_rate", float, "AdamW's peak, decayed by a cosine")
+    setting(
+        group,
+        "learning_rate",
+        float,
+        "AdamW's peak, decayed by a cosine (default: 4 times the root mean square of "
+        "the model's embeddings)",
+    )
     setting(group, "alpha", float, "distance i counts alpha^(i-1)")
     kinds = get_args(LossKind)
     setting(group, "loss", str, "target: the model or the text", choices=kinds)

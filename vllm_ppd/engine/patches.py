@@ -3,7 +3,8 @@
 Each entry says what is patched, why no official seam serves, since which vLLM it is
 known to fit, and how to notice that vLLM moved (tests/engine/test_patches.py checks
 every entry against the installed version). What is *overridden in subclasses* is
-listed too, because a renamed method fails as silently as a moved function.
+listed too, because a renamed method fails as silently as a moved function. 0.32 was
+run on CPU; 0.33, which has no CPU wheel, was only read.
 
 Patched:
 - ``EngineArgs.create_speculative_config``: vLLM's ``SpeculativeConfig.method`` is a
@@ -11,8 +12,8 @@ Patched:
   PPD and calls the original for everything else. 0.32, 0.33.
 - ``EngineArgs.add_cli_args``: adds ``--speculative-model``, another spelling of
   vLLM's own ``--spec-model``. 0.32, 0.33.
-- attention backend ``CPU_ATTN`` (in workers that run PPD only, through vLLM's
-  ``register_backend``): tree rows need their own mask. 0.32, 0.33.
+- attention backends ``CPU_ATTN`` and ``CUSTOM`` (in workers that run PPD only, through
+  vLLM's ``register_backend``): tree rows need their own mask. 0.32, 0.33.
 - ``vllm.v1.worker.cpu_worker.CPUModelRunner`` (while PPD's worker builds its runner):
   the CPU worker names the class inline, without the GPU worker's
   ``_make_model_runner`` seam. 0.32, 0.33.
@@ -20,8 +21,9 @@ Patched:
   counts prompt rows as drafts; its acceptance length is right.
 
 Subclassed: ``CPUWorker`` (init_device), ``Worker`` (_make_model_runner), the V1 model
-runners (see runner_v1.OVERRIDDEN), ``CPUAttentionBackend`` with its builder (build)
-and implementation (forward), ``VocabParallelEmbedding`` (forward).
+runners (see runner_v1.OVERRIDDEN), ``CPUAttentionBackend`` and
+``FlashAttentionBackend`` with their builders (build) and implementations (forward),
+``VocabParallelEmbedding`` (forward).
 """
 
 from __future__ import annotations

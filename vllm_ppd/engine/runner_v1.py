@@ -112,10 +112,11 @@ class PPDRunnerMixin:
         depths = tables.depths[states, inner]
         moved = self.positions  # type: ignore[attr-defined]
         moved[self._to_device(rows)] += self._to_device(depths - inner)
-        everything = np.zeros(total_rows, dtype=np.int64)
-        everything[rows] = depths
-        masks = np.zeros((total_rows, tables.ancestors.shape[2]), dtype=np.int64)
-        masks[rows] = tables.ancestors[states, inner]
+        masks = tables.ancestors[states, inner]
+        only_trees = len(rows) == total_rows
+        if not only_trees:
+            depths = _spread(depths, rows, total_rows)
+            masks = _spread(masks, rows, total_rows)
         computed = self.input_batch.num_computed_tokens_cpu  # type: ignore
         trees = step.trees
         step_context.set_current(
@@ -125,8 +126,8 @@ class PPDRunnerMixin:
                 num_rows=torch.from_numpy(step.num_rows[trees]),
                 context_lens=torch.from_numpy(computed[trees].astype(np.int64)),
                 ancestors=self._to_device(masks),
-                depths=self._to_device(everything),
-                only_trees=len(rows) == total_rows,
+                depths=self._to_device(depths),
+                only_trees=only_trees,
             )
         )
 
@@ -219,3 +220,10 @@ class PPDRunnerMixin:
 
     def _write(self, target: torch.Tensor, rows: np.ndarray, ids: np.ndarray) -> None:
         target[self._to_device(rows)] = self._to_device(ids).to(target.dtype)
+
+
+def _spread(values: np.ndarray, rows: np.ndarray, total: int) -> np.ndarray:
+    """[total, ...] zeros with ``values`` at ``rows``."""
+    spread = np.zeros((total, *values.shape[1:]), dtype=values.dtype)
+    spread[rows] = values
+    return spread

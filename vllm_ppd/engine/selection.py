@@ -15,7 +15,7 @@ import vllm
 from huggingface_hub import snapshot_download
 from vllm.config import SpeculativeConfig
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
+from vllm.platforms import CpuArchEnum, current_platform
 
 from vllm_ppd.config import PPDConfig, PPDConfigError
 from vllm_ppd.default_trees import acceptance_of, default_policy
@@ -74,6 +74,12 @@ def create_ppd_config(
     if device not in WORKERS:
         raise PPDConfigError(
             f"speculative method 'ppd' runs on CPU and CUDA, not on {device!r}"
+        )
+    if device == "cpu" and current_platform.get_cpu_architecture() != CpuArchEnum.X86:
+        # vLLM packs its KV cache differently elsewhere (NEON, RVV, VSX).
+        raise PPDConfigError(
+            "speculative method 'ppd' runs on x86-64 CPUs only, and this is "
+            f"{current_platform.get_cpu_architecture().name}: serve without PPD"
         )
     refuse_unsupported(args, model, parallel)
     folder = resolve_path(config.path)

@@ -23,7 +23,7 @@ from vllm_ppd.train.data import TokenStream, read_stream
 from vllm_ppd.train.documents import sha256_of_files
 from vllm_ppd.train.model import FrozenModel, ModelError
 from vllm_ppd.train.settings import INITS, TrainSettings
-from vllm_ppd.train.table import initial_table
+from vllm_ppd.train.table import default_learning_rate, initial_table
 from vllm_ppd.train.trainer import CHECKPOINT_FILE, Result, Schedule, Trainer
 
 __all__ = ["RECORD_FILE", "OutputError", "TrainJob"]
@@ -89,6 +89,9 @@ class TrainJob:
             max_length=settings.length,
         )
         train_stream, held_out = self._streams(model_folder, quiet)
+        if settings.learning_rate is None:
+            rate = default_learning_rate(model, train_stream)
+            settings = dataclasses.replace(settings, learning_rate=rate)
         initial = initial_table(
             init,
             (settings.num_prompt_tokens, settings.num_ept),

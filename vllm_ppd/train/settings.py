@@ -38,8 +38,9 @@ class TrainSettings:
     """Sequences per step and process."""
     points: int = 32
     """Insertion points per sequence."""
-    learning_rate: float = 0.01
-    """Peak of AdamW's cosine schedule (no warm-up, no weight decay)."""
+    learning_rate: float | None = None
+    """Peak of AdamW's cosine schedule (no warm-up, no weight decay); None is the
+    `default_learning_rate` of the model. The paper has 0.01."""
     alpha: float = 0.8
     """Distance i counts alpha^(i-1)."""
     loss: LossKind = "kl"
@@ -68,11 +69,10 @@ class TrainSettings:
             *(["steps"] if self.steps is not None else []),
         ):
             self._check(name, type(getattr(self, name)) is int, 1, "a whole number")
-        for name in (
-            "learning_rate",
-            *(["minutes"] if self.minutes is not None else []),
-        ):
-            self._check(name, math.isfinite(getattr(self, name)), None, "a number")
+        for name in ("learning_rate", "minutes"):
+            value = getattr(self, name)
+            if value is not None:
+                self._check(name, math.isfinite(value), None, "a number")
         if not 0 < self.alpha <= 1:
             raise SettingsError(f"alpha is {self.alpha}; expected above 0, at most 1")
         for name, choices in (("loss", get_args(LossKind)), ("dtype", DTYPES)):
@@ -96,6 +96,11 @@ class TrainSettings:
             raise SettingsError(f"{name} is {value!r}; expected {kind} {bound}")
 
     def learning_rate_at(self, progress: float) -> float:
-        """Cosine from the peak at progress 0 to zero at 1 and beyond."""
+        """Cosine from the peak at progress 0 to zero at 1 and beyond.
+
+        Raises SettingsError while `learning_rate` is None.
+        """
+        if self.learning_rate is None:
+            raise SettingsError("learning_rate is None; expected it resolved by now")
         done = min(max(progress, 0.0), 1.0)
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))

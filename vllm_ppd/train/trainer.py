@@ -111,7 +111,7 @@ class Trainer:
             table = PromptTable(saved.table.to(self.accelerator.device))
         self._table = table
         optimiser = torch.optim.AdamW(
-            table.parameters(), lr=self.settings.learning_rate, weight_decay=0.0
+            table.parameters(), lr=self.settings.learning_rate_at(0.0), weight_decay=0.0
         )
         self._optimiser = optimiser
         if saved is not None:
