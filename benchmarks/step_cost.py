@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, help="a random model of this width")
     parser.add_argument("--layers", type=int, default=6, help="and of this depth")
     parser.add_argument("--context", type=int, nargs="+", default=[128, 1024, 4096])
-    parser.add_argument("--rows", type=int, help="rows of a PPD step (default: 8)")
+    parser.add_argument("--rows", type=int, help="rows of a PPD step (default: 4)")
     parser.add_argument(
         "--replay",
         type=Path,

@@ -19,9 +19,9 @@ from vllm_ppd.tree_search import optimal_policy
 
 ACCEPTANCE_FILE = "acceptance.json"
 
-# Rows a step can take before it gets much slower than a plain one: a few CPU cores
-# are compute-bound from about 8 rows on, a GPU has slack for many more.
-DEFAULT_ROWS = {"cpu": 8, "cuda": 32}
+# Rows a step can take before it gets much slower than a plain one: CPU cores are soon
+# compute-bound (benchmarks/step_cost.py), a GPU has slack for many more.
+DEFAULT_ROWS = {"cpu": 4, "cuda": 32}
 
 
 def typical_acceptance(num_prompt_tokens: int, num_ranks: int = 10) -> AcceptanceStats:

@@ -17,7 +17,7 @@ def test_default_trees_fit_the_budget_and_speculate(m, num_ept, rows):
 
 def test_devices_have_their_own_budgets():
     stats = typical_acceptance(3)
-    assert default_policy(stats, 1, "cpu").max_rows == 8
+    assert default_policy(stats, 1, "cpu").max_rows == 4
     assert default_policy(stats, 1, "cuda").max_rows == 32
 
 
