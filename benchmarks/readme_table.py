@@ -72,10 +72,6 @@ def section() -> str:
             "A random model of 100 M parameters, guesses accepted as published for "
             "Vicuna-7B",
         ),
-        *replayed(
-            "step_cost_30m_replay",
-            "The same at 30 M parameters",
-        ),
     ]
     return "\n".join([BEGIN, *lines, END])
 
