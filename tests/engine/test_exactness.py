@@ -17,7 +17,7 @@ GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 def mixed(texts: list[str], count: int, first: int = 0) -> list[str]:
     """Prompts from a few to some hundred tokens."""
-    lengths = [40, 700, 150, 1200, 300, 90, 500, 20]
+    lengths = [40, 700, 150, 1000, 300, 90, 500, 20]
     return [
         texts[(first + i) % len(texts)][: lengths[i % len(lengths)]]
         for i in range(count)
@@ -36,7 +36,7 @@ def test_batches_of_mixed_prompt_and_output_lengths(
     plain, ppd, plain_engine, ppd_engine, texts, batch
 ):
     prompts = mixed(texts, 16)
-    params = [{**GREEDY, "max_tokens": 60 + 17 * (i % 9)} for i in range(16)]
+    params = [{**GREEDY, "max_tokens": 90 + 17 * (i % 9)} for i in range(16)]
     for first in range(0, 16, batch):
         part = slice(first, first + batch)
         same(

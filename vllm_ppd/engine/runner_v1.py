@@ -49,6 +49,8 @@ class PPDRunnerMixin:
         self.ppd_states: dict[str, int] = {}
         self._ppd_step: TreeStep
         self._ppd_walk: TreeWalk
+        # [B] KV entries before each request's root.
+        self._ppd_contexts: np.ndarray
         # Where each node's logits are, if prompt rows have logits too.
         self._ppd_logit_rows: np.ndarray | None = None
 
@@ -95,6 +97,8 @@ class PPDRunnerMixin:
                 else:
                     states[index] = self.ppd_states[request_id]
         ends = np.cumsum(num_scheduled_tokens, dtype=np.int64)
+        computed = self.input_batch.num_computed_tokens_cpu[:batch]  # type: ignore
+        self._ppd_contexts = computed + num_scheduled_tokens - num_rows
         step = TreeStep(self.drafter.tables, states, ends - num_rows, num_rows)
         return step, padded
 
@@ -117,14 +121,13 @@ class PPDRunnerMixin:
         if not only_trees:
             depths = _spread(depths, rows, total_rows)
             masks = _spread(masks, rows, total_rows)
-        computed = self.input_batch.num_computed_tokens_cpu  # type: ignore
         trees = step.trees
         step_context.set_current(
             step_context.StepContext(
                 requests=self._to_device(trees),
                 starts=torch.from_numpy(step.starts[trees]),
                 num_rows=torch.from_numpy(step.num_rows[trees]),
-                context_lens=torch.from_numpy(computed[trees].astype(np.int64)),
+                context_lens=torch.from_numpy(self._ppd_contexts[trees]),
                 ancestors=self._to_device(masks),
                 depths=self._to_device(depths),
                 only_trees=only_trees,
