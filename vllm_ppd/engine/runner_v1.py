@@ -51,7 +51,8 @@ class PPDRunnerMixin:
         self._ppd_walk: TreeWalk
         # [B] KV entries before each request's root.
         self._ppd_contexts: np.ndarray
-        # Where each node's logits are, if prompt rows have logits too.
+        # Whether prompt rows have logits in this step too, and then where nodes' are.
+        self._ppd_all_logits = False
         self._ppd_logit_rows: np.ndarray | None = None
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
