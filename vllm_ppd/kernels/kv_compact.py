@@ -1,4 +1,4 @@
-"""KV compaction, the torch reference: move the accepted path next to the context.
+"""KV compaction, the torch references: move the accepted path next to the context.
 
 After verification the accepted rows' keys and values lie scattered over the step's
 slots; the next step expects them right after the context. A slot is a linear index
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["kv_compact_reference"]
+__all__ = ["compact_paths_reference", "kv_compact_reference"]
 
 
 def kv_compact_reference(
@@ -42,3 +42,32 @@ def kv_compact_reference(
         for a, b in moves:
             source = cache[a // block_size, :, a % block_size]
             cache[b // block_size, :, b % block_size] = source
+
+
+def compact_paths_reference(
+    caches: Sequence[torch.Tensor],  # each [num_blocks, kv_heads, block_size, width]
+    slots: torch.Tensor,  # int64 [T]: cache slot of every row of the step
+    starts: torch.Tensor,  # int [B]: row of each root
+    paths: torch.Tensor,  # int [B, D + 1]: accepted rows of each tree, the root first
+    lengths: torch.Tensor,  # int [B]: how many of them; 0 for a padded request
+) -> None:
+    """Copy the slot of accepted row ``paths[b, d]`` to that of row ``d``; d ascending.
+
+    `caches` may have any strides and element types; keys and values can be two caches
+    or one. All share one numbering of slots. Nothing is read on the host.
+    ``paths[b, d] >= d`` and rises with d, so a slot is never read after it was
+    written.
+    """
+    starts, real = starts.long(), lengths > 0
+    # What does not move copies a root to itself: a root's slot is never a target. Row
+    # 0 stands in for padded requests, whose start may be anywhere.
+    roots = torch.where(real, starts, 0)
+    for depth in range(1, paths.shape[1]):
+        path = paths[:, depth].long()
+        moves = (depth < lengths) & (path != depth)
+        source = slots[torch.where(moves, starts + path, roots)]
+        target = slots[torch.where(moves, starts + depth, roots)]
+        for cache in caches:
+            size = cache.shape[2]
+            rows = cache[source // size, :, source % size]
+            cache[target // size, :, target % size] = rows

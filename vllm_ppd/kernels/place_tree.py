@@ -1,0 +1,49 @@
+"""A step's trees on the device, the torch reference: positions, masks, depths.
+
+vLLM lays a request's rows out as a line. This turns those of requests that have a
+tree into one, in the persistent buffers that the model and its attention read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .tree_tables import TreeTables
+
+__all__ = ["place_tree_reference"]
+
+
+def place_tree_reference(
+    tables: TreeTables,
+    trees: torch.Tensor,  # int [B]: tree id of each request
+    num_rows: torch.Tensor,  # int [B]: tree rows; 0: no tree, or a padded request
+    query_starts: torch.Tensor,  # int [B + 1]: first row of each request, and the end
+    seq_lens: torch.Tensor,  # int [B]: cached tokens and this step's rows
+    positions: torch.Tensor,  # int [>= T]: changed at tree rows
+    ancestors: torch.Tensor,  # int64 [T, W]: written at tree rows
+    depths: torch.Tensor,  # int32 [T]: written at tree rows
+    starts: torch.Tensor,  # int32 [B]: written, row of each root
+    context_lens: torch.Tensor,  # int32 [B]: written, cached tokens before the root
+) -> None:
+    """Write what ``TreeBatch`` needs, and each tree row's position.
+
+    A tree is the last ``num_rows`` rows of its request; the root's position is right
+    already and the others follow from it. `num_rows` must not be more than the
+    tables' rows; those past the tree's end see the root and themselves.
+    """
+    trees, num_rows = trees.long(), num_rows.long()
+    ends = query_starts[1:].long()
+    first = ends - num_rows
+    starts.copy_(first)
+    context_lens.copy_(torch.where(num_rows > 0, seq_lens - num_rows, 0))
+    # Which request every row belongs to; the last one's, past the step's end.
+    row = torch.arange(len(depths), device=trees.device)
+    request = torch.searchsorted(ends, row, right=True).clamp(max=len(trees) - 1)
+    inner = row - first[request]
+    there = (inner >= 0) & (inner < num_rows[request])
+    at = trees[request], inner.clamp(0, tables.depths.shape[1] - 1)
+    depth = tables.depths[at]
+    root = positions[first[request].clamp(0, len(row) - 1)]
+    positions[: len(row)] = torch.where(there, root + depth, positions[: len(row)])
+    depths.copy_(torch.where(there, depth, depths))
+    ancestors.copy_(torch.where(there[:, None], tables.ancestors[at], ancestors))

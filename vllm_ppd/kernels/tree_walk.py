@@ -1,0 +1,85 @@
+"""Verification on the device, the torch reference: the accepted path of every tree.
+
+The same walk as ``vllm_ppd.verify.TreeWalk``, for the case that the target's token
+after *every* node is known already: vLLM draws its noise from (seed, position), so
+one sampler call serves all nodes. No value is read on the host.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .tree_tables import TreeTables
+
+__all__ = ["Walk", "tree_walk_reference"]
+
+
+class Walk(NamedTuple):
+    """Axes: B requests, D the tables' depth, P = prompt tokens * EPTs per node."""
+
+    tokens: torch.Tensor  # int64 [B, D + 1]: emitted tokens, -1 padded
+    num_sampled: torch.Tensor  # int32 [B]: emitted tokens; 0 for a padded request
+    end_nodes: torch.Tensor  # int32 [B]: node where the walk ended
+    paths: torch.Tensor  # int32 [B, D + 1]: visited nodes, root first, 0 padded
+    states: torch.Tensor  # int32 [B]: complete prompt tokens on the end node
+    # int32 [B, P]: rows of the step that are the end node's prompt rows (prompt token
+    # major); the row of the root from states * EPTs on.
+    prompt_rows: torch.Tensor
+
+
+def tree_walk_reference(
+    tables: TreeTables,
+    trees: torch.Tensor,  # int [B]: tree id of each request
+    starts: torch.Tensor,  # int [B]: row of each root among the step's rows
+    num_rows: torch.Tensor,  # int [B]: scheduled tree rows; 0 for a padded request
+    input_ids: torch.Tensor,  # int [T]: token of every row of the step
+    sampled: torch.Tensor,  # int [L]: the target's token after each row with logits
+    sampled_starts: torch.Tensor,  # int [B]: where each root's entry of `sampled` is
+) -> Walk:
+    """Walk all trees; node ``i``'s entry of `sampled` is ``i`` after its root's.
+
+    A request without guesses (prefill, plain decoding) has ``num_rows`` 1. Rows past
+    the tree's end, which vLLM may schedule, are ignored, and so is a prompt token
+    whose ensemble was cut off.
+    """
+    trees, starts, num_rows = trees.long(), starts.long(), num_rows.long()
+    batch, depth = len(trees), tables.max_depth
+    parents = tables.parents[trees]  # [B, N]
+    node = torch.arange(parents.shape[1], device=trees.device)
+    num_nodes = torch.minimum(num_rows, tables.num_nodes[trees])
+    present = (node > 0) & (node < num_nodes[:, None])
+    node_tokens = input_ids[torch.where(present, starts[:, None] + node, 0)]
+
+    tokens = sampled.new_full((batch, depth + 1), -1, dtype=torch.int64)
+    paths = trees.new_zeros((batch, depth + 1))
+    active = num_rows > 0
+    nodes, lengths = torch.zeros_like(trees), torch.zeros_like(trees)
+    for level in range(depth + 1):
+        picked = sampled[torch.where(active, sampled_starts + nodes, 0)].long()
+        tokens[:, level] = torch.where(active, picked, -1)
+        paths[:, level] = torch.where(active, nodes, 0)
+        lengths += active
+        carries = present & (parents == nodes[:, None])
+        carries &= node_tokens == picked[:, None]
+        # Node 0 is never a child, so 0 means that none carries the token.
+        child = carries.int().argmax(dim=1)
+        active = active & (child > 0)
+        nodes = torch.where(active, child, nodes)
+
+    firsts = tables.first_prompt_rows[trees, nodes]
+    complete = (num_rows - firsts).div(tables.num_ept, rounding_mode="floor")
+    states = complete.clamp(min=0).minimum(tables.prompts[trees, nodes])
+    index = torch.arange(tables.num_prompt_tokens * tables.num_ept, device=trees.device)
+    there = index < (states * tables.num_ept)[:, None]
+    roots = torch.where(num_rows > 0, starts, 0)[:, None]
+    prompt_rows = roots + torch.where(there, firsts[:, None] + index, 0)
+    return Walk(
+        tokens,
+        lengths.int(),
+        nodes.int(),
+        paths.int(),
+        states.int(),
+        prompt_rows.int(),
+    )

@@ -1,0 +1,7 @@
+"""Triton kernels, each with the signature of its torch reference one folder up.
+
+They import ``triton`` itself: ``vllm.triton_utils`` hands out placeholders where no
+GPU driver is active, and then the kernels could not run in Triton's interpreter.
+"""
+
+import triton  # noqa: F401  (without Triton this folder cannot be imported)
