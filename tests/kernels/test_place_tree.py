@@ -1,0 +1,112 @@
+"""Laying out trees on the device: a mixed batch by hand, and the pure core's rows."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
+from tests.kernels.trees import random_policy, random_rows, tables_of
+from vllm_ppd.kernels.place_tree import place_tree_reference
+from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.step import TreeStep
+from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+
+UNTOUCHED = -7
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def place(request):
+    if request.param == "reference":
+        return place_tree_reference
+    from vllm_ppd.kernels.triton.place_tree import place_tree
+
+    return place_tree
+
+
+def run(place, tables, trees, num_rows, query_starts, contexts, spare=3):
+    """Lay out; `spare` rows of the buffers are behind the step's end."""
+    query_starts = np.asarray(query_starts)
+    lengths = np.diff(query_starts)
+    seq_lens = np.asarray(contexts) + lengths
+    # vLLM's positions: a line.
+    positions = np.full(query_starts[-1] + spare, UNTOUCHED)
+    for start, length, context in zip(query_starts, lengths, contexts, strict=False):
+        positions[start : start + length] = context + np.arange(length)
+    words = tables.ancestors.shape[2]
+    out = SimpleNamespace(
+        positions=torch.from_numpy(positions).to(DEVICE),
+        ancestors=torch.full((len(positions), words), UNTOUCHED, device=DEVICE),
+        depths=torch.full((len(positions),), UNTOUCHED, device=DEVICE).int(),
+        starts=torch.full((len(lengths),), UNTOUCHED, device=DEVICE).int(),
+        context_lens=torch.full((len(lengths),), UNTOUCHED, device=DEVICE).int(),
+    )
+    inputs = [
+        torch.as_tensor(np.asarray(a)).to(DEVICE, torch.int32)
+        for a in (trees, num_rows, query_starts, seq_lens)
+    ]
+    place(tables, *inputs, **vars(out))
+    return SimpleNamespace(**{k: v.cpu().numpy() for k, v in vars(out).items()})
+
+
+def test_a_mixed_batch_by_hand(place):
+    tree = SparseTree((0, 0), (0, 1), (1, 0, 1))
+    policy = TreePolicy((chain_tree(0, [1]), tree))
+    tables = TreeTables.on(DEVICE, tables_of(policy))
+    # A prefill chunk, a tree, a tree cut to two rows, padding.
+    got = run(
+        place, tables, [0, 1, 1, 0], [0, 5, 2, 0], [0, 3, 8, 10, 10], [4, 9, 6, 0]
+    )
+    x = UNTOUCHED
+    assert got.positions.tolist() == [4, 5, 6, 9, 10, 10, 10, 11, 6, 7, x, x, x]
+    assert got.depths.tolist() == [x, x, x, 0, 1, 1, 1, 2, 0, 1, x, x, x]
+    tree_masks = [0b1, 0b11, 0b101, 0b1001, 0b10101]
+    assert got.ancestors[:, 0].tolist() == [x] * 3 + tree_masks + [0b1, 0b11] + [x] * 3
+    assert got.starts[1:3].tolist() == [3, 8]
+    assert got.context_lens.tolist() == [0, 9, 6, 0]
+
+
+@pytest.mark.parametrize("num_rows", [None, 100, 129])
+def test_against_the_pure_layout(place, num_rows):
+    random.seed(str(num_rows))
+    rng = np.random.default_rng(num_rows or 0)
+    pure = tables_of(random_policy(3, 20), num_rows)
+    tables = TreeTables.on(DEVICE, pure)
+    states = rng.integers(0, 4, 11)
+    rows = random_rows(pure, states)
+    before = rng.integers(0, 5, 11)  # rows of the request ahead of its tree
+    contexts = rng.integers(0, 1000, 11)
+    ends = np.cumsum(rows + before)
+    step = TreeStep(pure, states, ends - rows, rows)
+    step.trees = np.arange(11)  # trees of one row, too
+
+    got = run(place, tables, states, rows, [0, *ends], contexts)
+    where, trees, inner = step.tree_rows()
+    depths = pure.depths[trees, inner]
+    assert got.starts.tolist() == step.starts.tolist()
+    assert got.context_lens.tolist() == (contexts + before).tolist()
+    assert got.depths[where].tolist() == depths.tolist()
+    assert got.ancestors[where].tolist() == pure.ancestors[trees, inner].tolist()
+    roots = np.repeat(contexts + before, rows)
+    assert got.positions[where].tolist() == (roots + depths).tolist()
+    others = np.setdiff1d(np.arange(len(got.depths)), where)
+    assert (got.depths[others] == UNTOUCHED).all()
+    assert (got.ancestors[others] == UNTOUCHED).all()
+
+
+def test_placing_twice_changes_nothing(place):
+    pure = tables_of(random_policy(2, 9))
+    tables = TreeTables.on(DEVICE, pure)
+    rows = int(pure.num_rows[2])
+    once = run(place, tables, [2], [rows], [0, rows], [7])
+
+    def twice(*args, **out):
+        place(*args, **out)
+        place(*args, **out)
+
+    again = run(twice, tables, [2], [rows], [0, rows], [7])
+    assert again.positions.tolist() == once.positions.tolist()

@@ -1,0 +1,107 @@
+"""Tree walk on the device: a literal walk, and the pure core's walk as the oracle."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
+from tests.kernels.trees import FIRST_SOFT_ID, random_policy, random_rows, tables_of
+from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_walk import tree_walk_reference
+from vllm_ppd.step import TreeStep
+from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.verify import TreeWalk
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def walk(request):
+    if request.param == "reference":
+        return tree_walk_reference
+    from vllm_ppd.kernels.triton.tree_walk import tree_walk
+
+    return tree_walk
+
+
+def on_device(*arrays, dtype=torch.int32):
+    return [torch.as_tensor(np.asarray(a)).to(DEVICE, dtype) for a in arrays]
+
+
+def run(walk, tables, trees, starts, num_rows, input_ids, sampled, sampled_starts):
+    tensors = on_device(trees, starts, num_rows, input_ids)
+    sampled = torch.as_tensor(np.asarray(sampled), dtype=torch.int64, device=DEVICE)
+    result = walk(tables, *tensors, sampled, *on_device(sampled_starts))
+    return SimpleNamespace(
+        **{name: t.cpu().numpy() for name, t in result._asdict().items()}
+    )
+
+
+def test_a_walk_by_hand(walk):
+    # Root 0 with children 1 ("7") and 2 ("8"); 2 has child 3 ("9"), and one prompt
+    # token on nodes 0 and 3, two on node 2: rows 4 | 5 6 | 7.
+    tree = SparseTree((0, 0, 2), (0, 1, 0), (1, 0, 2, 1))
+    tables = tables_of(
+        TreePolicy((chain_tree(0, [2]), chain_tree(1, [1, 1]), tree)), num_rows=10
+    )
+    tables = TreeTables.on(DEVICE, tables)
+    soft = FIRST_SOFT_ID
+    #     another  a whole tree, then two fillers                   a cut one
+    ids = [5, 5, *(4, 7, 8, 9, soft, soft, soft + 1, soft, 0, 0), *(4, 7, 8)]
+    picked = [0] * len(ids)
+    picked[1] = 3  # the other request has no guesses
+    picked[2], picked[4], picked[5] = 8, 9, 6  # down to node 3
+    picked[12], picked[14] = 8, 9  # node 2; its child was cut off
+    got = run(
+        walk, tables, [2, 2, 2, 0], [1, 2, 12, 15], [1, 10, 3, 0], ids, picked,
+        [1, 2, 12, 15],
+    )  # fmt: skip
+    assert got.tokens.tolist() == [[3, -1, -1], [8, 9, 6], [8, 9, -1], [-1, -1, -1]]
+    assert got.num_sampled.tolist() == [1, 3, 2, 0]
+    assert got.end_nodes.tolist() == [0, 3, 2, 0]
+    assert got.paths.tolist() == [[0, 0, 0], [0, 2, 3], [0, 2, 0], [0, 0, 0]]
+    assert got.states.tolist() == [0, 1, 0, 0]
+    assert got.prompt_rows.tolist() == [[1, 1], [9, 2], [12, 12], [0, 0]]
+
+
+@pytest.mark.parametrize("ept", [1, 2])
+@pytest.mark.parametrize("batch", [1, 13])
+def test_against_the_pure_walk(walk, batch, ept):
+    for seed in range(3):
+        random.seed(f"{seed} {batch} {ept}")
+        rng = np.random.default_rng([seed, batch, ept])
+        pure = tables_of(random_policy(3, 12, ept), num_rows=100)
+        tables = TreeTables.on(DEVICE, pure)
+        states = rng.integers(0, len(pure.num_nodes), batch)
+        num_rows = random_rows(pure, states)
+        gaps = rng.integers(0, 4, batch)
+        starts = np.cumsum(num_rows + gaps) - num_rows
+        step = TreeStep(pure, states, starts, num_rows)
+        # Few distinct tokens, so that walks go on.
+        ids = rng.integers(0, 3, starts[-1] + num_rows[-1])
+        picked = rng.integers(0, 3, step.num_nodes.sum())
+        expected = TreeWalk(step, ids[step.node_rows])
+        expected.run_greedy(picked)
+        rows, counts = step.prompt_rows(expected.nodes)
+
+        got = run(walk, tables, states, starts, num_rows, ids, picked, step.first_nodes)
+        assert got.tokens.tolist() == expected.tokens_out.tolist()
+        assert got.num_sampled.tolist() == expected.lengths.tolist()
+        assert got.end_nodes.tolist() == expected.nodes.tolist()
+        assert got.paths.tolist() == expected.paths.tolist()
+        assert got.states.tolist() == counts.tolist()
+        there = np.arange(got.prompt_rows.shape[1]) < (counts * ept)[:, None]
+        assert got.prompt_rows[there].tolist() == rows.tolist()
+        roots = np.broadcast_to(starts[:, None], there.shape)
+        assert (got.prompt_rows == roots)[~there].all()
+
+
+def test_padded_requests_only(walk):
+    tables = TreeTables.on(DEVICE, tables_of(random_policy()))
+    got = run(walk, tables, [1, 0], [8, 8], [0, 0], [0] * 8, [0] * 8, [8, 8])
+    assert (got.tokens == -1).all()
+    for name in ("num_sampled", "end_nodes", "paths", "states", "prompt_rows"):
+        assert (getattr(got, name) == 0).all(), name

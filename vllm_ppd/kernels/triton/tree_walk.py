@@ -1,0 +1,132 @@
+"""Verification on the device: one program walks one request's tree."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..tree_tables import TreeTables
+from ..tree_walk import Walk
+
+__all__ = ["tree_walk"]
+
+
+@triton.jit
+def _tree_walk_kernel(
+    trees_ptr,  # [B]
+    starts_ptr,  # [B]
+    num_rows_ptr,  # [B]
+    input_ids_ptr,  # [T]
+    sampled_ptr,  # [L]
+    sampled_starts_ptr,  # [B]
+    num_nodes_ptr,  # [S]
+    parents_ptr,  # [S, N]
+    prompts_ptr,  # [S, N]
+    first_prompt_rows_ptr,  # [S, N]
+    tokens_ptr,  # [B, DEPTH + 1]
+    num_sampled_ptr,  # [B]
+    end_nodes_ptr,  # [B]
+    paths_ptr,  # [B, DEPTH + 1]
+    states_ptr,  # [B]
+    prompt_rows_ptr,  # [B, P]
+    table_width,  # N
+    prompt_width,  # P
+    num_ept,
+    DEPTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # power of two, at least N
+    BLOCK_P: tl.constexpr,  # power of two, at least P
+):
+    request = tl.program_id(0)
+    tree = tl.load(trees_ptr + request)
+    start = tl.load(starts_ptr + request)
+    num_rows = tl.load(num_rows_ptr + request)
+    sampled_start = tl.load(sampled_starts_ptr + request)
+    num_nodes = tl.minimum(tl.load(num_nodes_ptr + tree), num_rows)
+
+    # The whole tree fits in registers, so a level costs two reductions and no load.
+    node = tl.arange(0, BLOCK_N)
+    scheduled = node < num_nodes
+    candidate = (node > 0) & scheduled
+    table = tree * table_width
+    parents = tl.load(parents_ptr + table + node, mask=candidate, other=-1)
+    tokens = tl.load(input_ids_ptr + start + node, mask=candidate, other=-1)
+    targets = tl.load(sampled_ptr + sampled_start + node, mask=scheduled, other=-1)
+    tokens = tokens.to(tl.int64)
+    targets = targets.to(tl.int64)
+
+    out = request * (DEPTH + 1)
+    current = request * 0  # a tensor, so that its type stays the same below
+    length = current
+    active = num_rows > 0
+    for level in range(DEPTH + 1):
+        picked = tl.sum(tl.where(node == current, targets, 0))
+        tl.store(tokens_ptr + out + level, tl.where(active, picked, -1))
+        tl.store(paths_ptr + out + level, tl.where(active, current, 0))
+        length += active.to(tl.int32)
+        carries = candidate & (parents == current) & (tokens == picked)
+        child = tl.min(tl.where(carries, node, BLOCK_N))
+        active = active & (child < BLOCK_N)
+        current = tl.where(active, child, current)
+
+    first = tl.load(first_prompt_rows_ptr + table + current)
+    prompts = tl.load(prompts_ptr + table + current)
+    # At least 0 first: division rounds towards zero.
+    state = tl.minimum(tl.maximum(num_rows - first, 0) // num_ept, prompts)
+    tl.store(num_sampled_ptr + request, length)
+    tl.store(end_nodes_ptr + request, current)
+    tl.store(states_ptr + request, state)
+    index = tl.arange(0, BLOCK_P)
+    root = tl.where(num_rows > 0, start, 0)
+    rows = root + tl.where(index < state * num_ept, first + index, 0)
+    at = prompt_rows_ptr + request * prompt_width + index
+    tl.store(at, rows, mask=index < prompt_width)
+
+
+def tree_walk(
+    tables: TreeTables,
+    trees: torch.Tensor,
+    starts: torch.Tensor,
+    num_rows: torch.Tensor,
+    input_ids: torch.Tensor,
+    sampled: torch.Tensor,
+    sampled_starts: torch.Tensor,
+) -> Walk:
+    """As :func:`vllm_ppd.kernels.tree_walk.tree_walk_reference`; inputs contiguous."""
+    batch, depth = len(trees), tables.max_depth + 1
+    prompt_width = tables.num_prompt_tokens * tables.num_ept
+    # Two allocations for six results: an allocation costs about as much as the walk.
+    tokens = sampled.new_empty((batch, depth), dtype=torch.int64)
+    sizes = [batch, batch, batch * depth, batch, batch * prompt_width]
+    flat = sampled.new_empty(sum(sizes), dtype=torch.int32)
+    num_sampled, end_nodes, paths, states, prompt_rows = flat.split(sizes)
+    walk = Walk(
+        tokens,
+        num_sampled,
+        end_nodes,
+        paths.view(batch, depth),
+        states,
+        prompt_rows.view(batch, prompt_width),
+    )
+    if batch:
+        _tree_walk_kernel[(batch,)](
+            trees,
+            starts,
+            num_rows,
+            input_ids,
+            sampled,
+            sampled_starts,
+            tables.num_nodes,
+            tables.parents,
+            tables.prompts,
+            tables.first_prompt_rows,
+            *walk,
+            tables.parents.shape[1],
+            prompt_width,
+            tables.num_ept,
+            DEPTH=tables.max_depth,
+            BLOCK_N=triton.next_power_of_2(tables.parents.shape[1]),
+            BLOCK_P=triton.next_power_of_2(max(1, prompt_width)),
+            num_warps=1,
+        )
+    return walk
