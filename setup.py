@@ -43,8 +43,9 @@ setup(
         "cuda": ["vllm>=0.32,<0.34"],
         "train": ["transformers", "accelerate", "tokenizers", "datasets"],
         "bench": ["matplotlib", "openai"],
-        # triton: without a GPU the kernel tests run in its interpreter.
-        "dev": ["pytest", "ruff", "mypy", "scipy", "openai", "triton"],
+        # triton: without a GPU the kernel tests run in its interpreter. peft: the
+        # authors' checkpoints are compared with what it writes and reads.
+        "dev": ["pytest", "ruff", "mypy", "scipy", "openai", "triton", "peft"],
     },
     entry_points={
         "vllm.general_plugins": ["ppd = vllm_ppd.plugin:register"],

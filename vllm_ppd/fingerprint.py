@@ -48,24 +48,29 @@ class BaseModelFingerprint:
     """Hub id or folder name, for messages; never compared."""
     revision: str | None
     """Hub commit, or None when unknown; never compared."""
-    architecture: str
-    """First entry of `architectures` in config.json, as "LlamaForCausalLM"."""
+    architecture: str | None
+    """First entry of `architectures` in config.json, as "LlamaForCausalLM"; None when
+    unknown, as in the authors' checkpoints."""
     hidden_size: int
     """Width of an input embedding."""
-    vocab_size: int
-    """Rows of the input embedding as config.json has it."""
+    vocab_size: int | None
+    """Rows of the input embedding as config.json has it; None when unknown."""
     embedding_sha256: str | None
     """See `embedding_sha256`; None when the folder has no readable safetensors."""
 
     def __post_init__(self) -> None:
         for field in ("name", "architecture"):
             value = getattr(self, field)
+            if field == "architecture" and value is None:
+                continue
             if not isinstance(value, str) or not value:
                 raise FingerprintError(
                     f"{field} of the base model is {value!r}; expected a name"
                 )
         for field in ("hidden_size", "vocab_size"):
             value = getattr(self, field)
+            if field == "vocab_size" and value is None:
+                continue
             if type(value) is not int or value < 1:
                 raise FingerprintError(
                     f"{field} of the base model is {value!r}; "
@@ -127,7 +132,7 @@ class BaseModelFingerprint:
         """What tells `other` from this model, one phrase each; empty when nothing does.
 
         Name and revision may differ between equal copies, so they are not compared;
-        the hash is compared when both sides have one.
+        the rest is compared where both sides know it.
         """
         found = [
             f"{label} {getattr(other, field)} instead of {getattr(self, field)}"
@@ -137,6 +142,7 @@ class BaseModelFingerprint:
                 ("architecture", "architecture"),
             )
             if getattr(other, field) != getattr(self, field)
+            and None not in (getattr(other, field), getattr(self, field))
         ]
         known = self.embedding_sha256 and other.embedding_sha256
         if known and self.embedding_sha256 != other.embedding_sha256:

@@ -11,7 +11,8 @@ __all__ = ["PathNotResolvedError", "resolve_path"]
 
 # One or two segments, as huggingface_hub accepts them.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_PROMPT_FILES = ("*.json", "*.safetensors")
+# The last is where the authors' older checkpoints keep their embeddings.
+_PROMPT_FILES = ("*.json", "*.safetensors", "adapter_model.bin")
 
 
 class PathNotResolvedError(ValueError):

@@ -4,7 +4,8 @@ A prompt-token folder holds `config.json`
 `{"format": "ppd_prompt_tokens", "format_version": 1, "num_prompt_tokens": m,
 "num_ept": e, "hidden_size": h, "base_model": {...}}` and `prompt_tokens.safetensors`
 with one tensor `embeddings` [m, e, h] of any floating dtype. Other files beside them
-(acceptance.json, training.json, README.md) belong to other readers.
+(acceptance.json, training.json, README.md) belong to other readers. Folders in the
+authors' layout (vllm_ppd.peft_checkpoint) are read as well.
 """
 
 from __future__ import annotations
@@ -24,12 +25,20 @@ from safetensors.torch import save as serialise
 
 from vllm_ppd.atomic import write_bytes, write_json
 from vllm_ppd.fingerprint import BaseModelFingerprint, FingerprintError
+from vllm_ppd.peft_checkpoint import (
+    ADAPTER_CONFIG,
+    PeftCheckpoint,
+    PeftCheckpointError,
+    is_peft_checkpoint,
+    weights_file,
+)
 
 __all__ = [
     "BaseModelFingerprint",
     "PromptTokens",
     "PromptTokensError",
     "check_destination",
+    "tensor_file",
 ]
 
 FORMAT = "ppd_prompt_tokens"
@@ -108,7 +117,8 @@ class PromptTokens:
     def check_against(self, fingerprint: BaseModelFingerprint) -> None:
         """Raise PromptTokensError, naming every mismatch, unless made for that model.
 
-        Embedding hashes are compared only when both are known.
+        What either side does not know is not compared: the embeddings' hash, and of
+        the authors' checkpoints all but the hidden size.
         """
         differences = self.base.differences(fingerprint)
         if differences:
@@ -120,12 +130,15 @@ class PromptTokens:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PromptTokens:
-        """Read a prompt-token folder strictly.
+        """Read a prompt-token folder, or one in the authors' layout, strictly.
 
-        Raises PromptTokensError, one sentence with the path, for anything missing,
-        unknown, mistyped, corrupt or inconsistent.
+        The latter names its base model and says nothing else about it. Raises
+        PromptTokensError, one sentence with the path, for anything missing, unknown,
+        mistyped, corrupt or inconsistent.
         """
         folder = Path(path)
+        if _has_peft_layout(folder):
+            return cls._load_peft(folder)
         config = _read_config(folder)
         where = str(folder / CONFIG_FILE)
         _check_keys(where, config, _KEYS)
@@ -136,6 +149,12 @@ class PromptTokens:
                 f"base_model in {where} is {base_config!r}; expected an object"
             )
         _check_keys(f"base_model in {where}", base_config, _BASE_KEYS)
+        for key in ("architecture", "vocab_size"):
+            if base_config[key] is None:
+                raise PromptTokensError(
+                    f"{key} of base_model in {where} is null; write the prompt tokens "
+                    "again, or restore the file"
+                )
         try:
             base = BaseModelFingerprint(**base_config)
         except FingerprintError as error:
@@ -152,16 +171,42 @@ class PromptTokens:
         except PromptTokensError as error:
             raise PromptTokensError(f"{folder}: {error}") from error
 
+    @classmethod
+    def _load_peft(cls, folder: Path) -> PromptTokens:
+        try:
+            found = PeftCheckpoint.load(folder)
+        except PeftCheckpointError as error:
+            raise PromptTokensError(str(error)) from error
+        base = BaseModelFingerprint(
+            name=found.base_model or "unknown",
+            revision=None,
+            architecture=None,
+            hidden_size=found.embeddings.shape[2],
+            vocab_size=None,
+            embedding_sha256=None,
+        )
+        try:
+            return cls(found.embeddings, base)
+        except PromptTokensError as error:
+            raise PromptTokensError(f"{folder}: {error}") from error
+
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a prompt-token folder; other files in it are left alone.
 
         Each file appears completely or not at all, config.json last, so an interrupted
         save never looks like a finished one. Raises PromptTokensError when prompt
         tokens are there already and not `overwrite`, when the folder belongs to
-        something else, and when it cannot be written.
+        something else, when too little is known about the base model, and when it
+        cannot be written.
         """
         folder = Path(path)
         check_destination(folder, overwrite=overwrite)
+        if None in (self.base.architecture, self.base.vocab_size):
+            raise PromptTokensError(
+                f"architecture and vocabulary of the base model {self.base.name!r} are "
+                "unknown, and a prompt-token folder names them; convert with "
+                "vllm-ppd convert --model"
+            )
         config = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -188,6 +233,11 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False) 
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise PromptTokensError(f"{folder} is a file; expected a folder to write into")
+    if is_peft_checkpoint(folder):
+        raise PromptTokensError(
+            f"{folder} is a PEFT checkpoint (it has {ADAPTER_CONFIG}); choose another "
+            "folder"
+        )
     existing = [n for n in (CONFIG_FILE, TENSOR_FILE) if (folder / n).exists()]
     if not existing:
         return
@@ -204,6 +254,24 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False) 
             raise PromptTokensError(f"refusing to overwrite: {error}") from error
 
 
+def tensor_file(path: str | os.PathLike[str]) -> Path:
+    """The file that a loadable folder's embeddings are in, in either layout."""
+    folder = Path(path)
+    return weights_file(folder) if _has_peft_layout(folder) else folder / TENSOR_FILE
+
+
+def _has_peft_layout(folder: Path) -> bool:
+    """Raises PromptTokensError for a folder that has both layouts."""
+    if not is_peft_checkpoint(folder):
+        return False
+    if (folder / TENSOR_FILE).exists():
+        raise PromptTokensError(
+            f"{str(folder)!r} holds prompt tokens twice, in {TENSOR_FILE} and as a "
+            f"PEFT checkpoint ({ADAPTER_CONFIG}); move one of them to another folder"
+        )
+    return True
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder in this format and version."""
     if not folder.exists():
@@ -212,12 +280,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise PromptTokensError(
             f"{str(folder)!r} is a file; expected the folder that holds {CONFIG_FILE} "
             f"and {TENSOR_FILE}"
-        )
-    if (folder / "adapter_config.json").exists():
-        raise PromptTokensError(
-            f"{str(folder)!r} is a PEFT checkpoint (it has adapter_config.json), a "
-            "format that is not supported yet; expected a folder written by "
-            "vllm-ppd train"
         )
     path = folder / CONFIG_FILE
     try:

@@ -137,11 +137,6 @@ def test_foreign_config(folder: Path, content: str, word: str) -> None:
     refused(folder, word)
 
 
-def test_peft_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    refused(tmp_path, "PEFT checkpoint", "not supported yet")
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -151,6 +146,8 @@ def test_peft_folder_is_named(tmp_path: Path) -> None:
         ({"base__hiden_size": 2}, ["'hiden_size'", "did you mean 'hidden_size'"]),
         ({"num_ept": ...}, ["lacks 'num_ept'"]),
         ({"base__vocab_size": ...}, ["lacks 'vocab_size'"]),
+        ({"base__vocab_size": None}, ["vocab_size", "null"]),
+        ({"base__architecture": None}, ["architecture", "null"]),
         ({"num_ept": "2"}, ["num_ept", "'2'", "positive integer"]),
         ({"num_ept": True}, ["num_ept", "True"]),
         ({"num_prompt_tokens": 0}, ["num_prompt_tokens", "0"]),
@@ -332,7 +329,9 @@ def test_resolve_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_path(tmp_path) == tmp_path
     assert not calls
     assert resolve_path("owner/prompts", revision="v1") == tmp_path
-    assert calls == [("owner/prompts", "v1", ["*.json", "*.safetensors"])]
+    assert calls == [
+        ("owner/prompts", "v1", ["*.json", "*.safetensors", "adapter_model.bin"])
+    ]
 
 
 def test_resolve_path_refusals(tmp_path: Path, monkeypatch) -> None:

@@ -43,19 +43,21 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
     readable prompt tokens, or no such model, at all.
     """
     from vllm_ppd.hub import resolve_path
-    from vllm_ppd.prompts import FORMAT_VERSION, TENSOR_FILE, PromptTokens
+    from vllm_ppd.peft_checkpoint import is_peft_checkpoint
+    from vllm_ppd.prompts import FORMAT_VERSION, PromptTokens, tensor_file
 
     folder = resolve_path(path)
     prompts = PromptTokens.load(folder)
     problems: list[str] = []
     found: dict[str, Any] = {
         "path": path,
-        "format_version": FORMAT_VERSION,
+        # The authors' layout has no version of its own.
+        "format_version": None if is_peft_checkpoint(folder) else FORMAT_VERSION,
         "num_prompt_tokens": prompts.num_prompt_tokens,
         "num_ept": prompts.num_ept,
         "hidden_size": prompts.hidden_size,
         "trainable_parameters": prompts.embeddings.numel(),
-        "bytes": (folder / TENSOR_FILE).stat().st_size,
+        "bytes": tensor_file(folder).stat().st_size,
         # One list per prompt token, one norm per ensemble member.
         "norms": prompts.embeddings.norm(dim=-1).tolist(),
         "base_model": dataclasses.asdict(prompts.base),
@@ -169,8 +171,10 @@ def _facts(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     base = found["base_model"]
     revision = f" at {base['revision']}" if base["revision"] else ""
     yield "base model", f"{base['name']}{revision}"
-    yield "architecture", base["architecture"]
-    yield "vocabulary", f"{base['vocab_size']:,}"
+    # The authors' checkpoints say neither.
+    yield "architecture", base["architecture"] or "unknown"
+    vocabulary = base["vocab_size"]
+    yield "vocabulary", "unknown" if vocabulary is None else f"{vocabulary:,}"
     yield "weights known by", (base["embedding_sha256"] or "nothing (no hash)")[:16]
     yield "prompt tokens", str(found["num_prompt_tokens"])
     ensemble = "member" if found["num_ept"] == 1 else "members"

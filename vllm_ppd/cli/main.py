@@ -50,6 +50,11 @@ COMMANDS = {
         "measure how often prompt tokens guess right, which chooses their trees",
         "vllm-ppd calibrate PATH --model MODEL --data HELD_OUT.jsonl",
     ),
+    "convert": Command(
+        "vllm_ppd.cli.convert",
+        "convert prompt tokens from the authors' PEFT layout, or into it",
+        "vllm-ppd convert hmarkc/ppd-vicuna-7b-v1.3 PATH --model lmsys/vicuna-7b-v1.3",
+    ),
 }
 
 INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended

@@ -21,7 +21,7 @@ from vllm_ppd.atomic import write_bytes
 from vllm_ppd.default_trees import ACCEPTANCE_FILE
 from vllm_ppd.fingerprint import BaseModelFingerprint
 from vllm_ppd.hub import resolve_path
-from vllm_ppd.prompts import TENSOR_FILE, PromptTokens
+from vllm_ppd.prompts import PromptTokens, tensor_file
 from vllm_ppd.train.calibrate import Measurement, measure
 from vllm_ppd.train.calibration_plot import draw
 from vllm_ppd.train.calibration_settings import CalibrationSettings
@@ -75,6 +75,7 @@ class CalibrationJob:
             revision=None if is_folder else model_folder.name,
         )
         prompts.check_against(base)
+        assert base.vocab_size is not None  # of_folder knows it
         self.settings.check_fits(prompts.num_prompt_tokens, base.vocab_size)
         hashes = sha256_of_files(self.data)
         stream = self._stream(model_folder)
@@ -87,7 +88,7 @@ class CalibrationJob:
         )
         begun = time.monotonic()
         found = measure(model, prompts.embeddings, stream, self.settings, self.quiet)
-        content = (folder / TENSOR_FILE).read_bytes()
+        content = tensor_file(folder).read_bytes()
         source = {
             "base_model": dataclasses.asdict(base),
             "prompt_tokens_sha256": hashlib.sha256(content).hexdigest(),

@@ -1,0 +1,137 @@
+"""The authors' checkpoints and ensembles (EPT) in the engine: exact, and averaged.
+
+Two engines decode: one loads a folder in the authors' layout, with two EPT; the other
+one that `convert` wrote, with one. Their output must be plain vLLM's, and their guesses
+those that the trainer's own forward pass makes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.authors_checkpoint import write_authors_checkpoint
+from tests.engine.conftest import MODEL, PROMPTS
+from vllm_ppd.convert import convert
+from vllm_ppd.prompts import PromptTokens
+from vllm_ppd.train.insertion import Insertion
+from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+
+PARAMS = [{"temperature": 0.0, "ignore_eos": True, "max_tokens": n} for n in (90, 120)]
+
+
+def policy(num_ept: int) -> TreePolicy:
+    """Prompt tokens on both branches of a fork; row counts tell the states apart."""
+    trees = (
+        chain_tree(0, (3,), num_ept),
+        SparseTree((0, 0), (0, 1), (3, 3, 1), num_ept),
+        SparseTree((0, 0, 1), (0, 1, 2), (3, 2, 1, 3), num_ept),
+        SparseTree((0, 0, 1, 3), (0, 1, 0, 1), (3, 1, 3, 2, 3), num_ept),
+    )
+    assert len({tree.num_rows for tree in trees}) == len(trees)
+    return TreePolicy(trees)
+
+
+@pytest.fixture(scope="module")
+def frozen() -> FrozenModel:
+    return FrozenModel.load(MODEL, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def trained() -> PromptTokens:
+    return PromptTokens.load(PROMPTS)
+
+
+@pytest.fixture
+def authors_folder(trained: PromptTokens, tmp_path: Path) -> Path:
+    """One trained EPT and one of noise, in the authors' layout."""
+    noise = torch.randn(
+        trained.embeddings.shape, generator=torch.Generator().manual_seed(0)
+    )
+    mixed = torch.cat([trained.embeddings, 0.05 * noise], dim=1)
+    return write_authors_checkpoint(tmp_path / "theirs", mixed, base=str(MODEL))
+
+
+@pytest.fixture
+def converted_folder(trained: PromptTokens, tmp_path: Path) -> Path:
+    """The trained table, through the authors' older layout."""
+    theirs = write_authors_checkpoint(
+        tmp_path / "theirs", trained.embeddings, base=str(MODEL), pickled=True
+    )
+    convert(str(theirs), tmp_path / "ours", model=str(MODEL))
+    return tmp_path / "ours"
+
+
+@pytest.fixture(params=["authors_folder", "converted_folder"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+def test_output_is_exact_and_guesses_are_the_trainers(
+    plain, ppd, plain_engine, ppd_engine, texts, folder, frozen, tmp_path
+):
+    prompts = PromptTokens.load(folder)
+    trees = policy(prompts.num_ept)
+    trees.save(tmp_path / "tree.json")
+    speculative = {
+        "method": "ppd",
+        "model": str(folder),
+        "tree": str(tmp_path / "tree.json"),
+    }
+    engine = {**ppd_engine, "speculative_config": speculative}
+
+    contexts = [texts[80][:200], texts[81][:500]]
+    expected = plain.generate(plain_engine, contexts, PARAMS)
+    found = ppd.generate(engine, contexts, PARAMS)
+    for one, other in zip(expected, found, strict=True):
+        for key in ("ids", "finish", "text"):
+            assert other[key] == one[key]
+    assert ppd.call("spec_counters", engine)["num_accepted_tokens"] > 0
+
+    steps = ppd.call(
+        "drafts_of_steps", engine, prompt=texts[82][:300], params=PARAMS[0], steps=40
+    )
+    states = [check_guesses(step, prompts, trees, frozen) for step in steps]
+    assert len(states) == 40
+    assert set(states) >= {1, 3}
+
+
+def check_guesses(
+    step: dict[str, Any], prompts: PromptTokens, trees: TreePolicy, frozen: FrozenModel
+) -> int:
+    """The candidates of a step are the best of the ensembles' averaged logits.
+
+    Returns the step's state.
+    """
+    state, tree = next(
+        (state, tree)
+        for state, tree in enumerate(trees.trees)
+        if tree.num_rows == 1 + len(step["drafts"])
+    )
+    m, e, _ = prompts.embeddings.shape
+    ids = torch.tensor([step["ids"]])
+    # The last token is the next root; the prompt rows hung on the one before it.
+    insertion = Insertion(
+        points=torch.tensor([[ids.shape[1] - 2]]),
+        valid=torch.tensor([[True]]),
+        attention_mask=torch.ones_like(ids).bool(),
+        num_prompt_tokens=m,
+        num_ept=e,
+    )
+    with torch.no_grad():
+        ordinary = frozen.ordinary_rows(ids, insertion.attention_mask)
+        rows = frozen.prompt_rows(prompts.embeddings, insertion, ordinary)
+        logits = frozen.logits(insertion.split_points(rows))[0].mean(dim=1)
+    ranked = logits.sort(dim=1, descending=True).values
+    candidates = zip(
+        tree.node_depths[1:], tree.ranks, step["drafts"][: len(tree.ranks)], strict=True
+    )
+    for depth, rank, token in candidates:
+        # The two forward passes round differently: near-ties may swap.
+        difference = ranked[depth - 1, rank] - logits[depth - 1, token]
+        assert abs(difference) < 1e-3, (state, depth, rank)
+    return state

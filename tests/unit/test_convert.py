@@ -1,0 +1,353 @@
+"""The authors' checkpoints: read, written, and refused where they cannot be decoded."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.authors_checkpoint import write_authors_checkpoint
+from vllm_ppd import atomic
+from vllm_ppd.cli import main
+from vllm_ppd.convert import ConversionError, convert
+from vllm_ppd.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompts import PromptTokens, PromptTokensError, tensor_file
+
+HIDDEN, VOCAB = 16, 40
+TABLE = torch.randn(3, 2, HIDDEN, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaMA, as transformers saves it."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    return write_authors_checkpoint(tmp_path / "theirs", TABLE)
+
+
+@pytest.fixture
+def ours(tmp_path: Path, model: Path) -> Path:
+    base = BaseModelFingerprint.of_folder(model, name="org/llama")
+    PromptTokens(TABLE, base).save(tmp_path / "ours")
+    return tmp_path / "ours"
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_loads_directly(tmp_path: Path, pickled: bool, dtype: torch.dtype) -> None:
+    table = TABLE.to(dtype)
+    folder = write_authors_checkpoint(tmp_path / "theirs", table, pickled=pickled)
+    before = (folder / "adapter_config.json").read_bytes()
+    loaded = PromptTokens.load(folder)
+    assert torch.equal(loaded.embeddings, table.float())
+    # The tensor's row order is the project's: token 3, EPT 1 is row 2 * 2 + 1.
+    name = "adapter_model.bin" if pickled else "adapter_model.safetensors"
+    assert tensor_file(folder) == folder / name
+    assert torch.equal(loaded.rows[5], table[2, 1].float())
+    assert loaded.base.name == "lmsys/vicuna-tiny"
+    assert (loaded.base.architecture, loaded.base.vocab_size) == (None, None)
+    assert (folder / "adapter_config.json").read_bytes() == before
+
+
+def test_what_is_known_of_the_base_model_is_checked(theirs: Path, model: Path) -> None:
+    prompts = PromptTokens.load(theirs)
+    base = BaseModelFingerprint.of_folder(model)
+    prompts.check_against(base)
+    other = BaseModelFingerprint("x", None, "LlamaForCausalLM", 32, VOCAB, None)
+    with pytest.raises(PromptTokensError, match="hidden size 32 instead of 16"):
+        prompts.check_against(other)
+    with pytest.raises(PromptTokensError, match=r"unknown.*vllm-ppd convert --model"):
+        prompts.save(theirs.parent / "new")
+    assert not (theirs.parent / "new").exists()
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_round_trip(tmp_path: Path, model: Path, pickled: bool) -> None:
+    theirs = write_authors_checkpoint(tmp_path / "theirs", TABLE, pickled=pickled)
+    convert(str(theirs), tmp_path / "ours", model=str(model))
+    ours = PromptTokens.load(tmp_path / "ours")
+    assert torch.equal(ours.embeddings, TABLE)
+    assert ours.base == BaseModelFingerprint.of_folder(model)
+    assert ours.base.embedding_sha256 is not None
+    convert(str(tmp_path / "ours"), tmp_path / "back", model=str(model))
+    config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    original = json.loads((theirs / "adapter_config.json").read_text())
+    for key in (
+        "num_special_tokens",
+        "virtual_tokens_per_special_token",
+        "num_virtual_tokens",
+        "token_dim",
+        "peft_type",
+        "vt_attention_type",
+        "aggregation_type",
+    ):
+        assert config[key] == original[key]
+    # What the authors' code loads the base model from.
+    assert config["base_model_name_or_path"] == str(model)
+    tensors = load_file(tmp_path / "back" / "adapter_model.safetensors")
+    assert torch.equal(tensors.pop("prompt_embeddings"), TABLE.reshape(6, HIDDEN))
+    assert not tensors
+    assert torch.equal(PromptTokens.load(tmp_path / "back").embeddings, TABLE)
+
+
+def test_the_recorded_name_is_written_without_a_model(ours: Path, tmp_path) -> None:
+    convert(str(ours), tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/llama"
+
+
+def test_peft_agrees(tmp_path: Path, model: Path) -> None:
+    """The real library writes what is read here, and reads what is written."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+    wrapped = peft.get_peft_model(base, config)
+    weight = wrapped.prompt_encoder["default"].embedding.weight
+    weight.data.copy_(TABLE.reshape(6, HIDDEN))
+    wrapped.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(PromptTokensError, match="ordinary prompt tuning"):
+        PromptTokens.load(tmp_path / "theirs")
+    # The authors' subclass of the config adds these fields.
+    path = tmp_path / "theirs" / "adapter_config.json"
+    added = {"num_special_tokens": 3, "virtual_tokens_per_special_token": 2}
+    added |= {"vt_attention_type": "ensemble"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **added}))
+    assert torch.equal(PromptTokens.load(tmp_path / "theirs").embeddings, TABLE)
+
+    convert(str(tmp_path / "theirs"), tmp_path / "ours", model=str(model))
+    convert(str(tmp_path / "ours"), tmp_path / "back", model=str(model))
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    with pytest.warns(UserWarning, match="Unexpected keyword"):
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "back")
+    weight = loaded.prompt_encoder["default"].embedding.weight
+    assert torch.equal(weight.detach(), TABLE.reshape(6, HIDDEN))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": "LORA"}, ["LORA adapter", "expected prompt tokens"]),
+        ({"num_special_tokens": ...}, ["lacks 'num_special_tokens'"]),
+        ({"num_special_tokens": 2}, ["[6, 16]", "2 prompt tokens of 2 EPT", "[4"]),
+        ({"num_special_tokens": "3"}, ["num_special_tokens", "'3'", "positive"]),
+        ({"virtual_tokens_per_special_token": 0}, ["special_token", "0"]),
+        ({"num_virtual_tokens": 5}, ["num_virtual_tokens 5", "make it 6"]),
+        ({"token_dim": 8}, ["token_dim 8", "make it 16"]),
+        ({"use_custom_lm_head": True}, ["vocabulary head of its own"]),
+        ({"use_prefix_tuning": True}, ["prefix tuning"]),
+        ({"num_exits": 2}, ["num_exits 2"]),
+        ({"aggregation_type": "weighted"}, ["'weighted'", "expected 'mean'"]),
+        ({"vt_attention_type": "decoder"}, ["'decoder'", "expected ensemble"]),
+        ({"vt_attention_type": "encoder"}, ["'encoder'"]),
+        ({"vt_attention_type": ...}, ["'decoder'", "3 prompt tokens of 2 EPT"]),
+    ],
+)
+def test_other_adapters_are_refused(tmp_path: Path, changes, words) -> None:
+    folder = write_authors_checkpoint(tmp_path / "theirs", TABLE, **changes)
+    with pytest.raises(PromptTokensError) as caught:
+        PromptTokens.load(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in (str(folder), *words):
+        assert word in message
+
+
+@pytest.mark.parametrize("missing", ["peft_type", "num_virtual_tokens", "num_exits"])
+def test_what_need_not_be_said(tmp_path: Path, missing: str) -> None:
+    folder = write_authors_checkpoint(tmp_path / "x", TABLE, **{missing: ...})
+    assert PromptTokens.load(folder).num_ept == 2
+
+
+def test_one_ept_has_one_mask(tmp_path: Path) -> None:
+    for attention in ("decoder", "ensemble"):
+        folder = write_authors_checkpoint(
+            tmp_path / attention, TABLE[:, :1], vt_attention_type=attention
+        )
+        assert PromptTokens.load(folder).num_prompt_tokens == 3
+    folder = write_authors_checkpoint(
+        tmp_path / "encoder", TABLE[:, :1], vt_attention_type="encoder", base=None
+    )
+    with pytest.raises(PromptTokensError, match="expected decoder or ensemble"):
+        PromptTokens.load(folder)
+
+
+class Harmful:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_pickles_are_not_executed(tmp_path: Path) -> None:
+    folder = write_authors_checkpoint(tmp_path / "theirs", TABLE, pickled=True)
+    harm = str(tmp_path / "harm")
+    bad = {"prompt_embeddings": TABLE.reshape(6, HIDDEN), "more": Harmful(harm)}
+    torch.save(bad, folder / "adapter_model.bin")
+    with pytest.raises(PromptTokensError, match="could run code") as caught:
+        PromptTokens.load(folder)
+    assert "\n" not in str(caught.value)
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(bad))
+    with pytest.raises(PromptTokensError, match="could run code"):
+        PromptTokens.load(folder)
+    assert not Path(harm).exists()
+
+
+def test_damaged_files(theirs: Path, tmp_path: Path) -> None:
+    path = theirs / "adapter_model.safetensors"
+
+    def refused(word: str, folder: Path = theirs) -> None:
+        with pytest.raises(PromptTokensError, match=word) as caught:
+            PromptTokens.load(folder)
+        assert "\n" not in str(caught.value)
+        assert str(folder) in str(caught.value)
+
+    save_file({"prompt_embeddings": TABLE}, path)
+    refused(r"\[3, 2, 16\]")
+    rows = TABLE.reshape(6, HIDDEN)
+    save_file({"prompt_embeddings": rows, "base.weight": rows.clone()}, path)
+    refused("expected the tensor 'prompt_embeddings' alone")
+    save_file({"prompt_embeddings": torch.full((6, HIDDEN), torch.nan)}, path)
+    refused("NaN")
+    path.write_bytes(b"\xff" * 50)
+    refused("not a readable checkpoint")
+    path.unlink()
+    refused("neither adapter_model.safetensors nor adapter_model.bin")
+    pickled = write_authors_checkpoint(tmp_path / "pickled", TABLE, pickled=True)
+    file = pickled / "adapter_model.bin"
+    file.write_bytes(file.read_bytes()[:-40])
+    refused("not a readable checkpoint|damaged", pickled)
+    torch.save([rows], file)
+    refused("holds list", pickled)
+    file.write_bytes(b"")
+    refused("not a readable checkpoint", pickled)
+    (theirs / "adapter_config.json").write_text("{")
+    refused("cannot be read as JSON")
+    (theirs / "adapter_config.json").write_text("[]")
+    refused("no JSON object")
+
+
+def test_a_folder_with_both_layouts_is_refused(ours: Path) -> None:
+    write_authors_checkpoint(ours, TABLE)
+    with pytest.raises(PromptTokensError, match="twice"):
+        PromptTokens.load(ours)
+
+
+def test_a_model_config_beside_a_checkpoint_is_not_mistaken(theirs: Path) -> None:
+    (theirs / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    assert PromptTokens.load(theirs).num_prompt_tokens == 3
+
+
+def test_conversion_needs_the_model_it_fits(theirs: Path, model: Path, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ConversionError, match=r"'lmsys/vicuna-tiny'.*--model"):
+        convert(str(theirs), out)
+    wide = write_authors_checkpoint(tmp_path / "wide", torch.randn(3, 1, 24))
+    with pytest.raises(PromptTokensError, match="hidden size 16 instead of 24"):
+        convert(str(wide), out, model=str(model))
+    with pytest.raises(ValueError, match="no folder"):
+        convert(str(theirs), out, model=str(tmp_path / "no model"))
+    assert not out.exists()
+
+
+def test_nothing_is_lost(theirs: Path, ours: Path, model: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refused(source: Path, target: Path, word: str, overwrite: bool) -> None:
+        with pytest.raises(ValueError, match=word):
+            convert(str(source), target, model=str(model), overwrite=overwrite)
+
+    for overwrite in (False, True):
+        refused(theirs, theirs, "is a PEFT checkpoint", overwrite)
+        refused(ours, ours, "already has config.json", overwrite)
+    refused(theirs, ours, "already has", False)
+    refused(ours, theirs, "already has adapter_config.json and", False)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused(ours, lora, "LORA", True)
+    refused(ours, lora / "adapter_config.json", "is a file", True)
+    (lora / "adapter_config.json").unlink()
+    lora.rmdir()
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_overwriting_replaces_the_whole_checkpoint(ours: Path, tmp_path: Path) -> None:
+    old = write_authors_checkpoint(
+        tmp_path / "old", torch.zeros(2, 1, HIDDEN), pickled=True
+    )
+    convert(str(ours), old, overwrite=True)
+    assert torch.equal(PromptTokens.load(old).embeddings, TABLE)
+    assert sorted(os.listdir(old)) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_full_disk_leaves_no_trace(theirs, ours, model, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    for source in (theirs, ours):
+        with pytest.raises(ValueError, match="No space left"):
+            convert(str(source), tmp_path / "new", model=str(model))
+        assert os.listdir(tmp_path / "new") == []
+
+
+def test_command(theirs: Path, model: Path, tmp_path: Path, capsys) -> None:
+    out = str(tmp_path / "out")
+    assert main.main(["convert", str(theirs), out, "--model", str(model)]) == 0
+    shown = capsys.readouterr().out
+    assert "3 prompt tokens of 2 EPT for llama are in" in shown
+    assert main.main(["inspect", out, "--model", str(model)]) == 0
+    assert "sizes and weights agree" in capsys.readouterr().out
+    assert main.main(["convert", out, str(tmp_path / "back")]) == 0
+    assert "one EPT only" in capsys.readouterr().out
+    assert main.main(["convert", out, str(tmp_path / "back")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_inspect_knows_the_layout(theirs: Path, model: Path, capsys) -> None:
+    assert main.main(["inspect", str(theirs), "--model", str(model)]) == 0
+    shown = capsys.readouterr().out
+    for word in ("lmsys/vicuna-tiny", "unknown", "2 members"):
+        assert word in shown
+    assert main.main(["inspect", "--json", str(theirs)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["format_version"] is None
+    assert found["bytes"] > 6 * HIDDEN * 4
+
+
+def test_without_safetensors_the_model_is_known_by_its_sizes(
+    theirs: Path, model: Path, tmp_path: Path, capsys
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((model / "config.json").read_bytes())
+    out = str(tmp_path / "out")
+    assert main.main(["convert", str(theirs), out, "--model", str(bare)]) == 0
+    assert "only its sizes" in capsys.readouterr().out
