@@ -149,13 +149,15 @@ def train(args) -> None:
     ]
     steps = args.tokens // args.batch_tokens
     checkpoint = cache / "checkpoint.pt"
-    first, log = 0, []
+    first, log, runs = 0, [], []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        first, log = state["step"], state["log"]
+        first, log, runs = state["step"], state["log"], state.get("runs", [])
+    # A run continued with more tokens restarts the schedule; the record shows where.
+    runs.append({"from_step": first, "steps": steps})
     seen_hours = log[-1]["hours"] if log else 0.0
     began = time.time()
     loss_fn = torch.compile(next_token_loss)
@@ -196,14 +198,15 @@ def train(args) -> None:
                     "optimizers": [o.state_dict() for o in optimizers],
                     "step": step + 1,
                     "log": log,
+                    "runs": runs,
                 },
                 tmp,
             )
             tmp.rename(checkpoint)
-    write_model(args, model, tokenizer, parameters, log)
+    write_model(args, model, tokenizer, parameters, log, runs)
 
 
-def write_model(args, model, tokenizer, parameters: int, log: list) -> None:
+def write_model(args, model, tokenizer, parameters, log: list, runs: list) -> None:
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     provenance = {
@@ -211,6 +214,7 @@ def write_model(args, model, tokenizer, parameters: int, log: list) -> None:
         "arguments": {k: str(v) for k, v in vars(args).items() if k != "work"},
         "corpus": json.loads((args.corpus / "corpus.json").read_text()),
         "parameters": parameters,
+        "runs": runs,
         "final": log[-1],
         "log": log,
         "versions": {

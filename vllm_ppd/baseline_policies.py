@@ -102,7 +102,10 @@ def baseline_trees(
         trees = _paper_trees(stats, rows, num_ept)
     if kind == "random":
         trees = [_scrambled(s, t, table, [seed, s]) for s, t in enumerate(trees)]
-    return tuple(arrange(tree, table) for tree in trees)
+    return tuple(
+        arrange(tree, path_probabilities(tree.parents, tree.ranks, table))
+        for tree in trees
+    )
 
 
 def _chains(table: np.ndarray, rows: int, num_ept: int) -> Sequence[PlainTree]:

@@ -31,7 +31,14 @@ class PPDConfig:
     num_speculative_tokens: int | None = None
     """Most rows besides the root that one request may add to a step."""
     tree: str | None = None
-    """File of a tree policy to use instead of the default one."""
+    """File of a tree policy or plan to use instead of a searched one."""
+    profile: str = "auto"
+    """Step latencies that size the trees: "auto" measures them at the first start on a
+    machine and keeps them, "none" takes typical ones, else a file's path."""
+    conditioned: bool = True
+    """Rank candidates by their parent too, where there is a successor table."""
+    suffix: bool = True
+    """Also guess what followed the last time the same tokens were written."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path.strip():
@@ -54,6 +61,15 @@ class PPDConfig:
                 )
         if self.tree is not None and not isinstance(self.tree, str):
             raise PPDConfigError(f"tree is {self.tree!r}; expected a file's path")
+        if not isinstance(self.profile, str) or not self.profile:
+            raise PPDConfigError(
+                f"profile is {self.profile!r}; expected 'auto', 'none' or a file's path"
+            )
+        for name in ("conditioned", "suffix"):
+            if not isinstance(getattr(self, name), bool):
+                raise PPDConfigError(
+                    f"{name} is {getattr(self, name)!r}; expected true or false"
+                )
 
     @staticmethod
     def selected_by(speculative: Mapping[str, Any] | None) -> bool:

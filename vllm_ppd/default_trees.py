@@ -1,27 +1,26 @@
-"""The trees used when the user names none: the best ones for a fixed row budget.
+"""The trees used when the user names none: the best ones for what is known.
 
-Until a hardware profile says otherwise, every step may take the same number of rows,
-and the trees are the optimum for these prompt tokens' measured acceptance, or for
-typical acceptance where no acceptance.json lies beside them.
+What is known of the guesses comes from the prompt-token folder (evidence.json, else
+acceptance.json, else typical figures), and what is known of the machine from its
+latency profile (measured, else a typical one).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from vllm_ppd.acceptance import AcceptanceError, AcceptanceStats
 from vllm_ppd.config import PPDConfigError
-from vllm_ppd.latency import LatencyCurve
-from vllm_ppd.tree import TreePolicy
-from vllm_ppd.tree_search import optimal_policy
+from vllm_ppd.evidence import EVIDENCE_FILE, Evidence, EvidenceError
 
 ACCEPTANCE_FILE = "acceptance.json"
 
-# Rows a step can take before it gets much slower than a plain one: CPU cores are soon
-# compute-bound (benchmarks/step_cost.py), a GPU has slack for many more.
-DEFAULT_ROWS = {"cpu": 4, "cuda": 32}
+# Most rows of a tree where the user sets no limit: CPU cores are soon compute-bound
+# (benchmarks/step_cost.py), a GPU has slack for many more.
+DEFAULT_ROWS = {"cpu": 16, "cuda": 64}
 
 
 def typical_acceptance(num_prompt_tokens: int, num_ranks: int = 10) -> AcceptanceStats:
@@ -52,19 +51,55 @@ def acceptance_of(folder: Path, num_prompt_tokens: int) -> AcceptanceStats:
     return stats
 
 
-def default_policy(
-    stats: AcceptanceStats, num_ept: int, device: str, max_rows: int | None = None
-) -> TreePolicy:
-    """The best policy of at most ``max_rows`` rows (root included) in every state.
+def evidence_of(
+    folder: Path, num_prompt_tokens: int, conditioned: bool, suffix: bool
+) -> Evidence:
+    """What is known about the guesses of a prompt-token folder.
+
+    Args:
+        folder: the prompt tokens'.
+        num_prompt_tokens: how many they are.
+        conditioned: a successor table will be used.
+        suffix: earlier matches will be looked for.
+
+    Raises:
+        AcceptanceError, EvidenceError: a file that is damaged or of other tokens.
+    """
+    stats = acceptance_of(folder, num_prompt_tokens)
+    path = folder / EVIDENCE_FILE
+    if path.exists():
+        evidence = Evidence.load(path)
+        if evidence.num_prompt_tokens != num_prompt_tokens:
+            raise EvidenceError(
+                f"{path} is about {evidence.num_prompt_tokens} prompt tokens, but the "
+                f"folder holds {num_prompt_tokens}; measure it again or remove it"
+            )
+        if not conditioned:
+            # Its ranks are those of the table; the prompt rows' own are in `stats`.
+            bare = Evidence.of(stats)
+            evidence = replace(
+                bare,
+                chain=evidence.chain,
+                beside=np.stack([0.7 * stats.acceptance] * len(evidence.chain)),
+                moves=evidence.moves,
+            )
+    else:
+        evidence = Evidence.of(stats)
+    return evidence.with_typical_chains() if suffix else evidence.without_chains()
+
+
+def row_limit(device: str, num_ept: int, num_speculative_tokens: int | None) -> int:
+    """Most rows of a tree, root included.
 
     Raises:
         PPDConfigError: not even one prompt token fits.
     """
-    rows = max_rows or DEFAULT_ROWS.get(device, DEFAULT_ROWS["cpu"])
-    if rows < 1 + num_ept:
+    if num_speculative_tokens is None:
+        return max(DEFAULT_ROWS[device], 1 + num_ept)
+    if num_speculative_tokens < num_ept:
         raise PPDConfigError(
-            f"num_speculative_tokens is {rows - 1}, too small for any tree: one "
-            f"prompt token takes {num_ept} row{'s' * (num_ept > 1)}; allow at least "
-            f"{num_ept}, or leave it out"
+            f"num_speculative_tokens is {num_speculative_tokens}, too small for any "
+            f"tree: one prompt token takes {num_ept} row{'s' * (num_ept > 1)}; allow "
+            f"at least {num_ept}, or leave it out"
         )
-    return optimal_policy(stats, LatencyCurve.constant(1.0), rows, num_ept).policy
+    return num_speculative_tokens + 1

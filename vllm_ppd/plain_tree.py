@@ -67,15 +67,15 @@ def path_probabilities(
     return np.array(reached)
 
 
-def arrange(tree: PlainTree, acceptance: np.ndarray) -> PlainTree:
-    """The same tree with its candidates in serving order; `acceptance` is [m, K].
+def arrange(tree: PlainTree, reached: np.ndarray) -> PlainTree:
+    """The same tree with its candidates in serving order.
 
+    `reached` is [1 + candidates], the chance that verification reaches each node.
     First the principal chain (the best child of the root, its best child, ...): when
     that is what gets accepted, its KV already lies where it belongs. Then by falling
     path probability, so that a cut at the end loses the least likely candidates.
     """
     parents = (-1, *tree.parents)
-    reached = path_probabilities(tree.parents, tree.ranks, acceptance)
     depths = [0] * len(parents)
     children: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(tree.parents, start=1):

@@ -1,12 +1,13 @@
-"""A tree policy as padded arrays, so that a whole batch is served by indexing.
+"""Trees as padded arrays, so that a whole batch is served by indexing.
 
-Axis S is the state (which tree), Q the row inside a tree, N the node.
+Axis S is the tree (of a policy: the state), Q the row inside a tree, N the node.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from vllm_ppd.plan import TreePlan
 from vllm_ppd.tree import TreePolicy
 
 WORD_BITS = 64
@@ -48,7 +49,10 @@ class PolicyTables:
     """
 
     def __init__(
-        self, policy: TreePolicy, first_soft_id: int, num_rows: int | None = None
+        self,
+        policy: TreePolicy | TreePlan,
+        first_soft_id: int,
+        num_rows: int | None = None,
     ):
         self.policy = policy
         self.first_soft_id = first_soft_id
@@ -66,6 +70,8 @@ class PolicyTables:
         self.candidate_ranks = np.zeros((states, n), dtype=np.int64)
         self.prompts = np.zeros((states, n), dtype=np.int64)
         self.first_prompt_rows = np.zeros((states, n), dtype=np.int64)
+        self.on_chain = np.zeros((states, n), dtype=bool)
+        chained = policy.chained if isinstance(policy, TreePlan) else (False,) * states
         mask = np.zeros((states, q, q), dtype=bool)
         mask[:, :, 0] = True
         mask[:, np.arange(q), np.arange(q)] = True
@@ -77,6 +83,13 @@ class PolicyTables:
             self.candidate_depths[state, :nodes] = tree.node_depths
             self.candidate_ranks[state, 1:nodes] = tree.ranks
             self.prompts[state, :nodes] = tree.prompts
+            if chained[state]:
+                self.on_chain[state, 0] = True
+                for node, (parent, rank) in enumerate(
+                    zip(tree.parents, tree.ranks, strict=True), start=1
+                ):
+                    on = self.on_chain[state, parent] and rank == 0
+                    self.on_chain[state, node] = on
             counts = np.array(tree.prompts) * tree.num_ept
             self.first_prompt_rows[state, :nodes] = nodes + np.cumsum(counts) - counts
             for row, (_, index, ept) in enumerate(tree.prompt_rows, nodes):

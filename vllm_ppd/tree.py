@@ -180,12 +180,14 @@ class TreePolicy:
     """One tree per state.
 
     The state of a request is the number of prompt tokens on the node where its last
-    step ended, that is, how deep the next tree can reach. ``trees[s]`` is used in
-    state ``s``; ``trees[0]`` has no candidates.
+    step ended, that is, to which depth prompt rows guess the next tree. Beyond that
+    depth a candidate comes from what is known without them: the successor table, or
+    the continuation of an earlier match of the request's last tokens. The latter is
+    the *chain*: the rank-0 child of the root, its rank-0 child, and so on.
 
     Raises:
-        TreeError: a tree deeper than its state, more prompt tokens on a node than
-            there are states, or trees of different EPT counts.
+        TreeError: more prompt tokens on a node than there are states, or trees of
+            different EPT counts.
     """
 
     trees: tuple[SparseTree, ...]
@@ -195,11 +197,6 @@ class TreePolicy:
         if len(self.trees) < 2:
             raise TreeError("a policy needs a tree for state 0 and for state 1")
         for state, tree in enumerate(self.trees):
-            if tree.depth > state:
-                raise TreeError(
-                    f"the tree of state {state} is {tree.depth} deep, but only "
-                    f"{state} prompt rows are there to fill it"
-                )
             if max(tree.prompts) > self.num_prompt_tokens:
                 raise TreeError(
                     f"the tree of state {state} puts {max(tree.prompts)} prompt "
@@ -232,6 +229,16 @@ class TreePolicy:
             "num_ept": self.num_ept,
             "trees": [tree.to_dict() for tree in self.trees],
         }
+
+    def require_prompted(self) -> None:
+        """Raise TreeError if a tree reaches deeper than prompt rows guess."""
+        for state, tree in enumerate(self.trees):
+            if tree.depth > state:
+                raise TreeError(
+                    f"the tree of state {state} is {tree.depth} deep, but only "
+                    f"{state} prompt rows are there to fill it; calibrate the prompt "
+                    "tokens with a successor table, or use a shallower tree"
+                )
 
     @classmethod
     def from_dict(cls, data: Any) -> TreePolicy:

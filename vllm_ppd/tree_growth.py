@@ -24,7 +24,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from vllm_ppd.plain_tree import PlainTree, arrange
+from vllm_ppd.plain_tree import PlainTree, arrange, path_probabilities
 
 __all__ = ["BestTrees"]
 
@@ -87,7 +87,8 @@ class BestTrees:
                 pending.append((len(prompts), child_rank, depth + 1, share))
             prompts.append(count)
         plain = PlainTree(tuple(parents), tuple(ranks), tuple(prompts), self._num_ept)
-        return arrange(plain, self._acceptance)
+        reached = path_probabilities(plain.parents, plain.ranks, self._acceptance)
+        return arrange(plain, reached)
 
     def _fill(self, num_prompt_tokens: int) -> np.ndarray:
         """Fill all tables; [m + 1, max_rows + 1] node values of the root by state."""
@@ -127,7 +128,7 @@ class BestTrees:
             if not len(sizes) or not chance.any():
                 break
             extra = chance[:, None, None] * gain
-            sums.append(_share(sums[-1], extra, sizes) if rank else extra)
+            sums.append(share_rows(sums[-1], extra, sizes) if rank else extra)
 
     def _choose(self, height: int, depth: int, rows: int) -> tuple[int, list]:
         """Prompt tokens, and (rank, rows) of the children, of the best subtree."""
@@ -148,7 +149,7 @@ class BestTrees:
         return count, shares
 
 
-def _share(others: np.ndarray, extra: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def share_rows(others: np.ndarray, extra: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """[depths, m + 1, rows] max over j in {0, *sizes} of others[n - j] + extra[j]."""
     best = others.copy()
     width = others.shape[-1]

@@ -94,6 +94,10 @@ def plain_engine() -> dict[str, Any]:
 def ppd_engine(plain_engine: dict[str, Any]) -> dict[str, Any]:
     return {
         **plain_engine,
-        "speculative_config": {"method": "ppd", "model": str(PROMPTS)},
+        "speculative_config": {
+            "method": "ppd",
+            "model": str(PROMPTS),
+            "profile": "none",
+        },
         "disable_log_stats": False,
     }

@@ -8,6 +8,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 transformers = pytest.importorskip("transformers")
@@ -17,8 +18,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from tests.unit.test_calibrate import table, tiny_llama  # noqa: E402
 from vllm_ppd.acceptance import AcceptanceError, AcceptanceStats  # noqa: E402
 from vllm_ppd.cli import calibrate as command  # noqa: E402
+from vllm_ppd.evidence import Evidence  # noqa: E402
 from vllm_ppd.fingerprint import BaseModelFingerprint  # noqa: E402
 from vllm_ppd.prompts import PromptTokens, PromptTokensError  # noqa: E402
+from vllm_ppd.successors import SuccessorTable  # noqa: E402
 from vllm_ppd.train import calibration_job  # noqa: E402
 from vllm_ppd.train.documents import DataError  # noqa: E402
 from vllm_ppd.train.model import ModelError  # noqa: E402
@@ -72,9 +75,26 @@ def test_writes_table_record_and_plot(folders, prompts_folder, capsys):
     assert len(source["reliability"]) == 2
     new = {p.name for p in prompts_folder.iterdir()} - set(before)
     plotted = "no plot" not in capsys.readouterr().out
-    assert new == {"acceptance.json"} | ({"acceptance.png"} if plotted else set())
+    written = {"acceptance.json", "evidence.json", "successors.safetensors"}
+    assert new == written | ({"acceptance.png"} if plotted else set())
+    evidence = Evidence.load(prompts_folder / "evidence.json")
+    assert evidence.prompted.shape == (2, 9)
+    table = prompts_folder / "successors.safetensors"
+    assert SuccessorTable.load(table, 257, 2).ids.shape == (257, 32)
     # Prompt tokens with an acceptance table are prompt tokens still.
     PromptTokens.load(prompts_folder)
+
+
+def test_without_successors_the_evidence_is_the_prompt_rows_own(
+    folders, prompts_folder
+):
+    (prompts_folder / "successors.safetensors").write_bytes(b"of before")
+    assert calibrate(folders, prompts_folder, "--overwrite", "--successors", "0") == 0
+    assert not (prompts_folder / "successors.safetensors").exists()
+    stats = AcceptanceStats.load(prompts_folder / "acceptance.json")
+    evidence = Evidence.load(prompts_folder / "evidence.json")
+    np.testing.assert_allclose(evidence.overall[:2], stats.acceptance)
+    assert not evidence.unprompted.any()
 
 
 def test_without_matplotlib_there_is_no_plot(

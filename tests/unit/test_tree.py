@@ -138,7 +138,8 @@ def test_missing_and_broken_files(tmp_path):
 
 def test_policies_that_cannot_be_filled_are_refused():
     with pytest.raises(TreeError, match="2 deep, but only 1"):
-        TreePolicy((chain_tree(0, (1,)), chain_tree(2, (1, 1, 1))))
+        deep = TreePolicy((chain_tree(0, (1,)), chain_tree(2, (1, 1, 1))))
+        deep.require_prompted()
     with pytest.raises(TreeError, match="puts 2 prompt tokens"):
         TreePolicy((chain_tree(0, (2,)), chain_tree(1, (1, 1))))
     with pytest.raises(TreeError, match="same num_ept"):

@@ -2,7 +2,8 @@
 
     vllm-ppd calibrate PATH --model MODEL --data HELD_OUT.jsonl
 
-Writes acceptance.json, which trees are chosen by, and a plot into PATH.
+Writes into PATH what trees are chosen by: acceptance.json and its plot, the successor
+table (successors.safetensors) and evidence.json, the chances with that table.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "beside it",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace table and plot"
+        "--overwrite", action="store_true", help="replace what is there"
     )
     parser.add_argument("--cpu", action="store_true", help="use no GPU")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -55,6 +56,8 @@ def _add_settings(group: Any) -> None:
         "continuation": "tokens that it writes after them",
         "batch_size": "prompts at once",
         "dtype": "number format of the model",
+        "successors": "next tokens listed per token in the successor table, 0 for none",
+        "successor_tokens": "tokens of text that the table is made of",
         "seed": "of prompts, insertion points and sampling",
     }
     flags = {"points": ["--points", "--tokens"], "continuation": ["--continue"]}

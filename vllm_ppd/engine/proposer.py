@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 
+from vllm_ppd.candidates import Guesses, Successors, fill_trees
 from vllm_ppd.engine.embedding import add_soft_tokens
+from vllm_ppd.engine.known_profile import known_profile
 from vllm_ppd.engine.selection import KEY
+from vllm_ppd.plan import TreePlan
+from vllm_ppd.plan_choice import PlanSettings
 from vllm_ppd.prompts import PromptTokens
+from vllm_ppd.successors import SUCCESSOR_FILE, SuccessorTable
 from vllm_ppd.tables import PolicyTables
-from vllm_ppd.tree import TreePolicy
 
 
 class PPDProposer:
-    """Holds what the runner needs: the trees as tables, and the soft tokens' ids.
+    """Holds what the runner needs: trees as tables, the successor table, soft tokens.
 
     The guesses themselves come from the runner, which has the hidden states that
     this interface does not pass on.
@@ -23,16 +29,65 @@ class PPDProposer:
 
     def __init__(self, vllm_config: VllmConfig):
         settings = vllm_config.additional_config[KEY]
-        model = vllm_config.model_config
-        self.vocab_size = model.get_vocab_size()
-        self.prompts = PromptTokens.load(settings["path"])
+        self.plan_settings = PlanSettings(**settings["plan"])
+        self.vocab_size = vllm_config.model_config.get_vocab_size()
+        self.prompts = PromptTokens.load(self.plan_settings.path)
         speculative = vllm_config.speculative_config
         assert speculative is not None
-        self.tables = PolicyTables(
-            TreePolicy.from_dict(settings["policy"]),
-            first_soft_id=self.vocab_size,
-            num_rows=1 + speculative.num_speculative_tokens,
+        self.num_rows = 1 + speculative.num_speculative_tokens
+        self.device = torch.device(vllm_config.device_config.device)
+        # Stands for the prompt rows' logits where no request has any.
+        self.no_logits = torch.empty(0, self.vocab_size, device=self.device)
+        self.successors: SuccessorTable | None = None
+        if self.plan_settings.conditioned:
+            self.successors = SuccessorTable.load(
+                Path(self.plan_settings.path) / SUCCESSOR_FILE,
+                self.vocab_size,
+                self.prompts.num_prompt_tokens,
+            )
+        self.profile_key = settings["profile_key"]
+        profile = known_profile(settings["profile"], self.profile_key)
+        # Whether this start still has to measure the machine.
+        self.wants_profile = (
+            settings["profile"] == "auto"
+            and profile is None
+            and self.plan_settings.tree is None
         )
+        self.set_plan(self.plan_settings.choose(profile)[0])
+
+    def set_plan(self, plan: TreePlan) -> None:
+        """Serve other trees; no request may have guesses pending."""
+        self.plan = plan
+        self.num_states = self.prompts.num_prompt_tokens + 1
+        self.num_classes = plan.num_classes
+        self.tables = PolicyTables(plan, self.vocab_size, self.num_rows)
+        weights = (1.0,) * self.prompts.num_prompt_tokens
+        if self.successors is not None:
+            weights = self.successors.weights
+        if self.device.type == "cpu":
+            from vllm_ppd.kernels.cpu import CpuTreeFiller
+
+            self.fill = CpuTreeFiller(self.tables, self.successors, weights).run
+            return
+        successors = None
+        if self.successors is not None:
+            successors = Successors.of(self.successors, self.device)
+
+        def fill(trees: np.ndarray, guesses: Guesses) -> np.ndarray:
+            return fill_trees(
+                self.tables, trees, guesses, successors, np.array(weights)
+            )
+
+        self.fill = fill
+
+    def first_tree(self, running: int) -> int:
+        """Tree id of match class 0, state 0 at this load; 0 to not speculate."""
+        return self.plan.first_trees[self.plan.tier_index(running)]
+
+    def padded_tree(self, running: int) -> int:
+        """Tree id for rows that were scheduled before anything could be guessed."""
+        first = self.first_tree(running)
+        return first if self.tables.num_nodes[first] == 1 else 0
 
     def load_model(self, model: torch.nn.Module) -> None:
         """Called once the target is loaded, before it is compiled."""

@@ -3,7 +3,7 @@
 Trees, states and acceptance live in the pure core; this mixin says where V1's step
 hands over. In the order of a step:
 
-``_update_states``            forget finished requests
+``_update_states``            forget finished requests, note who opts out
 ``_prepare_inputs``           lay out the trees, move positions, publish the masks
 ``_calc_spec_decode_metadata``  logits for nodes only, not for prompt rows
 ``_sample``                   walk the trees with vLLM's own sampler; move KV
@@ -19,12 +19,13 @@ import torch
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_ppd.candidates import fill_drafts
+from vllm_ppd.candidates import Guesses
 from vllm_ppd.engine import step_context
 from vllm_ppd.engine.kv_move import KVMover
 from vllm_ppd.engine.proposer import PPDProposer
 from vllm_ppd.engine.sampling import walk_trees
 from vllm_ppd.step import TreeStep, ranges
+from vllm_ppd.suffix import MAX_CHAIN, match_chain
 from vllm_ppd.verify import TreeWalk, kv_moves
 
 # Methods of vLLM's runner that the mixin overrides; their contract is tested.
@@ -38,6 +39,18 @@ OVERRIDDEN = (
     "propose_draft_token_ids",
 )
 
+# Tokens of a request's context in which an earlier match is looked for.
+_MATCHED = 4096
+
+
+def opts_out(extra_args: dict[str, Any] | None) -> bool:
+    """Whether a request asks not to be speculated for: ``extra_args={"ppd": False}``.
+
+    Also set through ``vllm_xargs`` in the OpenAI API, which knows no booleans.
+    """
+    wish = (extra_args or {}).get("ppd")
+    return wish is not None and str(wish).lower() in ("false", "0", "off", "no")
+
 
 class PPDRunnerMixin:
     """Goes before a V1 ``GPUModelRunner`` in the bases of a model runner."""
@@ -46,9 +59,12 @@ class PPDRunnerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.ppd_states: dict[str, int] = {}
-        self._ppd_step: TreeStep
-        self._ppd_walk: TreeWalk
+        # The tree that each request's pending guesses were laid out for.
+        self.ppd_trees: dict[str, int] = {}
+        self._ppd_opted_out: set[str] = set()
+        # The trees of this step and where their walks went; None in a plain step.
+        self._ppd_step: TreeStep | None = None
+        self._ppd_walk: TreeWalk | None = None
         # [B] KV entries before each request's root.
         self._ppd_contexts: np.ndarray
         # Whether prompt rows have logits in this step too, and then where nodes' are.
@@ -61,18 +77,30 @@ class PPDRunnerMixin:
 
     def _update_states(self, scheduler_output: Any) -> Any:
         for request_id in scheduler_output.finished_req_ids:
-            self.ppd_states.pop(request_id, None)
+            self.ppd_trees.pop(request_id, None)
+            self._ppd_opted_out.discard(request_id)
+        for request in scheduler_output.scheduled_new_reqs:
+            params = request.sampling_params
+            if params is not None and opts_out(params.extra_args):
+                self._ppd_opted_out.add(request.req_id)
         return super()._update_states(scheduler_output)  # type: ignore[misc]
 
     def _prepare_inputs(
         self, scheduler_output: Any, num_scheduled_tokens: np.ndarray
     ) -> Any:
-        self._ppd_step, padded = self._lay_out(scheduler_output, num_scheduled_tokens)
+        self._ppd_step = self._ppd_walk = None
+        if not scheduler_output.scheduled_spec_decode_tokens:
+            step_context.set_current(None)
+            return super()._prepare_inputs(  # type: ignore[misc]
+                scheduler_output, num_scheduled_tokens
+            )
+        step, padded = self._lay_out(scheduler_output, num_scheduled_tokens)
+        self._ppd_step = step
         self._ppd_all_logits = scheduler_output.has_structured_output_requests
         prepared = super()._prepare_inputs(  # type: ignore[misc]
             scheduler_output, num_scheduled_tokens
         )
-        self._place_trees(padded, scheduler_output.total_num_scheduled_tokens)
+        self._place_trees(step, padded, scheduler_output.total_num_scheduled_tokens)
         return prepared
 
     def _lay_out(
@@ -82,36 +110,33 @@ class PPDRunnerMixin:
         drafts_of = scheduler_output.scheduled_spec_decode_tokens
         request_ids = self.input_batch.req_ids  # type: ignore[attr-defined]
         batch = len(request_ids)
-        states = np.zeros(batch, dtype=np.int64)
+        trees = np.zeros(batch, dtype=np.int64)
         num_rows = np.ones(batch, dtype=np.int64)
         padded = []
-        if drafts_of:
-            for index, request_id in enumerate(request_ids):
-                drafts = drafts_of.get(request_id)
-                if not drafts:
-                    continue
-                num_rows[index] += len(drafts)
-                if drafts[0] < 0:
-                    # A first decode step, padded to a uniform size before we could
-                    # propose: it runs state 0's tree, root and prompt tokens.
-                    padded.append(index)
-                else:
-                    states[index] = self.ppd_states[request_id]
+        for index, request_id in enumerate(request_ids):
+            drafts = drafts_of.get(request_id)
+            if not drafts:
+                continue
+            num_rows[index] += len(drafts)
+            if drafts[0] >= 0:
+                trees[index] = self.ppd_trees[request_id]
+            elif request_id not in self._ppd_opted_out:
+                # A first decode step, padded to a uniform size before we could
+                # propose: it runs state 0's tree, as far as that has no candidates.
+                trees[index] = self.drafter.padded_tree(batch)
+                padded.append(index)
         ends = np.cumsum(num_scheduled_tokens, dtype=np.int64)
         computed = self.input_batch.num_computed_tokens_cpu[:batch]  # type: ignore
         self._ppd_contexts = computed + num_scheduled_tokens - num_rows
-        step = TreeStep(self.drafter.tables, states, ends - num_rows, num_rows)
+        step = TreeStep(self.drafter.tables, trees, ends - num_rows, num_rows)
         return step, padded
 
-    def _place_trees(self, padded: list[int], total_rows: int) -> None:
+    def _place_trees(self, step: TreeStep, padded: list[int], total_rows: int) -> None:
         """Positions, soft ids of padded requests, and masks of the tree rows."""
-        step, tables = self._ppd_step, self.drafter.tables
-        if step.trees.size == 0:
-            step_context.set_current(None)
-            return
+        tables = self.drafter.tables
         for index in padded:
             start, count = step.starts[index], step.num_rows[index]
-            ids = tables.soft_ids[0, :count]
+            ids = tables.soft_ids[step.states[index], :count]
             self._write(self.input_ids.gpu, ranges([start], [count])[1:], ids[1:])  # type: ignore
         rows, states, inner = step.tree_rows()
         depths = tables.depths[states, inner]
@@ -140,8 +165,11 @@ class PPDRunnerMixin:
     ) -> SpecDecodeMetadata:
         """Logits of nodes only: prompt rows need theirs only where a walk ends."""
         step = self._ppd_step
-        rows = step.node_rows
-        if self._ppd_all_logits:
+        if step is None:
+            rows = cu_num_scheduled_tokens[: len(num_draft_tokens)] - 1
+        else:
+            rows = step.node_rows
+        if step is not None and self._ppd_all_logits:
             # vLLM's grammar masks expect logits for every scheduled draft.
             rows = ranges(step.starts, step.num_rows)
             firsts = np.cumsum(step.num_rows) - step.num_rows
@@ -167,8 +195,11 @@ class PPDRunnerMixin:
     def _sample(
         self, logits: torch.Tensor, spec_decode_metadata: SpecDecodeMetadata
     ) -> SamplerOutput:
-        step_context.set_current(None)
         step = self._ppd_step
+        if step is None:
+            # Nobody guessed: vLLM's own sampling, as if without speculation.
+            return super()._sample(logits, None)  # type: ignore[misc]
+        step_context.set_current(None)
         if self._ppd_logit_rows is not None:
             logits = logits[self._to_device(self._ppd_logit_rows)]
         tokens = self.input_ids.np[step.node_rows]  # type: ignore[attr-defined]
@@ -188,27 +219,52 @@ class PPDRunnerMixin:
         *args: Any,
         **kwargs: Any,
     ) -> list[list[int]]:
-        step, tables = self._ppd_step, self.drafter.tables
-        rows, counts = step.prompt_rows(self._ppd_walk.nodes)
-        if rows.size:
-            logits = self.model.compute_logits(  # type: ignore[attr-defined]
-                hidden_states[self._to_device(rows)]
-            )
-            if tables.num_ept > 1:
-                logits = logits.unflatten(0, (-1, tables.num_ept)).mean(1)
-            best = logits.topk(tables.max_candidates).indices.cpu().numpy()
-        else:
-            best = np.empty((0, tables.max_candidates), dtype=np.int64)
-        drafts = fill_drafts(tables, counts, counts, best)
+        drafter, batch = self.drafter, len(sampled_token_ids)
+        first_tree = drafter.first_tree(batch)
+        if not first_tree:
+            return [[]] * batch
+        step, tables = self._ppd_step, drafter.tables
+        counts = np.zeros(batch, dtype=np.int64)
+        logits = drafter.no_logits
+        if step is not None and self._ppd_walk is not None:
+            rows, counts = step.prompt_rows(self._ppd_walk.nodes)
+            if rows.size:
+                logits = self.model.compute_logits(  # type: ignore[attr-defined]
+                    hidden_states[self._to_device(rows)]
+                ).float()
+                if tables.num_ept > 1:
+                    logits = logits.unflatten(0, (-1, tables.num_ept)).mean(1)
+        classes, chains = self._match(batch)
+        trees = first_tree + classes * drafter.num_states + counts
+        roots = np.array([tokens[-1] if tokens else 0 for tokens in sampled_token_ids])
+        ids = drafter.fill(trees, Guesses(counts, logits, roots, chains)).tolist()
+        lengths = tables.num_rows[trees].tolist()
         request_ids = self.input_batch.req_ids  # type: ignore[attr-defined]
-        self.ppd_states.update(zip(request_ids, counts.tolist(), strict=True))
+        self.ppd_trees.update(zip(request_ids, trees.tolist(), strict=True))
         grammar = scheduler_output.has_structured_output_requests
+        drafts = []
         for index, request_id in enumerate(request_ids):
-            if not sampled_token_ids[index] or (
-                grammar and self._has_grammar(request_id)
-            ):
-                drafts[index] = []
+            silent = (
+                not sampled_token_ids[index]
+                or request_id in self._ppd_opted_out
+                or (grammar and self._has_grammar(request_id))
+            )
+            drafts.append([] if silent else ids[index][: lengths[index] - 1])
         return drafts
+
+    def _match(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """[B] match classes and [B, L] chains of the requests' own contexts."""
+        classes = np.zeros(batch, dtype=np.int64)
+        chains = np.full((batch, MAX_CHAIN), -1)
+        if self.drafter.num_classes > 1:
+            inputs = self.input_batch  # type: ignore[attr-defined]
+            ends = inputs.num_tokens_no_spec
+            for index in range(batch):
+                end = ends[index]
+                tokens = inputs.token_ids_cpu[index, max(0, end - _MATCHED) : end]
+                classes[index], chain = match_chain(tokens)
+                chains[index, : len(chain)] = chain
+        return classes, chains
 
     def _has_grammar(self, request_id: str) -> bool:
         # A grammar is checked along one chain of tokens; a tree's siblings are none.

@@ -18,13 +18,16 @@ from vllm.logger import init_logger
 from vllm.platforms import CpuArchEnum, current_platform
 
 from vllm_ppd.config import PPDConfig, PPDConfigError
-from vllm_ppd.default_trees import acceptance_of, default_policy
+from vllm_ppd.default_trees import row_limit
+from vllm_ppd.engine.known_profile import known_profile, profile_key
 from vllm_ppd.engine.refusals import refuse_unsupported
 from vllm_ppd.engine.versions import require_supported_vllm
 from vllm_ppd.fingerprint import BaseModelFingerprint, FingerprintError
 from vllm_ppd.hub import resolve_path
+from vllm_ppd.plan_choice import PlanSettings
 from vllm_ppd.prompts import PromptTokens
-from vllm_ppd.tree import TreePolicy
+from vllm_ppd.successors import SUCCESSOR_FILE, SuccessorTable
+from vllm_ppd.tree import MAX_ROWS
 
 logger = init_logger("vllm.ppd")
 
@@ -85,12 +88,18 @@ def create_ppd_config(
     folder = resolve_path(config.path)
     prompts = PromptTokens.load(folder)
     prompts.check_against(_fingerprint(model))
-    policy = _policy(config, folder, prompts, device)
+    settings = _plan_settings(config, folder, prompts, device, args, model)
+    profile = known_profile(config.profile, profile_key(args, model, parallel, device))
+    plan, _ = settings.choose(profile)
+    # Before a profile is measured, any tree within the limit may become the best one.
+    final = profile is not None or config.profile == "none" or config.tree is not None
+    max_rows = plan.max_rows if final else settings.max_rows
     args.additional_config = {
         **(args.additional_config or {}),
         KEY: {
-            "path": str(folder.resolve()),
-            "policy": policy.to_dict(),
+            "plan": settings.to_dict(),
+            "profile": config.profile,
+            "profile_key": profile_key(args, model, parallel, device),
             # Part of the compiled graph: the shape of the soft-token table.
             "soft_tokens": prompts.num_prompt_tokens * prompts.num_ept,
         },
@@ -103,7 +112,7 @@ def create_ppd_config(
         "request and step",
         prompts.num_prompt_tokens,
         folder,
-        policy.max_rows,
+        max_rows,
     )
     # custom_class keeps vLLM on the V1 runner, which this adapter subclasses, and
     # needs no new value in vLLM's closed list of methods.
@@ -111,7 +120,7 @@ def create_ppd_config(
         method="custom_class",
         model=PROPOSER,
         # vLLM wants at least one, also for trees that are all roots.
-        num_speculative_tokens=max(1, policy.max_rows - 1),
+        num_speculative_tokens=max(1, max_rows - 1),
         target_model_config=model,
         target_parallel_config=parallel,
     )
@@ -151,26 +160,33 @@ def _resolve_local(model: Any) -> str:
         raise FingerprintError(f"no local copy of {model.model}") from error
 
 
-def _policy(
-    config: PPDConfig, folder: Path, prompts: PromptTokens, device: str
-) -> TreePolicy:
-    limit = config.num_speculative_tokens
-    max_rows = None if limit is None else limit + 1
+def _plan_settings(
+    config: PPDConfig,
+    folder: Path,
+    prompts: PromptTokens,
+    device: str,
+    args: Any,
+    model: Any,
+) -> PlanSettings:
     m, e = prompts.num_prompt_tokens, prompts.num_ept
-    if config.tree is None:
-        return default_policy(acceptance_of(folder, m), e, device, max_rows)
-    policy = TreePolicy.load(config.tree)
-    if (policy.num_prompt_tokens, policy.num_ept) != (m, e):
-        raise PPDConfigError(
-            f"the tree policy {config.tree} is for {policy.num_prompt_tokens} prompt "
-            f"tokens of {policy.num_ept} EPT, but {config.path} holds {m} of {e}"
-        )
-    if max_rows is not None and policy.max_rows > max_rows:
-        raise PPDConfigError(
-            f"num_speculative_tokens is {limit}, too small for the tree policy "
-            f"{config.tree}, which needs {policy.max_rows - 1}"
-        )
-    return policy
+    conditioned = config.conditioned and (folder / SUCCESSOR_FILE).exists()
+    if conditioned:
+        # A damaged table is said here, not in a worker.
+        SuccessorTable.load(folder / SUCCESSOR_FILE, model.get_vocab_size(), m)
+    rows = row_limit(device, e, config.num_speculative_tokens)
+    if config.tree is not None and config.num_speculative_tokens is None:
+        rows = MAX_ROWS
+    return PlanSettings(
+        path=str(folder.resolve()),
+        num_prompt_tokens=m,
+        num_ept=e,
+        device=device,
+        max_rows=rows,
+        max_requests=args.max_num_seqs or 128,
+        tree=config.tree and str(Path(config.tree).resolve()),
+        conditioned=conditioned,
+        suffix=config.suffix,
+    )
 
 
 def _prepare_cuda(args: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import vllm.v1.worker.cpu_worker as cpu_worker
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_ppd.engine.profiling import plan_for_this_machine
 from vllm_ppd.engine.runner_v1 import PPDRunnerMixin
 
 
@@ -26,3 +29,8 @@ class PPDCPUWorker(CPUWorker):
             super().init_device()
         finally:
             cpu_worker.CPUModelRunner = stock
+
+    def compile_or_warm_up_model(self) -> Any:
+        # First, because the stock method seeds the random numbers at its end.
+        plan_for_this_machine(self.model_runner)
+        return super().compile_or_warm_up_model()

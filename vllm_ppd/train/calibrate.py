@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from vllm_ppd.train.calibration_settings import CalibrationSettings
 from vllm_ppd.train.continuation import Continuation, continue_prompts
-from vllm_ppd.train.data import TokenStream
+from vllm_ppd.train.data import TokenStream, prompt_starts
 from vllm_ppd.train.documents import DataError
+from vllm_ppd.train.evidence_counts import EvidenceCounts
 from vllm_ppd.train.insertion import Insertion, sample_insertion
 from vllm_ppd.train.model import FrozenModel
 from vllm_ppd.train.reliability import Reliability
@@ -106,8 +107,11 @@ def measure(
     stream: TokenStream,
     settings: CalibrationSettings,
     quiet: bool = True,
+    counts: EvidenceCounts | None = None,
 ) -> Measurement:
     """Ranks of the true tokens among the candidates of `embeddings` [m, e, hidden].
+
+    counts: also counts what serving's other candidate lists would have held.
 
     Goes through prompts cut from `stream` until it has the points asked for or there
     are no more prompts. Raises SettingsError when settings, prompt tokens and model do
@@ -135,7 +139,7 @@ def measure(
             insertion = _insertion(continuation, embeddings, settings, generator)
             if insertion is not None:
                 found = _measure_batch(
-                    model, embeddings, continuation, insertion, settings.ranks
+                    model, embeddings, continuation, insertion, settings.ranks, counts
                 )
                 ranks.append(found.ranks)
                 owners.append(found.prompt + used)
@@ -149,31 +153,6 @@ def measure(
             "before it ends its text; use other text or a higher temperature"
         )
     return Measurement(torch.cat(ranks), torch.cat(owners), reliability)
-
-
-def prompt_starts(stream: TokenStream, length: int) -> torch.Tensor:
-    """int64 [count]: starts of all prompts, not overlapping each other.
-
-    In chats a prompt ends where the assistant goes on writing. Raises DataError when
-    there is none.
-    """
-    last = stream.tokens.numel() - length
-    if stream.allowed is None:
-        starts = torch.arange(0, last + 1, length) if last >= 0 else torch.arange(0)
-    else:
-        # Token start + length is the first that the model writes.
-        usable = stream.allowed[length:].nonzero()[:, 0]
-        picked, at = [], 0
-        while at < usable.numel():
-            picked.append(int(usable[at]))
-            at = int(torch.searchsorted(usable, picked[-1] + length))
-        starts = torch.tensor(picked, dtype=torch.long)
-    if starts.numel() == 0:
-        raise DataError(
-            f"the text of {stream.tokens.numel()} tokens has no prompt of {length} "
-            "tokens to continue; use more text or a smaller prompt length"
-        )
-    return starts
 
 
 def _insertion(
@@ -206,6 +185,7 @@ def _measure_batch(
     continuation: Continuation,
     insertion: Insertion,
     num_ranks: int,
+    counts: EvidenceCounts | None,
 ) -> Measurement:
     """All points of a batch; `prompt` counts from the batch's first."""
     m, e, _ = embeddings.shape
@@ -226,7 +206,10 @@ def _measure_batch(
         sequence, target = part.target_index()
         # Ordinary row p + d, which prompt token d stands in for, predicts p + d + 1.
         truth = continuation.tokens[sequence, target + 1]
-        rank, values = _rank(model, part.split_points(rows), truth, num_ranks)
+        if counts is not None:
+            counts.add_points(continuation, sequence, target)
+        hidden = part.split_points(rows)
+        rank, values = _rank(model, hidden, truth, num_ranks, counts)
         at = torch.arange(m, device=rank.device).repeat(rank.shape[0])
         reliability += Reliability.of(m, at, values.flatten(0, 1), rank.flatten())
         ranks.append(rank.cpu())
@@ -235,7 +218,11 @@ def _measure_batch(
 
 
 def _rank(
-    model: FrozenModel, hidden: torch.Tensor, truth: torch.Tensor, num_ranks: int
+    model: FrozenModel,
+    hidden: torch.Tensor,
+    truth: torch.Tensor,
+    num_ranks: int,
+    counts: EvidenceCounts | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of prompt rows [V, m, e, hidden] and their true tokens [V, m].
 
@@ -245,10 +232,14 @@ def _rank(
     ranks, values = [], []
     rows = hidden.flatten(0, 1)
     chunk = max(1, _CHUNK_ELEMENTS // (model.vocab_size * hidden.shape[2]))
+    done = 0
     for part, token in zip(
         rows.split(chunk), truth.flatten().split(chunk), strict=True
     ):
         logits = model.logits(part).mean(dim=1)
+        if counts is not None:
+            counts.add_logits(done, logits)
+            done += len(logits)
         ranks.append(token_rank(logits, token))
         values.append(logits.softmax(dim=1).topk(num_ranks, dim=1).values)
     return torch.cat(ranks).view(truth.shape), torch.cat(values).unflatten(

@@ -7,31 +7,36 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 import vllm_ppd
 from vllm_ppd.acceptance import AcceptanceStats
 from vllm_ppd.atomic import write_bytes
 from vllm_ppd.default_trees import ACCEPTANCE_FILE
+from vllm_ppd.evidence import EVIDENCE_FILE
 from vllm_ppd.fingerprint import BaseModelFingerprint
-from vllm_ppd.hub import resolve_path
+from vllm_ppd.hub import resolve_model_path, resolve_path
 from vllm_ppd.prompts import PromptTokens, tensor_file
+from vllm_ppd.successors import SUCCESSOR_FILE, SuccessorTable
 from vllm_ppd.train.calibrate import Measurement, measure
 from vllm_ppd.train.calibration_plot import draw
 from vllm_ppd.train.calibration_settings import CalibrationSettings
-from vllm_ppd.train.data import TokenStream, read_stream
+from vllm_ppd.train.corpus import text_files
+from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream
 from vllm_ppd.train.documents import sha256_of_files
-from vllm_ppd.train.model import FrozenModel, ModelError
+from vllm_ppd.train.evidence_counts import EvidenceCounts
+from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.train.successor_counts import count_successors
 
 __all__ = ["CalibrationJob", "OutputError"]
 
-_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 # Text beyond this many tokens is left unread.
 _MAX_TOKENS = 4_000_000
 
@@ -49,7 +54,8 @@ class CalibrationJob:
     model: str
     """Folder or hub id of the model they belong to."""
     data: Sequence[str]
-    """Held-out text files, see vllm_ppd.train.documents."""
+    """Held-out text files (vllm_ppd.train.documents) and data sets
+    (vllm_ppd.train.hub_dataset)."""
     settings: CalibrationSettings
     out: str | None = None
     """File for the table, ending in .json; acceptance.json in `path` if None."""
@@ -68,7 +74,7 @@ class CalibrationJob:
         folder = resolve_path(self.path)
         prompts = PromptTokens.load(folder)
         is_folder = os.path.isdir(self.model)
-        model_folder = resolve_path(self.model, allow_patterns=_MODEL_FILES)
+        model_folder = resolve_model_path(self.model)
         base = BaseModelFingerprint.of_folder(
             model_folder,
             name=None if is_folder else self.model,
@@ -77,8 +83,7 @@ class CalibrationJob:
         prompts.check_against(base)
         assert base.vocab_size is not None  # of_folder knows it
         self.settings.check_fits(prompts.num_prompt_tokens, base.vocab_size)
-        hashes = sha256_of_files(self.data)
-        stream = self._stream(model_folder)
+        stream, hashes = self._stream(model_folder)
         gpu = torch.cuda.is_available() and not self.cpu
         model = FrozenModel.load(
             model_folder,
@@ -87,7 +92,11 @@ class CalibrationJob:
             max_length=self.settings.prompt_length + self.settings.continuation,
         )
         begun = time.monotonic()
-        found = measure(model, prompts.embeddings, stream, self.settings, self.quiet)
+        table, stream = self._successors(model, stream, prompts.num_prompt_tokens)
+        counts = EvidenceCounts(prompts.num_prompt_tokens, self.settings.ranks, table)
+        found = measure(
+            model, prompts.embeddings, stream, self.settings, self.quiet, counts
+        )
         content = tensor_file(folder).read_bytes()
         source = {
             "base_model": dataclasses.asdict(base),
@@ -99,7 +108,29 @@ class CalibrationJob:
         }
         stats = AcceptanceStats(found.acceptance(self.settings.ranks), source)
         stats.save(table_file)
+        counts.evidence(
+            {"successors": table is not None, "points": found.num_points}
+        ).save(table_file.with_name(EVIDENCE_FILE))
+        successor_file = table_file.with_name(SUCCESSOR_FILE)
+        if table is not None:
+            replace(table, weights=counts.weights()).save(successor_file)
+        else:
+            # An earlier one is not what the evidence is about.
+            successor_file.unlink(missing_ok=True)
         return stats, table_file, self._plot(stats, table_file)
+
+    def _successors(
+        self, model: FrozenModel, stream: TokenStream, num_prompt_tokens: int
+    ) -> tuple[SuccessorTable | None, TokenStream]:
+        """The table, and the text that it has not seen."""
+        size = min(self.settings.successors, model.vocab_size)
+        seen = min(self.settings.successor_tokens, stream.tokens.numel() // 2)
+        rest, first = stream.split(seen)
+        # Chats measure where the assistant writes, and prompts need room.
+        if not size or not seen or rest.tokens.numel() < self.settings.prompt_length:
+            return None, stream
+        table = count_successors(model, first, size, num_prompt_tokens, self.quiet)
+        return table, rest
 
     def _destination(self) -> Path:
         if self.out is None:
@@ -117,7 +148,8 @@ class CalibrationJob:
             raise OutputError(
                 f"{file} cannot be the table; expected a name ending in .json"
             )
-        for each in (file, file.with_suffix(".png")):
+        beside = [file.with_name(name) for name in (EVIDENCE_FILE, SUCCESSOR_FILE)]
+        for each in (file, file.with_suffix(".png"), *beside):
             if each.is_dir() or (each.exists() and not self.overwrite):
                 raise OutputError(
                     f"{each} is there already; allow replacing it with --overwrite, or "
@@ -130,22 +162,23 @@ class CalibrationJob:
             )
         return file
 
-    def _stream(self, model: Path) -> TokenStream:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(
-                f"{str(model)!r} has no usable tokenizer: {reason}"
-            ) from error
-        return read_stream(
-            self.data,
-            tokenizer,
-            max_tokens=_MAX_TOKENS,
-            least_tokens=self.settings.prompt_length,
-            seed=self.settings.seed,
-            quiet=self.quiet,
-        )
+    def _stream(self, model: Path) -> tuple[TokenStream, dict[str, str]]:
+        """The held-out text, and its files' hashes."""
+        tokenizer = load_tokenizer(model)
+        with tempfile.TemporaryDirectory(prefix="vllm-ppd-") as folder:
+            files = text_files(
+                self.data, folder, max_tokens=_MAX_TOKENS, quiet=self.quiet
+            )
+            hashes = sha256_of_files(files)
+            stream = read_stream(
+                files,
+                tokenizer,
+                max_tokens=_MAX_TOKENS,
+                least_tokens=self.settings.prompt_length,
+                seed=self.settings.seed,
+                quiet=self.quiet,
+            )
+        return stream, hashes
 
     def _plot(self, stats: AcceptanceStats, table_file: Path) -> Path | None:
         file = table_file.with_suffix(".png")

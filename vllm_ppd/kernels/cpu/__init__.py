@@ -1,6 +1,7 @@
 """C++ kernels for vLLM's CPU backend, compiled at first use."""
 
 from .build import load_library
+from .fill_trees import CpuTreeFiller
 from .kv_compact import CpuKVCompactor
 from .layout import key_view, value_view
 from .tree_attention import CpuTreeAttention
@@ -8,6 +9,7 @@ from .tree_attention import CpuTreeAttention
 __all__ = [
     "CpuKVCompactor",
     "CpuTreeAttention",
+    "CpuTreeFiller",
     "key_view",
     "load_library",
     "value_view",

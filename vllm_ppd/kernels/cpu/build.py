@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 def source() -> str:
     """The C++ source of all kernels as one translation unit."""
     text = ""
-    for name in ("tree_attention.cpp", "kv_compact.cpp"):
+    for name in ("tree_attention.cpp", "kv_compact.cpp", "fill_trees.cpp"):
         text += (_FOLDER / name).read_text()
     # Headers are inlined, so that the cache key covers them too.
     for header in ("simd.hpp", "tiles.hpp"):
@@ -60,5 +60,11 @@ def _declare(library: ctypes.CDLL) -> None:
     compact = library.ppd_kv_compact
     compact.argtypes = [pointer, integer, pointer, pointer, integer]
     compact.restype = integer
+    fill = library.ppd_fill_trees
+    fill.argtypes = [
+        *(pointer, integer, pointer, pointer, pointer, integer),
+        *(pointer, pointer, integer, pointer),
+    ]
+    fill.restype = None
     library.ppd_vector_lanes.argtypes = []
     library.ppd_vector_lanes.restype = ctypes.c_int

@@ -1,0 +1,121 @@
+"""Candidate filling: a literal example, and the compiled kernel against torch."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.test_tree import random_tree
+from vllm_ppd.candidates import Guesses, Successors, fill_trees, rank_children
+from vllm_ppd.kernels.cpu import CpuTreeFiller, load_library
+from vllm_ppd.plan import Tier, TreePlan
+from vllm_ppd.successors import SuccessorTable
+from vllm_ppd.tables import PolicyTables
+from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+
+# root -> a, b; a -> c; no prompt rows, to look at candidates only.
+SMALL = SparseTree((0, 0, 1), (0, 1, 0), (0, 0, 0, 0))
+
+
+def small_table(weights=(1.0,)):
+    """6 tokens: after 0 comes 3 or 4, after 3 comes 5; others list 0 and 1."""
+    ids = np.tile(np.array([0, 1]), (6, 1))
+    gains = np.full((6, 2), -1.0)
+    ids[0], gains[0] = (3, 4), (3.0, 1.0)
+    ids[3], gains[3] = (5, 2), (4.0, 0.5)
+    return SuccessorTable(ids, gains, np.full(6, -1.0), weights)
+
+
+def test_children_follow_the_prompt_row_and_the_parent():
+    successors = Successors.of(small_table())
+    logits = torch.tensor([[0.0, 2.5, 0.0, 1.0, 0.5, -1.0]])
+    plain = rank_children(logits, torch.tensor([0]), None, 1.0, 2)
+    assert plain.tolist() == [[1, 3]]
+    # 1.0 + 3.0 for token 3 beats 2.5 - 1.0 for token 1 and 0.5 + 1.0 for token 4.
+    given = rank_children(logits, torch.tensor([0]), successors, 1.0, 3)
+    assert given.tolist()[0][0] == 3
+    assert sorted(given.tolist()[0][1:]) == [1, 4]
+    alone = rank_children(None, torch.tensor([3]), successors, 0.0, 3)
+    assert alone.tolist() == [[5, 2, -1]]
+
+
+def test_the_chain_comes_first_and_only_once():
+    policy = TreePolicy((SMALL, SMALL))
+    plan = TreePlan((Tier(None, (policy, policy)),))
+    tables = PolicyTables(plan, 100)
+    guesses = Guesses(
+        counts=np.array([1, 1]),
+        logits=torch.tensor([[0.0, 2.5, 0.0, 1.0, 0.5, -1.0]] * 2),
+        roots=np.array([2, 2]),
+        chains=np.array([[1, 4], [1, 4]]),
+    )
+    # Trees 1 + 1 (class 0, state 1) and 1 + 2 + 1 (class 1, state 1).
+    ids = fill_trees(tables, np.array([2, 4]), guesses, None, np.ones(1))
+    # Without a chain: the row's best two; below a nothing is known.
+    assert ids[0].tolist() == [1, 3, 0]
+    # With it: 1 from the chain, 3 the best of the rest, and 4 follows 1 on the chain.
+    assert ids[1].tolist() == [1, 3, 4]
+
+
+def random_case(seed, with_table=True):
+    rng = np.random.default_rng(seed)
+    vocabulary, m, classes = 200, 3, int(rng.integers(1, 4))
+    tiers = []
+    for limit in (2, None):
+        policies = []
+        for _ in range(classes):
+            trees = [random_tree(rng) for _ in range(m)]
+            policies.append(TreePolicy((chain_tree(0, (m,)), *trees)))
+        tiers.append(Tier(limit, tuple(policies)))
+    tables = PolicyTables(TreePlan(tuple(tiers)), vocabulary)
+    table = None
+    if with_table:
+        ids = np.stack([rng.permutation(vocabulary)[:8] for _ in range(vocabulary)])
+        table = SuccessorTable(
+            ids,
+            rng.normal(size=(vocabulary, 8)) * 2,
+            rng.normal(size=vocabulary) - 3,
+            tuple(rng.random(m)),
+        )
+    batch = int(rng.integers(1, 6))
+    trees = rng.integers(0, len(tables.num_rows), batch)
+    counts = rng.integers(0, m + 1, batch)
+    chains = rng.integers(0, vocabulary, (batch, 4))
+    chains[np.arange(4) >= rng.integers(0, 5, batch)[:, None]] = -1
+    guesses = Guesses(
+        counts,
+        torch.from_numpy(rng.normal(size=(counts.sum(), vocabulary)) * 3).float(),
+        rng.integers(0, vocabulary, batch),
+        chains,
+    )
+    return tables, table, trees, guesses
+
+
+@pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("with_table", [True, False])
+def test_the_kernel_equals_the_reference(with_table):
+    for seed in range(40):
+        tables, table, trees, guesses = random_case(seed, with_table)
+        weights = table.weights if table else (1.0, 1.0, 1.0)
+        found = CpuTreeFiller(tables, table, weights).run(trees, guesses)
+        on_device = Successors.of(table) if table else None
+        expected = fill_trees(tables, trees, guesses, on_device, np.array(weights))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_siblings_differ():
+    """A second child with its sibling's token could never be accepted."""
+    for seed in range(20):
+        tables, table, trees, guesses = random_case(seed)
+        if (guesses.counts == 0).any():
+            continue
+        ids = fill_trees(
+            tables, trees, guesses, Successors.of(table), np.array(table.weights)
+        )
+        for tree, row, count in zip(trees, ids, guesses.counts, strict=True):
+            tokens = np.append(0, row)
+            seen = set()
+            for node in range(1, tables.num_nodes[tree]):
+                if tables.candidate_depths[tree, node] <= count:
+                    key = int(tables.parents[tree, node]), int(tokens[node])
+                    assert key not in seen
+                    seen.add(key)

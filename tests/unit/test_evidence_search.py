@@ -1,0 +1,178 @@
+"""The search over several sources of guesses, against brute force and simulation."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from vllm_ppd.acceptance import AcceptanceStats
+from vllm_ppd.evidence import Evidence, EvidenceError
+from vllm_ppd.evidence_search import best_policy, node_chances, policy_value
+from vllm_ppd.latency import LatencyCurve
+from vllm_ppd.plain_tree import PlainTree
+from vllm_ppd.plan_search import best_plan
+from vllm_ppd.profile import LatencyProfile
+from vllm_ppd.tree_search import optimal_policy
+
+CURVE = LatencyCurve((1, 2, 4, 8, 16), (1.0, 1.2, 1.3, 1.6, 2.4))
+
+
+def some_evidence(seed: int, m: int = 1, ranks: int = 2, classes: int = 1) -> Evidence:
+    rng = np.random.default_rng(seed)
+
+    def falling(*shape):
+        return np.sort(rng.random(shape) / shape[-1], axis=-1)[..., ::-1]
+
+    moves = rng.random((classes + 1, classes + 1)) + 0.1
+    return Evidence(
+        falling(m, ranks),
+        falling(ranks) / 2,
+        rng.random((classes, 2)) * 0.9,
+        falling(classes, m, ranks) / 2,
+        moves / moves.sum(axis=1, keepdims=True),
+        falling(m + 1, ranks),
+    )
+
+
+@pytest.mark.parametrize("rows", [2, 4, 9, 24])
+@pytest.mark.parametrize("latency", [LatencyCurve.constant(), CURVE])
+def test_prompt_rows_alone_give_the_policy_of_tree_search(rows, latency):
+    rng = np.random.default_rng(rows)
+    table = np.sort(rng.random((3, 5)) / 5, axis=1)[:, ::-1]
+    stats = AcceptanceStats(table)
+    known = optimal_policy(stats, latency, rows)
+    found = best_policy(Evidence.of(stats), latency, rows)
+    # Starting anew once in 10,000 steps costs next to nothing.
+    assert found.tau == pytest.approx(known.tau, rel=2e-4)
+    assert found.tokens_per_second == pytest.approx(known.tokens_per_second, rel=2e-4)
+
+
+def all_trees(rows: int, max_prompts: int, ranks: int, depth: int):
+    """Every tree of at most `rows` rows."""
+
+    def grow(parents, ranks_used, prompts):
+        yield PlainTree(parents, ranks_used, prompts)
+        used = 1 + len(parents) + sum(prompts)
+        depths = [0]
+        for parent in parents:
+            depths.append(depths[parent] + 1)
+        last = (parents[-1], ranks_used[-1]) if parents else (-1, -1)
+        for parent in range(len(depths)):
+            for rank in range(ranks):
+                # Children in order of (parent, rank), so that no tree comes twice.
+                if depths[parent] == depth or (parent, rank) <= last:
+                    continue
+                for count in range(max_prompts + 1):
+                    if used + 1 + count <= rows:
+                        yield from grow(
+                            (*parents, parent), (*ranks_used, rank), (*prompts, count)
+                        )
+
+    for root in range(min(max_prompts, rows - 1) + 1):
+        yield from grow((), (), (root,))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_policy_is_better(seed):
+    evidence = some_evidence(seed)
+    rows = 4
+    found = best_policy(evidence, CURVE, rows)
+    choices = list(all_trees(rows, 1, 3, 3))
+    # In turn the best tree of each state while the others stay: if none can improve,
+    # the policy is optimal (policy iteration).
+    best = found.tokens_per_second
+    for match_class, state in itertools.product(range(2), range(2)):
+        for tree in choices:
+            trees = [list(row) for row in found.trees]
+            trees[match_class][state] = tree
+            _, speed, _ = policy_value(trees, evidence, CURVE)
+            assert speed <= best * (1 + 1e-7)
+
+
+def test_the_value_is_what_a_simulation_gives():
+    evidence = some_evidence(7, m=2, ranks=3, classes=2)
+    found = best_policy(evidence, LatencyCurve.constant(), 8)
+    rng = np.random.default_rng(0)
+    state = match_class = 0
+    tokens, steps = 0, 60_000
+    for _ in range(steps):
+        tree = found.trees[match_class][state]
+        chances = node_chances(tree, evidence, state, match_class)
+        node = 0
+        while True:
+            tokens += 1
+            children = [c for c, p in enumerate(tree.parents, 1) if p == node]
+            draw = rng.random() * chances[node]
+            for child in children:
+                draw -= chances[child]
+                if draw < 0:
+                    node = child
+                    break
+            else:
+                break
+        state = tree.prompts[node]
+        match_class = rng.choice(3, p=evidence.moves[match_class])
+    assert tokens / steps == pytest.approx(found.tau, rel=0.01)
+
+
+def test_the_chain_goes_deeper_than_prompt_rows():
+    evidence = Evidence(
+        np.array([[0.3, 0.1]]),
+        np.zeros(2),
+        np.full((1, 6), 0.9),
+        np.array([[[0.1, 0.05]]]),
+        np.array([[0.5, 0.5], [0.5, 0.5]]),
+        np.array([[0.4, 0.1], [0.0, 0.0]]),
+    )
+    found = best_policy(evidence, LatencyCurve.constant(), 8)
+    assert max(found.tier(None).policies[1].trees[0].node_depths) == 6
+    assert max(found.tier(None).policies[0].trees[1].node_depths) == 1
+    chances = node_chances(found.trees[1][0], evidence, 0, 1)
+    assert chances[:4] == pytest.approx([1, 0.9, 0.81, 0.729])
+
+
+def test_what_speculation_costs_decides_the_tiers():
+    evidence = some_evidence(1, m=2, ranks=3)
+    rows = (1, 2, 4, 8)
+    table = ((1.0, 1.1, 1.2, 1.3), (1.2, 1.5, 2.0, 3.0), (2.0, 6.0, 10.0, 20.0))
+    profile = LatencyProfile((1, 2, 4), rows, table, {})
+    plan, tiers = best_plan(evidence, profile, 8, max_requests=64)
+    assert [tier.requests for tier in tiers] == [1, 2, 4]
+    assert plan.tiers[-1].policies == ()
+    assert tiers[0].found.mean_rows > tiers[2].found.mean_rows
+    assert plan.tiers[0].policies
+
+
+def test_the_servers_own_limit_ends_the_tiers():
+    profile = LatencyProfile((1,), (1, 8), ((1.0, 1.0),), {})
+    plan, tiers = best_plan(some_evidence(1), profile, 4, max_requests=3)
+    assert [tier.requests for tier in tiers] == [1, 2, 4]
+    assert plan.tiers[-1].max_requests is None
+
+
+def test_files_and_bad_values(tmp_path):
+    evidence = some_evidence(3, m=2, ranks=3, classes=2)
+    evidence.save(tmp_path / "evidence.json")
+    read = Evidence.load(tmp_path / "evidence.json")
+    np.testing.assert_array_equal(read.beside, evidence.beside)
+    np.testing.assert_array_equal(read.moves, evidence.moves)
+    alone = evidence.without_chains()
+    alone.save(tmp_path / "evidence.json")
+    assert Evidence.load(tmp_path / "evidence.json").num_classes == 1
+    with pytest.raises(EvidenceError, match="cannot be read"):
+        Evidence.load(tmp_path / "nothing.json")
+    (tmp_path / "evidence.json").write_text("[]")
+    with pytest.raises(EvidenceError, match="no file of evidence"):
+        Evidence.load(tmp_path / "evidence.json")
+    good = evidence.to_dict()
+    bad = Evidence.load
+    for name, value, message in (
+        ("chain", [[1.5, 0.2], [0.1, 0.1]], "chain holds values outside"),
+        ("unprompted", [0.1], "unprompted has shape"),
+        ("moves", [[1, 1], [0, 1]], "expected"),
+        ("format_version", 9, "expected 'ppd_evidence' 1"),
+    ):
+        (tmp_path / "evidence.json").write_text(json.dumps({**good, name: value}))
+        with pytest.raises(EvidenceError, match=message):
+            bad(tmp_path / "evidence.json")

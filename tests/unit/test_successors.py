@@ -1,0 +1,115 @@
+"""The successor table and the matcher of earlier text."""
+
+import numpy as np
+import pytest
+
+from vllm_ppd.successors import SuccessorCounts, SuccessorError, SuccessorTable
+from vllm_ppd.suffix import MAX_CHAIN, match_chain
+
+
+def counted(pairs, vocabulary=6, size=3, smoothing=2.0):
+    counts = SuccessorCounts(vocabulary)
+    for part in np.array_split(np.array(pairs), 3):
+        counts.add(part[:, 0], part[:, 1], np.ones(len(part)))
+    return counts.table(size, 2, smoothing)
+
+
+def test_a_small_table():
+    pairs = [(0, 1)] * 6 + [(0, 2)] * 2 + [(1, 0)] * 3 + [(2, 0), (2, 1)]
+    table = counted(pairs)
+    assert table.ids[0, :2].tolist() == [1, 2]
+    assert table.ids[1, 0] == 0
+    # base(1) = (7 + 1) / (13 + 6); 0 was seen 8 times.
+    base = 8 / 19
+    expected = np.log((6 / base + 2) / (8 + 2))
+    assert table.gains[0, 0] == pytest.approx(expected, abs=1e-6)
+    assert table.floor[0] == pytest.approx(np.log(2 / 10), abs=1e-6)
+    # Nothing is known of 5: the commonest tokens, all at gain 0.
+    assert table.floor[5] == 0
+    assert table.gains[5].tolist() == [0, 0, 0]
+    assert table.weights == (1.0, 1.0)
+    for row in table.ids:
+        assert len(set(row.tolist())) == 3
+
+
+def test_against_a_dense_count():
+    rng = np.random.default_rng(0)
+    pairs = np.minimum(rng.geometric(0.3, size=(500, 2)) - 1, 9)
+    table = counted(pairs, vocabulary=10, size=4)
+    dense = np.zeros((10, 10))
+    np.add.at(dense, (pairs[:, 0], pairs[:, 1]), 1)
+    base = (dense.sum(0) + 1) / (dense.sum() + 10)
+    for u in range(10):
+        seen = np.count_nonzero(dense[u])
+        best = np.sort(dense[u])[::-1][: min(4, seen)]
+        listed = table.ids[u][: min(4, seen)]
+        assert dense[u, listed].tolist() == best.tolist()
+        gains = np.log((dense[u, listed] / base[listed] + 2) / (dense[u].sum() + 2))
+        np.testing.assert_allclose(table.gains[u][: len(listed)], gains, atol=1e-5)
+
+
+def test_files(tmp_path):
+    table = counted([(0, 1), (1, 2), (2, 3)])
+    path = tmp_path / "successors.safetensors"
+    table.save(path)
+    read = SuccessorTable.load(path, 6, 2)
+    np.testing.assert_array_equal(read.ids, table.ids)
+    np.testing.assert_allclose(read.gains, table.gains, atol=1e-2)
+    with pytest.raises(SuccessorError, match="is for 6 tokens and 2 prompt tokens"):
+        SuccessorTable.load(path, 7, 2)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(SuccessorError, match=r"successors\.safetensors"):
+        SuccessorTable.load(path, 6, 2)
+    with pytest.raises(SuccessorError, match="nothing"):
+        SuccessorTable.load(tmp_path / "nothing", 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": np.full((4, 2), 9)}, "names token 9 outside its vocabulary of 4"),
+        ({"gains": np.full((4, 2), np.nan)}, "NaN"),
+        ({"gains": np.zeros((4, 3))}, "must both be"),
+        ({"floor": np.zeros(5)}, "damaged"),
+        ({"weights": ()}, "damaged"),
+    ],
+)
+def test_bad_tables(change, message):
+    good = {
+        "ids": np.zeros((4, 2)),
+        "gains": np.zeros((4, 2)),
+        "floor": np.zeros(4),
+        "weights": (1.0,),
+    }
+    with pytest.raises(SuccessorError, match=message):
+        SuccessorTable(**{**good, **change})
+
+
+def test_matches():
+    # 7 8 came before, followed by 1 2 3 ...
+    match_class, chain = match_chain(np.array([7, 8, 1, 2, 3, 9, 7, 8]))
+    assert (match_class, chain.tolist()) == (1, [1, 2, 3, 9, 7, 8])
+    match_class, chain = match_chain(np.array([5, 6, 7, 8, 1, 5, 6, 7, 8]))
+    assert (match_class, chain.tolist()) == (2, [1, 5, 6, 7, 8])
+    assert match_chain(np.array([1, 2, 3]))[0] == 0
+    assert match_chain(np.array([4]))[0] == 0
+    # One token is no match; the chain has a limit.
+    assert match_chain(np.array([1, 2, 1]))[0] == 0
+    assert len(match_chain(np.tile([1, 2, 3], 20))[1]) == MAX_CHAIN
+
+
+def brute_force(context):
+    n = len(context)
+    for length in range(min(8, n - 1), 1, -1):
+        for end in range(length, n):
+            if context[end - length : end] == context[n - length :]:
+                return (2 if length >= 4 else 1), context[end : end + MAX_CHAIN]
+    return 0, []
+
+
+def test_matches_against_brute_force():
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        context = rng.integers(0, int(rng.integers(2, 6)), int(rng.integers(1, 30)))
+        match_class, chain = match_chain(context)
+        assert (match_class, chain.tolist()) == brute_force(context.tolist())

@@ -1,0 +1,237 @@
+"""Measure a machine: whole decode steps of the real model runner, timed.
+
+Runs in the workers when they have started and no request is there yet. Made-up
+requests are prefilled and decoded exactly as the scheduler would have it, with trees
+of a fixed number of rows; a step of one row is vLLM's own. What is timed is all that
+the worker does: layout, forward, verification, KV moves, proposal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import (
+    CachedRequestData,
+    NewRequestData,
+    SchedulerOutput,
+)
+
+from vllm_ppd.plan import Tier, TreePlan
+from vllm_ppd.profile import LatencyProfile
+from vllm_ppd.tree import SparseTree, TreePolicy
+
+__all__ = ["measure_profile"]
+
+_REQUESTS = (1, 2, 4, 8, 16, 32, 64)
+_ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# A step with more rows in all is far past where speculation pays.
+_MOST_ROWS = 512
+_CONTEXT = 128
+_WARM_UP, _TIMED = 2, 9
+_SECONDS_PER_CELL = 1.0
+
+
+def measure_profile(
+    runner: Any, max_rows: int, key: dict[str, Any], quiet: bool = False
+) -> LatencyProfile:
+    """The profile of the engine that `runner` belongs to.
+
+    Args:
+        runner: a V1 model runner with PPD, its KV cache allocated.
+        max_rows: most rows per request.
+        key: of `known_profile.profile_key`.
+        quiet: no progress bar.
+    """
+    plan = runner.drafter.plan
+    limits = runner.scheduler_config
+    rows = [count for count in _ROWS if count <= max_rows]
+    cells = []
+    for requests in _REQUESTS:
+        if requests > limits.max_num_seqs:
+            break
+        for count in rows:
+            most = min(_MOST_ROWS, limits.max_num_batched_tokens)
+            if count == 1 or requests * count <= most:
+                cells.append((requests, count))
+    found: dict[tuple[int, int], float] = {}
+    try:
+        bar = tqdm(cells, desc="PPD measures steps", unit="", disable=quiet)
+        for requests, count in bar:
+            steps = _Steps(runner, requests, count)
+            found[requests, count] = steps.seconds()
+    finally:
+        runner.drafter.set_plan(plan)
+        runner.ppd_trees.clear()
+    loads = sorted({requests for requests, _ in found})
+    table = np.array([_fill_row(found, load, rows) for load in loads])
+    return LatencyProfile.smoothed(loads, rows, table, key)
+
+
+def _fill_row(
+    found: dict[tuple[int, int], float], load: int, rows: list[int]
+) -> list[float]:
+    """Seconds by rows; beyond what was measured, in proportion to the rows."""
+    seconds: list[float] = []
+    for index, count in enumerate(rows):
+        if (load, count) in found:
+            seconds.append(found[load, count])
+        else:
+            seconds.append(seconds[-1] * count / rows[index - 1])
+    return seconds
+
+
+def _tree(rows: int, num_prompt_tokens: int, num_ept: int) -> SparseTree:
+    """A tree of `rows` rows: about a third prompt rows, the rest a binary tree."""
+    prompt_tokens = min((rows - 1) // (2 + num_ept), 4 * num_prompt_tokens)
+    nodes = rows - prompt_tokens * num_ept
+    parents = [child // 2 for child in range(nodes - 1)]
+    ranks = [child % 2 for child in range(nodes - 1)]
+    prompts = [0] * nodes
+    for index in range(prompt_tokens):
+        prompts[index % nodes] += 1
+    return SparseTree(tuple(parents), tuple(ranks), tuple(prompts), num_ept)
+
+
+class _Steps:
+    """Decode steps of so many requests with trees of so many rows."""
+
+    def __init__(self, runner: Any, requests: int, rows: int):
+        self._runner = runner
+        drafter = runner.drafter
+        m, e = drafter.prompts.num_prompt_tokens, drafter.prompts.num_ept
+        tier = Tier(None)
+        depth = 0
+        if rows > 1:
+            tree = _tree(rows, m, e)
+            depth = tree.depth
+            policy = TreePolicy((tree,) * (m + 1))
+            tier = Tier(None, (policy,) * drafter.num_classes)
+        drafter.set_plan(TreePlan((tier,)))
+        length = runner.model_config.max_model_len
+        tokens = (_WARM_UP + _TIMED) * (1 + depth) + rows
+        self._context = max(1, min(_CONTEXT, length - tokens - 1))
+        self._steps = max(1, (length - self._context - rows) // (1 + depth))
+        self._ids = [f"ppd-measure-{index}" for index in range(requests)]
+        self._tokens = self._context + tokens
+
+    def seconds(self) -> float:
+        """Median seconds of a step."""
+        steps = self._run()
+        times: list[float] = []
+        try:
+            while len(times) < min(_WARM_UP + _TIMED, self._steps):
+                begun = time.perf_counter()
+                next(steps)
+                times.append(time.perf_counter() - begun)
+                if len(times) > _WARM_UP and sum(times) > _SECONDS_PER_CELL:
+                    break
+        finally:
+            steps.close()
+        return float(np.median(times[_WARM_UP:] or times))
+
+    def _run(self) -> Generator[None]:
+        """Prefill, then one step each time it is resumed; frees the requests."""
+        runner = self._runner
+        rng = np.random.default_rng(0)
+        vocabulary = runner.model_config.get_vocab_size()
+        computed: dict[str, int] = {}
+        written: dict[str, int] = dict.fromkeys(self._ids, 1)
+        limit = runner.scheduler_config.max_num_batched_tokens
+        at_once = max(1, limit // self._context)
+        for first in range(0, len(self._ids), at_once):
+            ids = self._ids[first : first + at_once]
+            new = [
+                NewRequestData(
+                    req_id=request_id,
+                    prompt_token_ids=rng.integers(
+                        2, vocabulary, self._context
+                    ).tolist(),
+                    mm_features=[],
+                    sampling_params=SamplingParams(temperature=0.0),
+                    pooling_params=None,
+                    block_ids=self._blocks(first + index),
+                    num_computed_tokens=0,
+                    lora_request=None,
+                )
+                for index, request_id in enumerate(ids)
+            ]
+            self._execute(_output(new=new, scheduled=dict.fromkeys(ids, self._context)))
+            computed.update(dict.fromkeys(ids, self._context))
+        drafts: dict[str, list[int]] = self._drafts()
+        try:
+            while True:
+                # The first time and after every yield: one whole step.
+                cached = CachedRequestData(
+                    req_ids=self._ids,
+                    resumed_req_ids=set(),
+                    new_token_ids=[],
+                    all_token_ids={},
+                    new_block_ids=[None] * len(self._ids),
+                    num_computed_tokens=[computed[i] for i in self._ids],
+                    num_output_tokens=[written[i] for i in self._ids],
+                )
+                scheduled = {i: 1 + len(drafts.get(i, ())) for i in self._ids}
+                sampled = self._execute(
+                    _output(
+                        cached=cached,
+                        scheduled=scheduled,
+                        drafts={i: d for i, d in drafts.items() if d},
+                    )
+                )
+                drafts = self._drafts()
+                for request_id, tokens in sampled.items():
+                    computed[request_id] += len(tokens)
+                    written[request_id] += len(tokens)
+                yield
+        finally:
+            runner.execute_model(_output(finished=set(self._ids)))
+
+    def _execute(self, output: SchedulerOutput) -> dict[str, list[int]]:
+        runner = self._runner
+        result = runner.execute_model(output)
+        if result is None:
+            result = runner.sample_tokens(None)
+        return dict(zip(result.req_ids, result.sampled_token_ids, strict=True))
+
+    def _drafts(self) -> dict[str, list[int]]:
+        found = self._runner.take_draft_token_ids()
+        if found is None:
+            return {}
+        return dict(zip(found.req_ids, found.draft_token_ids, strict=True))
+
+    def _blocks(self, index: int) -> tuple[list[int], ...]:
+        """Blocks of a request in each KV cache group; block 0 is vLLM's null block."""
+        config = self._runner.kv_cache_config
+        blocks = []
+        for group in config.kv_cache_groups:
+            count = -(-self._tokens // group.kv_cache_spec.block_size)
+            # With too little cache requests share blocks: what they read is made up
+            # anyway, and it takes as long.
+            first = index * count
+            free = config.num_blocks - 1
+            blocks.append([1 + (first + i) % free for i in range(count)])
+        return tuple(blocks)
+
+
+def _output(
+    new: list[NewRequestData] | None = None,
+    cached: CachedRequestData | None = None,
+    scheduled: dict[str, int] | None = None,
+    drafts: dict[str, list[int]] | None = None,
+    finished: set[str] | None = None,
+) -> SchedulerOutput:
+    scheduled = scheduled or {}
+    output = SchedulerOutput.make_empty()
+    output.scheduled_new_reqs = new or []
+    if cached is not None:
+        output.scheduled_cached_reqs = cached
+    output.num_scheduled_tokens = scheduled
+    output.total_num_scheduled_tokens = sum(scheduled.values())
+    output.scheduled_spec_decode_tokens = drafts or {}
+    output.finished_req_ids = finished or set()
+    return output

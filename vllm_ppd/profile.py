@@ -1,0 +1,190 @@
+"""How long a step takes on this machine, by running requests and rows per request.
+
+A profile is a table measured through the real engine (`engine/measure_steps.py`) and
+kept in the user's cache folder under a key of everything that changes it: model, data
+type, quantisation, device, parallelism, versions. Files are JSON; one that is damaged
+or of another key is never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_ppd.atomic import write_json
+from vllm_ppd.latency import LatencyCurve
+
+__all__ = ["LatencyProfile", "ProfileError", "cache_file", "default_profile"]
+
+FORMAT = "ppd_profile"
+FORMAT_VERSION = 1
+
+# Seconds of a step, relative to one of a single row, by all rows of all requests: soon
+# compute-bound cores, and a device that waits for its memory. Used until measured.
+_TYPICAL = {
+    "cpu": ((1, 8, 16, 32, 64), (1.0, 1.25, 1.75, 2.8, 5.0)),
+    "cuda": ((1, 64, 128, 256, 512), (1.0, 1.05, 1.15, 1.5, 2.4)),
+}
+# What a step with guesses costs beyond its rows, on the same scale.
+_TYPICAL_OVERHEAD = {"cpu": 0.25, "cuda": 0.05}
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be read or is not of this machine and model."""
+
+
+@dataclass(frozen=True)
+class LatencyProfile:
+    """Seconds per step; raises ProfileError for tables that no machine has.
+
+    Attributes:
+        requests: [R] running requests, rising from 1.
+        rows: [Q] rows per request, rising from 1, which is a plain step.
+        seconds: [R][Q].
+        key: what it was measured on.
+    """
+
+    requests: tuple[int, ...]
+    rows: tuple[int, ...]
+    seconds: tuple[tuple[float, ...], ...]
+    key: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "requests", tuple(int(n) for n in self.requests))
+        object.__setattr__(self, "rows", tuple(int(n) for n in self.rows))
+        table = tuple(tuple(float(t) for t in row) for row in self.seconds)
+        object.__setattr__(self, "seconds", table)
+        for name in ("requests", "rows"):
+            values = getattr(self, name)
+            if not values or values[0] != 1 or list(values) != sorted(set(values)):
+                raise ProfileError(
+                    f"{name} of a profile are {list(values)}; expected rising from 1"
+                )
+        shape = len(self.requests), len(self.rows)
+        array = np.array(table, dtype=np.float64) if table else np.empty(0)
+        if array.shape != shape:
+            raise ProfileError(
+                f"seconds has shape {list(array.shape)}; expected {list(shape)}"
+            )
+        if not (np.isfinite(array) & (array > 0)).all():
+            raise ProfileError("seconds must be finite and positive")
+
+    @classmethod
+    def smoothed(
+        cls,
+        requests: Sequence[int],
+        rows: Sequence[int],
+        seconds: np.ndarray,
+        key: Mapping[str, Any],
+    ) -> LatencyProfile:
+        """From raw measurements [R, Q]: more rows or requests never look faster.
+
+        A pool-adjacent-violators pass along the rows, then along the requests, which
+        averages neighbours that are out of order.
+        """
+        table = np.array([_rising(row) for row in seconds])
+        table = np.array([_rising(column) for column in table.T]).T
+        return cls(tuple(requests), tuple(rows), tuple(map(tuple, table)), key)
+
+    def curve(self, requests: int) -> LatencyCurve:
+        """Seconds by rows per request at so many running requests."""
+        table = np.array(self.seconds)
+        known = np.array(self.requests)
+        at = min(requests, int(known[-1]))
+        seconds = np.array([np.interp(at, known, column) for column in table.T])
+        # Beyond what was measured all rows count alike.
+        seconds *= requests / at
+        return LatencyCurve(self.rows, tuple(np.maximum.accumulate(seconds)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "key": dict(self.key),
+            "requests": list(self.requests),
+            "rows": list(self.rows),
+            "seconds": [list(row) for row in self.seconds],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], key: Mapping[str, Any] | None = None
+    ) -> LatencyProfile:
+        """Read strictly; with `key`, raise ProfileError for a profile of another."""
+        remedy = "measure again with vllm-ppd profile"
+        try:
+            data = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise ProfileError(f"the profile {path} cannot be read: {error}") from error
+        except ValueError as error:
+            raise ProfileError(f"{path} is not JSON ({error}); {remedy}") from error
+        expected = {"format", "format_version", "key", "requests", "rows", "seconds"}
+        if not isinstance(data, dict) or set(data) != expected:
+            raise ProfileError(f"{path} is no latency profile; {remedy}")
+        if (data["format"], data["format_version"]) != (FORMAT, FORMAT_VERSION):
+            raise ProfileError(
+                f"{path} has format {data['format']!r} {data['format_version']!r}; "
+                f"expected {FORMAT!r} {FORMAT_VERSION}; {remedy}"
+            )
+        try:
+            profile = cls(data["requests"], data["rows"], data["seconds"], data["key"])
+        except (ProfileError, TypeError, ValueError) as error:
+            raise ProfileError(f"{path}: {error}; {remedy}") from error
+        if key is not None:
+            for name in sorted({*key, *profile.key}):
+                here, there = key.get(name), profile.key.get(name)
+                if here != there:
+                    raise ProfileError(
+                        f"the profile {path} was measured with {name} {there!r}, and "
+                        f"this is {here!r}; {remedy}"
+                    )
+        return profile
+
+
+def default_profile(device: str) -> LatencyProfile:
+    """A typical profile of a kind of device, in units of a plain step of one row."""
+    known, relative = _TYPICAL[device]
+    curve = LatencyCurve(known, relative)
+    requests, rows = (1, 2, 4, 8, 16, 32, 64, 128), (1, 2, 4, 8, 16, 32, 64, 129)
+    table = [
+        [
+            float(curve(np.array([n * r]))[0])
+            + (_TYPICAL_OVERHEAD[device] if r > 1 else 0.0)
+            for r in rows
+        ]
+        for n in requests
+    ]
+    return LatencyProfile(requests, rows, tuple(map(tuple, table)), {"typical": device})
+
+
+def cache_file(key: Mapping[str, Any]) -> Path:
+    """Where the profile of `key` is kept: under $XDG_CACHE_HOME, else ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    text = json.dumps(key, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Path(root) / "vllm_ppd" / "profiles" / f"{digest}.json"
+
+
+def _rising(values: np.ndarray) -> np.ndarray:
+    """The nearest rising sequence in least squares (pool adjacent violators)."""
+    means: list[float] = []
+    sizes: list[int] = []
+    for value in values:
+        means.append(float(value))
+        sizes.append(1)
+        while len(means) > 1 and means[-2] > means[-1]:
+            size = sizes[-2] + sizes[-1]
+            mean = (means[-2] * sizes[-2] + means[-1] * sizes[-1]) / size
+            means[-2:], sizes[-2:] = [mean], [size]
+    return np.repeat(means, sizes)

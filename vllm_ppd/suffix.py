@@ -1,0 +1,51 @@
+"""Suffix evidence: what followed the last time these tokens were written.
+
+Where the last tokens of a request occur earlier in its own context, what came after
+them is likely to come again (prompt lookup, n-gram speculation). The match is that of
+vLLM's n-gram speculator: the longest one of at most `max_length` tokens, and of equally
+long ones the earliest. Serving calls vLLM's compiled matcher; this one is for
+measuring, where vLLM need not be installed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["LENGTHS", "MAX_CHAIN", "match_chain"]
+
+# Match classes 1, 2, ...: a match of at least so many tokens, up to the next entry's.
+LENGTHS = ((2, 3), (4, 8))
+# Tokens of a continuation that are looked at.
+MAX_CHAIN = 8
+
+
+def match_chain(context: np.ndarray) -> tuple[int, np.ndarray]:
+    """The match class of a context and the tokens that should come next.
+
+    Args:
+        context: int [n] tokens of a request, the last one is the root.
+
+    Returns:
+        (class, tokens): class 0 and no tokens without a match, else at most
+        `MAX_CHAIN` tokens, at least one.
+    """
+    longest, at = _longest_match(context, LENGTHS[-1][1])
+    for match_class, (low, high) in enumerate(LENGTHS, start=1):
+        if low <= longest <= high:
+            return match_class, context[at : at + MAX_CHAIN]
+    return 0, context[:0]
+
+
+def _longest_match(context: np.ndarray, max_length: int) -> tuple[int, int]:
+    """(length, end) of the earliest longest earlier match; (0, 0) if there is none."""
+    n = len(context)
+    # run[e]: how many tokens before position e match those before the end.
+    alive = np.arange(1, n)
+    longest, at = 0, 0
+    for length in range(1, min(max_length, n - 1) + 1):
+        alive = alive[alive >= length]
+        alive = alive[context[alive - length] == context[n - length]]
+        if not len(alive):
+            break
+        longest, at = length, int(alive[0])
+    return longest, at
