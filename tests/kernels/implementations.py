@@ -23,6 +23,7 @@ def _import_triton() -> str | None:
     try:
         import vllm_ppd.kernels.triton.kv_compact
         import vllm_ppd.kernels.triton.place_tree
+        import vllm_ppd.kernels.triton.tree_attention
         import vllm_ppd.kernels.triton.tree_walk  # noqa: F401
     except ImportError as error:
         return f"needs triton (pip install triton): {error}"

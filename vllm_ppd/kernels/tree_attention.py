@@ -27,16 +27,18 @@ _INTEGERS = (torch.int32, torch.int64)
 class TreeBatch:
     """The tree requests of one step: R requests among T tokens, W mask words per row.
 
-    Requests in other stages (prefill, plain decoding) are simply not listed; their
-    tokens are neither read nor written.
+    Requests in other stages (prefill, plain decoding) are not listed, or have no rows;
+    their tokens are neither read nor written. Under a captured CUDA graph the tensors
+    are buffers that later steps write, and `max_rows` bounds them all.
     """
 
     block_table: torch.Tensor  # int32 [R, max_blocks]: cache blocks of each request
     starts: torch.Tensor  # int [R]: token index of each request's root row
-    num_rows: torch.Tensor  # int [R]: rows q; 0 for a padded request
+    num_rows: torch.Tensor  # int [R]: rows q; 0 for a padded request, or without a tree
     context_lens: torch.Tensor  # int [R]: cached tokens before the root
     ancestors: torch.Tensor  # int64 [T, W]: bit j (word j // 64): sees in-step row j
     depths: torch.Tensor  # int [T]: position of a row = context_len + depth
+    max_rows: int | None = None  # no request has more rows; None: 64 * W
 
     def __post_init__(self) -> None:
         requests = self.block_table.shape[0]
@@ -74,11 +76,15 @@ def tree_attention_reference(
     scale: float,
     softcap: float = 0.0,
     window: int = 0,
+    q_scale: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Write the tree rows' attention into `output`; computed in float32.
 
-    `softcap` <= 0 and `window` <= 0 (in tokens) mean none. Works on any device and
-    with any strided layout; it gathers the blocks that each request can see.
+    `softcap` <= 0 and `window` <= 0 (in tokens) mean none. Values of a quantized query
+    or cache are what is stored times a scale: float32 [1], or [kv_heads]. Works on any
+    device and with any strided layout; it gathers the blocks each request can see.
     """
     heads, dim = query.shape[1:]
     kv_heads, block_size = key_cache.shape[1:3]
@@ -95,12 +101,14 @@ def tree_attention_reference(
         blocks = batch.block_table[r, : -(-total // block_size)].long()
         keys, values = (
             # [kv_heads, 1, total, D]
-            cache[blocks].transpose(0, 1).reshape(kv_heads, 1, -1, dim)[:, :, :total]
-            for cache in (key_cache, value_cache)
+            _float(cache[blocks], factor)
+            .transpose(0, 1)
+            .reshape(kv_heads, 1, -1, dim)[:, :, :total]
+            for cache, factor in ((key_cache, k_scale), (value_cache, v_scale))
         )
-        queries = query[rows].reshape(q, kv_heads, heads // kv_heads, dim)
-        # [kv_heads, group, q, total]
-        scores = queries.permute(1, 2, 0, 3).float() @ keys.float().mT * scale
+        grouped = query[rows].reshape(q, kv_heads, heads // kv_heads, dim)
+        queries = _float(grouped, q_scale).permute(1, 2, 0, 3)
+        scores = queries @ keys.mT * scale  # [kv_heads, group, q, total]
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~visible, float("-inf"))
@@ -108,8 +116,13 @@ def tree_attention_reference(
         weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
         # Hidden slots may hold anything, even nan, which 0 * nan would let through.
         seen = visible.any(0)[:, None]
-        mixed = weights @ values.float().masked_fill(~seen, 0.0)
+        mixed = weights @ values.masked_fill(~seen, 0.0)
         output[rows] = mixed.permute(2, 0, 1, 3).reshape(q, heads, dim).to(output.dtype)
+
+
+def _float(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """[n, kv_heads, m, D] in float32, times what a quantized tensor is scaled by."""
+    return values.float() if factor is None else values.float() * factor.view(-1, 1, 1)
 
 
 def _visible(
