@@ -7,12 +7,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["PathNotResolvedError", "resolve_path"]
+__all__ = ["PathNotResolvedError", "resolve_model_path", "resolve_path"]
 
 # One or two segments, as huggingface_hub accepts them.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # The last is where the authors' older checkpoints keep their embeddings.
 _PROMPT_FILES = ("*.json", "*.safetensors", "adapter_model.bin")
+_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_OLD_MODEL_FILES = (*_MODEL_FILES, "pytorch_model*.bin")
 
 
 class PathNotResolvedError(ValueError):
@@ -67,3 +69,14 @@ def resolve_path(
             "check the name and the network, or pass a local folder"
         ) from error
     return Path(folder)
+
+
+def resolve_model_path(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    """As `resolve_path`, for a model with its tokenizer and weights.
+
+    Repositories without safetensors give their PyTorch weights.
+    """
+    folder = resolve_path(path_or_hub_id, allow_patterns=_MODEL_FILES)
+    if Path(path_or_hub_id).expanduser().is_dir() or any(folder.glob("*.safetensors")):
+        return folder
+    return resolve_path(path_or_hub_id, allow_patterns=_OLD_MODEL_FILES)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
 
+from torch.nn.attention.flex_attention import create_mask  # noqa: E402
+
 from vllm_ppd.train.forward import insertion_loss  # noqa: E402
 from vllm_ppd.train.insertion import (  # noqa: E402
     Insertion,
@@ -170,6 +172,43 @@ def test_mask_against_nested_loops(padding: str) -> None:
             assert insertion.position_ids()[b, r] == positions[b, p] + token + 1
 
 
+@pytest.mark.parametrize(("m", "e"), [(1, 1), (3, 1), (3, 2), (2, 5)])
+@pytest.mark.parametrize("padding", list(PADDING))
+def test_mask_function_is_the_mask(padding: str, m: int, e: int) -> None:
+    _, insertion, _ = make_batch(padding, m, e, points=4)
+    mask = insertion.mask()
+    count = mask.shape[2]
+    made = create_mask(
+        insertion.mask_mod(), BATCH, None, count, LENGTH + count, device="cpu"
+    )
+    assert torch.equal(made, mask)
+
+
+# FlexAttention warns that it is not compiled: that is for graphics cards.
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("padding", list(PADDING))
+def test_flex_attention_agrees_with_the_plain_mask(padding: str) -> None:
+    """Forward only: FlexAttention has no gradients on the CPU."""
+    ids, insertion, table = make_batch(padding, m=3, e=2)
+    model = FrozenModel(tiny_llama())
+    with torch.no_grad():
+        expected, _ = insertion_loss(model, table, ids, insertion, alpha=ALPHA)
+        model.use_flex_attention()
+        assert model.uses_flex_attention
+        with torch.compiler.set_stance("force_eager"):
+            found, _ = insertion_loss(model, table, ids, insertion, alpha=ALPHA)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def test_architectures_without_flex_attention_are_refused() -> None:
+    class Rigid(transformers.LlamaForCausalLM):
+        _supports_flex_attn = False
+
+    model = FrozenModel(Rigid(tiny_llama().config))
+    with pytest.raises(ModelError, match=r"Rigid.*--attention plain"):
+        model.use_flex_attention()
+
+
 @pytest.mark.parametrize("padding", list(PADDING))
 def test_sampled_points(padding: str) -> None:
     mask, m = PADDING[padding].bool(), 3
@@ -320,6 +359,20 @@ def test_unknown_ways_to_compute_logits_are_refused() -> None:
 
     with pytest.raises(ModelError, match="computes its logits"):
         FrozenModel(Strange(tiny_llama().config))
+
+
+def test_models_that_look_ahead_are_refused() -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    with pytest.raises(ModelError, match="see later ones"):
+        FrozenModel(transformers.BertLMHeadModel(config))
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import os
-import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,82 +17,23 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-
 from vllm_ppd.cli import train as command  # noqa: E402
 from vllm_ppd.prompts import PromptTokens, PromptTokensError  # noqa: E402
+from vllm_ppd.train import model as model_module  # noqa: E402
 from vllm_ppd.train.checkpoint import CheckpointError  # noqa: E402
 from vllm_ppd.train.data import read_stream  # noqa: E402
-from vllm_ppd.train.documents import DataError, find_documents  # noqa: E402
+from vllm_ppd.train.documents import (  # noqa: E402
+    DataError,
+    find_documents,
+    sha256_of_files,
+)
 from vllm_ppd.train.job import TrainJob  # noqa: E402
 from vllm_ppd.train.model import FrozenModel, ModelError  # noqa: E402
 from vllm_ppd.train.settings import SettingsError, TrainSettings  # noqa: E402
 from vllm_ppd.train.table import initial_table  # noqa: E402
-from vllm_ppd.train.trainer import Interrupted, Schedule, Trainer  # noqa: E402
+from vllm_ppd.train.trainer import Interrupted, Trainer  # noqa: E402
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 SETTINGS = TrainSettings(steps=8, length=24, batch_size=2, points=6, learning_rate=0.01)
-SCHEDULE = Schedule(evaluations=2, evaluation_sequences=4, checkpoint_every=3)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<end>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>"
-    )
-    wrapped.chat_template = TEMPLATE
-    wrapped.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder: Path):
-    return transformers.AutoTokenizer.from_pretrained(model_folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    chooser = random.Random(0)
-    words = ["alpha", "beta", "gamma", "delta", "(x)", "= 1"]
-    lines = [
-        json.dumps({"text": " ".join(chooser.choices(words, k=30))}) for _ in range(20)
-    ]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-@pytest.fixture
-def job(model_folder: Path, data: Path, tmp_path: Path) -> TrainJob:
-    return TrainJob(
-        model=str(model_folder),
-        data=[str(data)],
-        out=str(tmp_path / "out"),
-        settings=SETTINGS,
-        schedule=SCHEDULE,
-        cpu=True,
-        quiet=True,
-    )
 
 
 def test_a_run_learns_and_writes(job: TrainJob, data: Path) -> None:
@@ -340,6 +282,78 @@ def test_bad_models(job: TrainJob, model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="exceeds the model's 64"):
         dataclasses.replace(job, settings=settings).run()
     assert not Path(job.out).exists()
+
+
+def test_damaged_models(job: TrainJob, model_folder: Path, tmp_path: Path) -> None:
+    """Weights that are cut short, of another shape, or not there at all."""
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    weights = broken / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        dataclasses.replace(job, model=str(broken)).run()
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        FrozenModel.load(broken)
+    assert "\n" not in str(caught.value)
+    weights.unlink()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        dataclasses.replace(job, model=str(broken)).run()
+    weights.write_bytes(content)
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="no usable tokenizer"):
+        dataclasses.replace(job, model=str(broken)).run()
+    assert not Path(job.out).exists()
+
+
+def test_four_bits_need_a_gpu_and_bitsandbytes(job: TrainJob, monkeypatch) -> None:
+    settings = dataclasses.replace(SETTINGS, quantization="4bit")
+    with pytest.raises(ModelError, match=r"NVIDIA GPU.*cpu; leave out --load-in-4bit"):
+        dataclasses.replace(job, settings=settings).run()
+    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModelError, match="pip install bitsandbytes"):
+        FrozenModel.load(job.model, device="cuda", quantization="4bit")
+
+
+def test_four_bits_are_asked_of_transformers(job: TrainJob, monkeypatch) -> None:
+    """What from_pretrained gets, on a machine that only pretends to have both."""
+    asked = {}
+
+    def from_pretrained(folder, **options):
+        asked.update(options)
+        raise OSError("as far as this goes")
+
+    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(
+        model_module.AutoModelForCausalLM, "from_pretrained", from_pretrained
+    )
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "9.0.0")
+    with pytest.raises(ModelError, match="as far as this goes"):
+        FrozenModel.load(job.model, device="cuda:1", quantization="4bit")
+    quantisation = asked["quantization_config"]
+    assert quantisation.load_in_4bit
+    assert quantisation.bnb_4bit_quant_type == "nf4"
+    assert quantisation.bnb_4bit_compute_dtype == asked["dtype"] == torch.bfloat16
+    assert asked["device_map"] == {"": torch.device("cuda:1")}
+
+
+def test_attention_is_checked(job: TrainJob) -> None:
+    with pytest.raises(SettingsError, match="attention is 'sparse'"):
+        dataclasses.replace(job, attention="sparse").run()
+    with pytest.raises(SettingsError, match=r"no gradients on cpu.*--attention plain"):
+        dataclasses.replace(job, attention="flex").run()
+    dataclasses.replace(job, settings=dataclasses.replace(SETTINGS, steps=1)).run()
+    record = json.loads((Path(job.out) / "training.json").read_text())
+    assert record["attention"] == "plain"
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for folder in "abc":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(folder)
+    hashes = sha256_of_files(tmp_path / folder / "text.txt" for folder in "abc")
+    assert list(hashes) == ["text.txt", "text.txt (2)", "text.txt (3)"]
+    assert len(set(hashes.values())) == 3
 
 
 def parse(*flags: str) -> argparse.Namespace:

@@ -12,9 +12,19 @@ import dataclasses
 import sys
 from typing import Any, get_args
 
-from vllm_ppd.train.settings import DTYPES, LossKind, TrainSettings
+from vllm_ppd.train.settings import (
+    DTYPES,
+    Distillation,
+    LossKind,
+    TrainSettings,
+)
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(TrainSettings)
+    # These are made of flags of other names.
+    if field.name not in ("distillation", "quantization")
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,18 +50,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         nargs="+",
-        metavar="FILE",
+        metavar="TEXT",
         help='training text: .jsonl with {"text": ...} or {"messages": [...]} a line, '
-        "or plain text files",
+        "plain text files, or Hugging Face data sets (a folder or a hub id, as "
+        "NAME:CONFIGURATION@SPLIT)",
     )
     group.add_argument(
         "--held-out",
         nargs="+",
         default=[],
-        metavar="FILE",
+        metavar="TEXT",
         help="text to measure accuracy on (default: the end of the training text)",
     )
     setting(group, "max_tokens", int, "leave training text beyond this unread")
+    group.add_argument(
+        "--self-distill",
+        type=int,
+        metavar="N",
+        help="train on N texts that the model writes itself, going on from pieces of "
+        "the data; they are kept in the output folder",
+    )
+    distillation = {f.name: f.default for f in dataclasses.fields(Distillation)}
+    for flag, name, text in (
+        ("prompt", "prompt_length", "tokens of the data that each goes on from"),
+        ("temperature", "temperature", "of their sampling; 0 is greedy"),
+        ("batch-size", "batch_size", "texts written at once"),
+    ):
+        default: Any = distillation[name]
+        group.add_argument(
+            f"--self-distill-{flag}",
+            dest=f"distill_{name}",
+            type=type(default),
+            default=default,
+            help=f"{text} (default: {default})",
+        )
 
     group = parser.add_argument_group("output")
     group.add_argument("--out", required=True, help="folder for the prompt tokens")
@@ -66,9 +98,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace the prompt tokens or the checkpoint that the folder has",
     )
 
-    group = parser.add_argument_group("budget (one of the two)")
+    group = parser.add_argument_group("budget (steps or minutes)")
     setting(group, "steps", int, "optimiser steps")
     setting(group, "minutes", float, "minutes of training, evaluations included")
+
+    setting(
+        group,
+        "patience",
+        int,
+        "stop after so many held-out evaluations without a better one, and keep the "
+        "best (default: go on to the end, and keep the last)",
+    )
 
     group = parser.add_argument_group("prompt tokens")
     setting(group, "num_prompt_tokens", int, "tokens guessed beyond the next one")
@@ -90,6 +130,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = get_args(LossKind)
     setting(group, "loss", str, "target: the model or the text", choices=kinds)
     setting(group, "dtype", str, "number format of the model", choices=DTYPES)
+    group.add_argument(
+        "--load-in-4bit",
+        action="store_true",
+        help="quantise the frozen model (NF4; needs a GPU and bitsandbytes)",
+    )
+    group.add_argument(
+        "--attention",
+        choices=("auto", "plain", "flex"),
+        default="auto",
+        help="of the prompt rows: flex (FlexAttention, on a GPU), plain, or flex where "
+        "it can be (default: auto)",
+    )
     setting(group, "seed", int, "of data order, insertion points and start")
     group.add_argument("--cpu", action="store_true", help="use no GPU")
 
@@ -134,12 +186,13 @@ def run(args: argparse.Namespace) -> int:
             model=args.model,
             data=args.data,
             out=args.out,
-            settings=TrainSettings(**{n: getattr(args, n) for n in _DEFAULTS}),
+            settings=_settings(args),
             held_out=args.held_out,
             model_name=args.model_name,
             resume=args.resume,
             overwrite=args.overwrite,
             cpu=args.cpu,
+            attention=args.attention,
             schedule=Schedule(
                 evaluations=args.evaluations,
                 evaluation_sequences=args.evaluation_sequences,
@@ -156,13 +209,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _settings(args: argparse.Namespace) -> TrainSettings:
+    names = [field.name for field in dataclasses.fields(Distillation)]
+    own = {name: getattr(args, f"distill_{name}", None) for name in names}
+    distillation = None
+    if args.self_distill is not None:
+        distillation = Distillation(**{**own, "continuations": args.self_distill})
+    return TrainSettings(
+        **{name: getattr(args, name) for name in _DEFAULTS},
+        quantization="4bit" if args.load_in_4bit else None,
+        distillation=distillation,
+    )
+
+
 def _report(out: str, result: Any) -> None:
-    last = result.history[-1]
+    last = result.held_out
+    early = ", stopped early" if result.stopped_early else ""
     print(
-        f"{result.steps} steps in {result.seconds:.0f} s, "
+        f"{result.steps} steps in {result.seconds:.0f} s{early}, "
         f"{result.positions_per_second:.0f} predictions/s; "
         f"prompt tokens are in {out}"
     )
+    if last["step"] != result.steps:
+        print(f"they are those of step {last['step']}, the best on held-out text")
     print("held-out accuracy            top-1   top-10")
     for name, label in (
         ("model", "the model's argmax"),

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from vllm_ppd.train.chat import ChatError, render_chat
 from vllm_ppd.train.documents import DataError, Document, find_documents
 
-__all__ = ["TokenStream", "read_stream"]
+__all__ = ["TokenStream", "load_tokenizer", "prompt_starts", "read_stream"]
 
 _DOCUMENTS_AT_ONCE = 256
 
@@ -55,6 +56,18 @@ class TokenStream:
     def _part(self, part: slice) -> TokenStream:
         allowed = None if self.allowed is None else self.allowed[part]
         return TokenStream(self.tokens[part], allowed)
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a model folder. Raises DataError when it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    # Besides OSError and ValueError, missing packages and the tokenizers library's own.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{os.fspath(folder)!r} has no usable tokenizer: {reason}"
+        ) from error
 
 
 def read_stream(
@@ -99,6 +112,31 @@ def read_stream(
         torch.cat(tokens)[:max_tokens],
         torch.cat(flags)[:max_tokens] if chats else None,
     )
+
+
+def prompt_starts(stream: TokenStream, length: int) -> torch.Tensor:
+    """int64 [count]: starts of all prompts, not overlapping each other.
+
+    In chats a prompt ends where the assistant goes on writing. Raises DataError when
+    there is none.
+    """
+    last = stream.tokens.numel() - length
+    if stream.allowed is None:
+        starts = torch.arange(0, last + 1, length) if last >= 0 else torch.arange(0)
+    else:
+        # Token start + length is the first that the model writes.
+        usable = stream.allowed[length:].nonzero()[:, 0]
+        picked, at = [], 0
+        while at < usable.numel():
+            picked.append(int(usable[at]))
+            at = int(torch.searchsorted(usable, picked[-1] + length))
+        starts = torch.tensor(picked, dtype=torch.long)
+    if starts.numel() == 0:
+        raise DataError(
+            f"the text of {stream.tokens.numel()} tokens has no prompt of {length} "
+            "tokens to continue; use more text or a smaller prompt length"
+        )
+    return starts
 
 
 def _tokenise(

@@ -1,8 +1,9 @@
 """Documents inside text files, found without holding them in memory.
 
 Files ending in .jsonl hold one JSON object a line: {"text": ...}, or {"messages":
-[{"role": ..., "content": ...}, ...]}. Any other file is plain text, cut at line ends
-into documents of some 64 kB.
+[{"role": ..., "content": ...}, ...]}, or a chat as ShareGPT has it, {"conversations":
+[{"from": ..., "value": ...}, ...]}. Any other file is plain text, cut at line ends into
+documents of some 64 kB.
 """
 
 from __future__ import annotations
@@ -10,14 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DataError", "Document", "find_documents", "sha256_of_files"]
+__all__ = [
+    "DataError",
+    "Document",
+    "content_of",
+    "find_documents",
+    "sha256_of_files",
+]
 
 _PLAIN_BYTES = 1 << 16
+# Names of the two speakers in ShareGPT's data, the paper's training text.
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class DataError(ValueError):
@@ -50,23 +59,42 @@ class Document:
             raise DataError(f"{self.place} is not UTF-8 text: {error}") from error
         except json.JSONDecodeError as error:
             raise DataError(f"{self.place} is not JSON: {error}") from error
-        if isinstance(record, dict):
-            if isinstance(record.get("text"), str):
-                return record["text"]
-            messages = record.get("messages")
-            if isinstance(messages, list) and all(
-                isinstance(message, dict) and isinstance(message.get("role"), str)
-                for message in messages
-            ):
-                return messages
-        raise DataError(
-            f'{self.place} has neither "text" (a string) nor "messages" (a list of '
-            "objects with a role); expected one of them on every line"
-        )
+        found = content_of(record) if isinstance(record, dict) else None
+        if found is None:
+            raise DataError(
+                f'{self.place} has neither "text" (a string) nor "messages" (a list of '
+                "objects with a role); expected one of them on every line"
+            )
+        return found
 
     @property
     def place(self) -> str:
         return f"{self.path}, line {self.line}"
+
+
+def content_of(record: Mapping[str, Any]) -> str | list[dict[str, Any]] | None:
+    """The text or chat messages of a row; None when it has neither."""
+    if isinstance(record.get("text"), str):
+        return record["text"]
+    messages = record.get("messages")
+    if _has_strings(messages, "role"):
+        return messages
+    turns: Any = record.get("conversations")
+    if not (_has_strings(turns, "from") and _has_strings(turns, "value")):
+        return None
+    messages = [
+        {"role": _SHAREGPT_ROLES.get(t["from"], t["from"]), "content": t["value"]}
+        for t in turns
+    ]
+    # Long chats are cut in ShareGPT; templates want the user first.
+    start = 1 if messages and messages[0]["role"] == "assistant" else 0
+    return messages[start:]
+
+
+def _has_strings(turns: Any, key: str) -> bool:
+    return isinstance(turns, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get(key), str) for turn in turns
+    )
 
 
 def find_documents(path: str | os.PathLike[str]) -> list[Document]:
@@ -89,14 +117,19 @@ def find_documents(path: str | os.PathLike[str]) -> list[Document]:
 
 
 def sha256_of_files(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
-    """File name (without folders) -> sha256 of its bytes. Raises DataError."""
-    found = {}
+    """File name (without folders) -> sha256 of its bytes. Raises DataError.
+
+    Later files of one name are numbered: "text.jsonl (2)".
+    """
+    found: dict[str, str] = {}
     for path in map(Path, paths):
         try:
             with open(path, "rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        same = sum(name.split(" (")[0] == path.name for name in found)
+        found[f"{path.name} ({same + 1})" if same else path.name] = digest
     return found
 
 

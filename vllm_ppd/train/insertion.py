@@ -14,6 +14,7 @@ so they give the target distributions in the same pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,6 +80,36 @@ class Insertion:
         )
         mask = torch.cat([context, chain.expand(batch, -1, -1)], dim=2)
         return mask[:, None]
+
+    def mask_mod(self) -> Callable[..., torch.Tensor]:
+        """The same mask as a function of (batch, head, row, column), for FlexAttention.
+
+        It takes index tensors that broadcast and returns a bool tensor; rows count from
+        the first prompt row.
+        """
+        ept, length = self.num_ept, self.attention_mask.shape[1]
+        per_point = self.num_prompt_tokens * ept
+        points, tokens = self.points, self.attention_mask
+
+        def sees(
+            batch: torch.Tensor,
+            head: torch.Tensor,
+            row: torch.Tensor,
+            column: torch.Tensor,
+        ) -> torch.Tensor:
+            root = points[batch, row // per_point]
+            # Both terms are evaluated everywhere, so the index must be one everywhere.
+            context = (column <= root) & tokens[batch, column.clamp(max=length - 1)]
+            other = column - length
+            chain = (
+                (other >= 0)
+                & (other <= row)
+                & (other // per_point == row // per_point)
+                & (other % ept == row % ept)
+            )
+            return context | chain
+
+        return sees
 
     def target_index(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the V valid points find their targets.

@@ -11,26 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import AutoTokenizer
+from accelerate.utils import gather_object
 
 import vllm_ppd
 from vllm_ppd.atomic import write_json
 from vllm_ppd.fingerprint import BaseModelFingerprint
-from vllm_ppd.hub import resolve_path
+from vllm_ppd.hub import resolve_model_path, resolve_path
 from vllm_ppd.prompts import PromptTokens, check_destination
 from vllm_ppd.train.checkpoint import CheckpointError
-from vllm_ppd.train.data import TokenStream, read_stream
-from vllm_ppd.train.documents import sha256_of_files
-from vllm_ppd.train.model import FrozenModel, ModelError
-from vllm_ppd.train.settings import INITS, TrainSettings
+from vllm_ppd.train.corpus import DATA_FOLDER, text_files
+from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream
+from vllm_ppd.train.documents import DataError, sha256_of_files
+from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.train.self_distillation import SelfDistillation
+from vllm_ppd.train.settings import INITS, SettingsError, TrainSettings
 from vllm_ppd.train.table import default_learning_rate, initial_table
-from vllm_ppd.train.trainer import CHECKPOINT_FILE, Result, Schedule, Trainer
+from vllm_ppd.train.trainer import (
+    CHECKPOINT_FILE,
+    Interrupted,
+    Result,
+    Schedule,
+    Trainer,
+)
 
-__all__ = ["RECORD_FILE", "OutputError", "TrainJob"]
+__all__ = ["ATTENTIONS", "RECORD_FILE", "OutputError", "TrainJob"]
 
+ATTENTIONS = ("auto", "plain", "flex")
 RECORD_FILE = "training.json"
 RECORD_VERSION = 1
-_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 # Without a held-out file, this part of the training text, up to so many tokens.
 _HELD_OUT_PART, _HELD_OUT_TOKENS = 0.05, 200_000
 
@@ -46,12 +54,13 @@ class TrainJob:
     model: str
     """Folder or hub id of the frozen model."""
     data: Sequence[str]
-    """Text files, see vllm_ppd.train.documents."""
+    """Text files (vllm_ppd.train.documents) and data sets, by path or hub id
+    (vllm_ppd.train.hub_dataset)."""
     out: str
     """Folder for prompt tokens, record and checkpoint."""
     settings: TrainSettings
     held_out: Sequence[str] = ()
-    """Text files to measure accuracy on; without any, the end of the training text."""
+    """Text to measure accuracy on; without any, the end of the training text."""
     model_name: str | None = None
     """Name of the model in the record; its hub id or folder name if None."""
     resume: bool = False
@@ -60,6 +69,9 @@ class TrainJob:
     """Replace prompt tokens, or drop a checkpoint, that the folder already has."""
     cpu: bool = False
     """Use no accelerator even if there is one."""
+    attention: str = "auto"
+    """How prompt rows attend: plain (a mask), flex (FlexAttention, on a GPU only), or
+    auto, which is flex where it can be. Changes results by rounding only."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     quiet: bool = False
 
@@ -73,32 +85,30 @@ class TrainJob:
         folder = Path(self.out)
         self._check_folder(folder)
         accelerator = Accelerator(cpu=self.cpu)
+        flex = self._wants_flex(accelerator)
         quiet = self.quiet or not accelerator.is_main_process
         base, model_folder = self._base_model()
         init = self._init(base)
-        # The files' hashes first: a missing file should not cost a model's loading.
+        # Texts first: a missing file should not cost a model's loading.
+        with accelerator.local_main_process_first():
+            files, held_out_files = self._files(quiet)
         hashes = {
-            "train": sha256_of_files(self.data),
-            "held_out": sha256_of_files(self.held_out),
+            "train": sha256_of_files(files),
+            "held_out": sha256_of_files(held_out_files),
         }
         settings = self.settings
+        tokenizer = load_tokenizer(model_folder)
         model = FrozenModel.load(
             model_folder,
             dtype=settings.dtype,
             device=accelerator.device,
             max_length=settings.length,
+            quantization=settings.quantization,
         )
-        train_stream, held_out = self._streams(model_folder, quiet)
-        if settings.learning_rate is None:
-            rate = default_learning_rate(model, train_stream)
-            settings = dataclasses.replace(settings, learning_rate=rate)
-        initial = initial_table(
-            init,
-            (settings.num_prompt_tokens, settings.num_ept),
-            model,
-            train_stream,
-            settings.seed,
-        )
+        train_stream = self._read(files, tokenizer, self._least_tokens(), quiet)
+        held_out = None
+        if held_out_files:
+            held_out = self._read(held_out_files, tokenizer, settings.length, quiet)
         described = dataclasses.asdict(settings)
         if settings.init not in INITS:
             described["init"] = Path(settings.init).name
@@ -108,12 +118,24 @@ class TrainJob:
             "data_sha256": hashes,
             "processes": accelerator.num_processes,
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"{folder} cannot be made: {error.strerror}; choose another folder"
-            ) from error
+        if settings.distillation is not None:
+            train_stream = self._distilled(model, train_stream, accelerator, run_id)
+        if held_out is None:
+            train_stream, held_out = self._split(train_stream)
+        if flex and (self.attention == "flex" or model.supports_flex_attention):
+            model.use_flex_attention()
+        if settings.learning_rate is None:
+            rate = default_learning_rate(model, train_stream)
+            settings = dataclasses.replace(settings, learning_rate=rate)
+            described["learning_rate"] = rate
+        initial = initial_table(
+            init,
+            (settings.num_prompt_tokens, settings.num_ept),
+            model,
+            train_stream,
+            settings.seed,
+        )
+        self._make_folder()
         trainer = Trainer(
             model=model,
             train_stream=train_stream,
@@ -128,9 +150,47 @@ class TrainJob:
         result = trainer.run(initial, resume=self.resume)
         if accelerator.is_main_process:
             tokens = train_stream.tokens.numel()
-            record = self._record(run_id, result, tokens, accelerator)
+            attention = "flex" if model.uses_flex_attention else "plain"
+            record = self._record(run_id, result, tokens, attention, accelerator)
             self._write(PromptTokens(result.table, base), record)
         return result
+
+    def _wants_flex(self, accelerator: Accelerator) -> bool:
+        if self.attention not in ATTENTIONS:
+            raise SettingsError(
+                f"attention is {self.attention!r}; expected one of "
+                f"{', '.join(ATTENTIONS)}"
+            )
+        on_gpu = accelerator.device.type == "cuda"
+        if self.attention == "flex" and not on_gpu:
+            raise SettingsError(
+                "FlexAttention has no gradients on "
+                f"{accelerator.device.type}; use --attention plain"
+            )
+        return self.attention != "plain" and on_gpu
+
+    def _files(self, quiet: bool) -> tuple[list[Path], list[Path]]:
+        """Training and held-out files; data sets are copied beside the run."""
+
+        def files(sources: Sequence[str], seed: int) -> list[Path]:
+            return text_files(
+                sources,
+                Path(self.out) / DATA_FOLDER,
+                max_tokens=self.settings.max_tokens,
+                seed=seed,
+                quiet=quiet,
+            )
+
+        # Held-out text does not follow the seed, so that runs can be compared.
+        return files(self.data, self.settings.seed), files(self.held_out, 0)
+
+    def _make_folder(self) -> None:
+        try:
+            Path(self.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{self.out} cannot be made: {error.strerror}; choose another folder"
+            ) from error
 
     def _check_folder(self, folder: Path) -> None:
         check_destination(folder, overwrite=self.overwrite)
@@ -155,7 +215,7 @@ class TrainJob:
 
     def _base_model(self) -> tuple[BaseModelFingerprint, Path]:
         is_folder = os.path.isdir(self.model)
-        folder = resolve_path(self.model, allow_patterns=_MODEL_FILES)
+        folder = resolve_model_path(self.model)
         name = self.model_name or (None if is_folder else self.model)
         # A hub snapshot's folder is named after its commit.
         revision = None if is_folder else folder.name
@@ -169,42 +229,78 @@ class TrainJob:
         prompts.check_against(base)
         return prompts
 
-    def _streams(self, model: Path, quiet: bool) -> tuple[TokenStream, TokenStream]:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"{str(model)!r} has no usable tokenizer: {reason}") from (
-                error
-            )
-        settings = self.settings
+    def _least_tokens(self) -> int:
+        """Tokens that the training files must give."""
+        if self.settings.distillation is not None:
+            return self.settings.distillation.prompt_length
         # Room for one window and for one held-out window.
-        least = settings.length if self.held_out else 2 * settings.length
-        train = read_stream(
-            self.data,
+        return self.settings.length * (1 if self.held_out else 2)
+
+    def _read(
+        self, files: Sequence[Path], tokenizer: Any, least_tokens: int, quiet: bool
+    ) -> TokenStream:
+        return read_stream(
+            files,
             tokenizer,
-            max_tokens=settings.max_tokens,
-            least_tokens=least,
+            max_tokens=self.settings.max_tokens,
+            least_tokens=least_tokens,
+            seed=self.settings.seed,
+            quiet=quiet,
+        )
+
+    def _split(self, text: TokenStream) -> tuple[TokenStream, TokenStream]:
+        """Without held-out files: the text and its end."""
+        part = int(text.tokens.numel() * _HELD_OUT_PART)
+        return text.split(max(self.settings.length, min(part, _HELD_OUT_TOKENS)))
+
+    def _distilled(
+        self,
+        model: FrozenModel,
+        prompts: TokenStream,
+        accelerator: Accelerator,
+        run_id: dict[str, Any],
+    ) -> TokenStream:
+        settings = self.settings
+        assert settings.distillation is not None
+        writing = SelfDistillation(
+            model=model,
+            prompts=prompts,
+            settings=settings.distillation,
+            length=settings.length,
             seed=settings.seed,
-            quiet=quiet,
+            folder=Path(self.out) / DATA_FOLDER,
+            run_id={
+                "base_model": run_id["base_model"],
+                "data_sha256": run_id["data_sha256"]["train"],
+                "max_tokens": settings.max_tokens,
+                "dtype": settings.dtype,
+                "quantization": settings.quantization,
+            },
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            quiet=self.quiet or not accelerator.is_main_process,
         )
-        if not self.held_out:
-            part = int(train.tokens.numel() * _HELD_OUT_PART)
-            return train.split(max(settings.length, min(part, _HELD_OUT_TOKENS)))
-        held_out = read_stream(
-            self.held_out,
-            tokenizer,
-            max_tokens=settings.max_tokens,
-            least_tokens=settings.length,
-            quiet=quiet,
-        )
-        return train, held_out
+        try:
+            text = writing.stream(gather_object)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped while self-distilling; what is written stays in "
+                f"{writing.file}"
+            ) from None
+        least = settings.length * (1 if self.held_out else 2)
+        if text.tokens.numel() < least:
+            raise DataError(
+                f"the model wrote {text.tokens.numel()} tokens, prompts included; "
+                f"expected at least {least}: allow more continuations"
+            )
+        return text
 
     def _record(
         self,
         run_id: dict[str, Any],
         result: Result,
         tokens: int,
+        attention: str,
         accelerator: Accelerator,
     ) -> dict[str, Any]:
         versions = {
@@ -223,7 +319,9 @@ class TrainJob:
             "positions": result.positions,
             "positions_per_second": round(result.positions_per_second, 1),
             "device": accelerator.device.type,
+            "attention": attention,
             "versions": versions,
-            "held_out": result.history[-1] if result.history else None,
+            "stopped_early": result.stopped_early,
+            "held_out": result.held_out,
             "history": result.history,
         }

@@ -10,15 +10,24 @@ one call over all rows, it saves their backward pass and their activations.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from safetensors import SafetensorError
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DynamicCache,
+    PreTrainedModel,
+)
 
 from vllm_ppd.train.insertion import Insertion, token_positions
+from vllm_ppd.train.settings import Quantization
 
 __all__ = ["FrozenModel", "ModelError"]
 
@@ -40,7 +49,8 @@ class FrozenModel:
     """Any decoder-only Hugging Face model with full attention; never trained.
 
     Raises ModelError when the model has no vocabulary head, when its logits are
-    computed in a way unknown here, or when `max_length` does not fit its attention.
+    computed in a way unknown here, when tokens see later ones, or when `max_length`
+    does not fit its attention.
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int | None = None) -> None:
@@ -51,6 +61,7 @@ class FrozenModel:
                 f"{type(model).__name__} has no vocabulary head; expected a causal "
                 "language model"
             )
+        self.uses_flex_attention = False
         self._check_length(max_length)
         self._check_head()
 
@@ -62,19 +73,32 @@ class FrozenModel:
         dtype: str = "auto",
         device: torch.device | str = "cpu",
         max_length: int | None = None,
+        quantization: Quantization | None = None,
     ) -> FrozenModel:
         """Read a model folder; `dtype` is one of auto, float32, bfloat16, float16.
 
-        Raises ModelError when it holds no causal language model.
+        With `quantization` the weights but embeddings and head take 4 bits (NF4), and
+        auto is bfloat16. Raises ModelError when the folder holds no causal language
+        model, or when 4 bits are asked for without a GPU or bitsandbytes.
         """
+        options: dict[str, Any] = {"dtype": dtype}
+        if quantization is not None:
+            options = _four_bit_options(dtype, torch.device(device))
         try:
-            model = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=dtype)
-        except (OSError, ValueError, KeyError) as error:
+            model = AutoModelForCausalLM.from_pretrained(Path(folder), **options)
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(
                 f"{str(folder)!r} cannot be loaded as a causal language model: {reason}"
             ) from error
-        return cls(model.to(device), max_length)
+        # Quantised weights are where they belong already, and refuse to be moved.
+        return cls(model if quantization else model.to(device), max_length)
 
     @property
     def hidden_size(self) -> int:
@@ -91,6 +115,25 @@ class FrozenModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def supports_flex_attention(self) -> bool:
+        """Whether transformers has FlexAttention for this architecture."""
+        return bool(getattr(self.model, "_supports_flex_attn", False))
+
+    def use_flex_attention(self) -> None:
+        """Attend by FlexAttention from now on, the prompt rows with a block mask.
+
+        It skips blocks that no row sees, where the plain mask is added to every score;
+        gradients need a GPU. Raises ModelError when the architecture has none.
+        """
+        if not self.supports_flex_attention:
+            raise ModelError(
+                f"{type(self.model).__name__} does not support FlexAttention; use "
+                "--attention plain"
+            )
+        self.model.set_attn_implementation("flex_attention")
+        self.uses_flex_attention = True
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [..., hidden] of token ids [...], in the model's dtype."""
@@ -137,19 +180,32 @@ class FrozenModel:
         # Repeated before the cast: gradients of all points then add up in float32.
         rows = embeddings.float().flatten(0, 1).repeat(points, 1)
         rows = rows.expand(batch, -1, -1).to(self.dtype)
-        allowed = insertion.mask()
-        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
-        # Four-dimensional masks go through transformers untouched; additive ones suit
-        # the eager and the sdpa attention alike.
-        mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
         output = self.model.base_model(
             inputs_embeds=rows,
-            attention_mask=mask,
+            attention_mask=self._prompt_mask(insertion),
             position_ids=insertion.position_ids(),
             past_key_values=ordinary.cache,
             use_cache=True,
         )
         return output.last_hidden_state
+
+    def _prompt_mask(self, insertion: Insertion) -> torch.Tensor | BlockMask:
+        # Four-dimensional masks go through transformers untouched.
+        if self.uses_flex_attention:
+            batch, length = insertion.attention_mask.shape
+            count = insertion.position_ids().shape[1]
+            return create_block_mask(
+                insertion.mask_mod(),
+                batch,
+                None,
+                count,
+                length + count,
+                device=self.device,
+            )
+        allowed = insertion.mask()
+        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
+        # Additive masks suit the eager and the sdpa attention alike.
+        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
 
     def _check_length(self, length: int | None) -> None:
         limits = {
@@ -172,9 +228,15 @@ class FrozenModel:
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Our parts put together must give the model's own logits."""
+        """Our parts put together must give the model's own logits, and causally."""
         ids = torch.tensor([[1, 2, 3, 4]], device=self.device)
         own = self.model(input_ids=ids, use_cache=False).logits.float()
+        before = self.model(input_ids=ids[:, :2], use_cache=False).logits.float()
+        if not _agree(own[:, :2], before):
+            raise ModelError(
+                f"{type(self.model).__name__} lets tokens see later ones; expected a "
+                "causal language model"
+            )
         hidden = None
         with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):
             mask = torch.ones_like(ids).bool()
@@ -186,6 +248,31 @@ class FrozenModel:
             "supported (base model and vocabulary head do not reproduce them); "
             "expected a decoder-only text model"
         )
+
+
+def _four_bit_options(dtype: str, device: torch.device) -> dict[str, Any]:
+    """Arguments of from_pretrained for NF4 weights on `device`."""
+    if device.type != "cuda":
+        raise ModelError(
+            f"a 4-bit model needs an NVIDIA GPU, and this runs on {device.type}; leave "
+            "out --load-in-4bit"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "a 4-bit model needs the package bitsandbytes: pip install bitsandbytes, "
+            "or leave out --load-in-4bit"
+        )
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return {
+        "dtype": compute,
+        "device_map": {"": device},
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        ),
+    }
 
 
 def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -6,15 +6,55 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-__all__ = ["DTYPES", "INITS", "LossKind", "SettingsError", "TrainSettings"]
+__all__ = [
+    "DTYPES",
+    "INITS",
+    "Distillation",
+    "LossKind",
+    "Quantization",
+    "SettingsError",
+    "TrainSettings",
+]
 
 LossKind = Literal["kl", "labels"]
+Quantization = Literal["4bit"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 INITS = ("text", "vocabulary")
 
 
 class SettingsError(ValueError):
     """A training setting that cannot be used; the message names it."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Training text that the frozen model writes itself, going on from the data.
+
+    Raises SettingsError for a value out of range.
+    """
+
+    continuations: int
+    """How many; each, with its prompt, is as long as a training sequence."""
+    prompt_length: int = 64
+    """Tokens of the data that each goes on from."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    batch_size: int = 32
+    """Continuations written at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("continuations", "prompt_length", "batch_size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise SettingsError(
+                    f"{name} of the self-distillation is {value!r}; expected a whole "
+                    "number of at least 1"
+                )
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise SettingsError(
+                f"temperature of the self-distillation is {self.temperature}; expected "
+                "0 (greedy) or above"
+            )
 
 
 @dataclass(frozen=True)
@@ -28,6 +68,9 @@ class TrainSettings:
     """Optimiser steps; either this or `minutes`."""
     minutes: float | None = None
     """Wall-clock budget of the training loop, start-up not counted."""
+    patience: int | None = None
+    """Held-out evaluations without a better one after which to stop, keeping the best
+    table; None goes on to the end and keeps the last."""
     num_prompt_tokens: int = 3
     """m: tokens guessed beyond the next one."""
     num_ept: int = 1
@@ -49,9 +92,13 @@ class TrainSettings:
     """text or vocabulary (embeddings of ordinary tokens), or a prompt-token folder."""
     dtype: str = "auto"
     """Number format of the frozen model; auto is the checkpoint's own."""
+    quantization: Quantization | None = None
+    """4bit (NF4, by bitsandbytes) or None."""
     seed: int = 0
     max_tokens: int = 20_000_000
     """Training text beyond this many tokens is left unread."""
+    distillation: Distillation | None = None
+    """Train on text that the model writes itself; None is the data as they are."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.minutes is None):
@@ -66,7 +113,7 @@ class TrainSettings:
             "batch_size",
             "points",
             "max_tokens",
-            *(["steps"] if self.steps is not None else []),
+            *(n for n in ("steps", "patience") if getattr(self, n) is not None),
         ):
             self._check(name, type(getattr(self, name)) is int, 1, "a whole number")
         for name in ("learning_rate", "minutes"):
@@ -75,11 +122,15 @@ class TrainSettings:
                 self._check(name, math.isfinite(value), None, "a number")
         if not 0 < self.alpha <= 1:
             raise SettingsError(f"alpha is {self.alpha}; expected above 0, at most 1")
-        for name, choices in (("loss", get_args(LossKind)), ("dtype", DTYPES)):
+        for name, choices in (
+            ("loss", get_args(LossKind)),
+            ("dtype", DTYPES),
+            ("quantization", (None, *get_args(Quantization))),
+        ):
             if getattr(self, name) not in choices:
                 raise SettingsError(
                     f"{name} is {getattr(self, name)!r}; "
-                    f"expected one of {', '.join(choices)}"
+                    f"expected one of {', '.join(map(str, choices))}"
                 )
         if self.length <= self.num_prompt_tokens:
             raise SettingsError(
@@ -87,6 +138,15 @@ class TrainSettings:
                 f"{self.num_prompt_tokens} prompt tokens; "
                 f"expected at least {self.num_prompt_tokens + 1}"
             )
+        if self.distillation is not None:
+            # The model's first token, and m more after it, must find room.
+            most = self.length - self.num_prompt_tokens - 1
+            if self.distillation.prompt_length > most:
+                raise SettingsError(
+                    f"prompt_length of the self-distillation is "
+                    f"{self.distillation.prompt_length}, which leaves no room in "
+                    f"sequences of {self.length} tokens; expected at most {most}"
+                )
 
     def _check(self, name: str, typed: bool, least: int | None, kind: str) -> None:
         value = getattr(self, name)

@@ -7,7 +7,6 @@ budget the learning rate follows the clock; then this holds up to timing.)
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -22,11 +21,13 @@ from tqdm import tqdm
 from vllm_ppd.train.checkpoint import Checkpoint
 from vllm_ppd.train.data import TokenStream
 from vllm_ppd.train.documents import DataError
+from vllm_ppd.train.early_stop import best_record, evaluations_since_best
 from vllm_ppd.train.evaluation import evaluate
 from vllm_ppd.train.forward import insertion_loss
 from vllm_ppd.train.insertion import Insertion, sample_insertion
 from vllm_ppd.train.model import FrozenModel
 from vllm_ppd.train.scores import Scores
+from vllm_ppd.train.seeds import mixed_seed
 from vllm_ppd.train.settings import TrainSettings
 from vllm_ppd.train.stopping import stopping_signals
 from vllm_ppd.train.table import PromptTable
@@ -58,7 +59,10 @@ class Result:
     """A finished run."""
 
     table: torch.Tensor
-    """float32 [m, e, hidden], on the CPU."""
+    """float32 [m, e, hidden], on the CPU: the best of the evaluated ones if the run
+    had `patience`, else the last."""
+    held_out: dict[str, Any] | None
+    """The evaluation of `table`."""
     steps: int
     seconds: float
     """Training time over all starts, evaluations included."""
@@ -68,6 +72,7 @@ class Result:
     """Of the last start, evaluations not counted."""
     history: list[dict[str, Any]]
     """Held-out evaluations: step, seconds, and `Scores.summary`."""
+    stopped_early: bool = False
 
 
 @dataclass
@@ -89,6 +94,7 @@ class Trainer:
         self._used = 0.0
         self._positions = 0
         self._history: list[dict[str, Any]] = []
+        self._best: torch.Tensor | None = None
         self._stop = False
 
     @property
@@ -129,8 +135,8 @@ class Trainer:
             while True:
                 self._used = time.monotonic() - start
                 progress, stop = self._progress()
-                self._evaluate_if_due(progress)
-                if progress >= 1.0:
+                exhausted = self._evaluate_if_due(progress)
+                if progress >= 1.0 or exhausted:
                     break
                 if stop or self._checkpoint_due():
                     self._save_checkpoint()
@@ -149,8 +155,11 @@ class Trainer:
                 self._step += 1
                 rate = (self._positions - before) * processes / busy
                 self._show(bar, smooth, recent, rate, start)
+        table, held_out = self._kept()
         return Result(
-            table=self._table.embeddings.detach().cpu().clone(),
+            table=table.cpu().clone(),
+            held_out=held_out,
+            stopped_early=exhausted and progress < 1.0,
             steps=self._step,
             seconds=self._used,
             positions=self._positions * processes,
@@ -183,7 +192,7 @@ class Trainer:
     def _batch(self) -> tuple[torch.Tensor, Insertion]:
         settings, device = self.settings, self.accelerator.device
         generator = torch.Generator().manual_seed(
-            _mixed_seed(settings.seed, self._step, self.accelerator.process_index)
+            mixed_seed(settings.seed, self._step, self.accelerator.process_index)
         )
         # In chats a whole batch may be the user's words; draw again then.
         for _ in range(100):
@@ -215,17 +224,22 @@ class Trainer:
             progress = self._step / self.settings.steps
         else:
             progress = self._used / (60.0 * (self.settings.minutes or 1.0))
-        state = [progress, self._stop]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(state)
-        return float(state[0]), bool(state[1])
+        progress, stop = self._agreed([progress, self._stop])
+        return float(progress), bool(stop)
 
-    def _evaluate_if_due(self, progress: float) -> None:
+    def _agreed(self, values: list[Any]) -> list[Any]:
+        """The main process's values, in all processes."""
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(values)
+        return values
+
+    def _evaluate_if_due(self, progress: float) -> bool:
+        """Returns whether the run's patience is at an end."""
         spacing = 1.0 / max(1, self.schedule.evaluations)
         # The small surplus absorbs rounding of progress at its last multiple.
         due = 1 + int(min(progress, 1.0) / spacing + 1e-9)
         if len(self._history) >= due:
-            return
+            return False
         scores = evaluate(
             self.model,
             self._table.embeddings.detach(),
@@ -245,6 +259,19 @@ class Trainer:
             f"top-1 {_join(rates['model_top1'], '.3f')}, "
             f"top-10 {_join(rates['model_top10'], '.3f')}"
         )
+        if self.settings.patience is None:
+            return False
+        waited = evaluations_since_best(self._history, self.settings.alpha)
+        if waited == 0:
+            self._best = self._table.embeddings.detach().clone()
+        return bool(self._agreed([waited >= self.settings.patience])[0])
+
+    def _kept(self) -> tuple[torch.Tensor, dict[str, Any] | None]:
+        """The table that the run is for, and its evaluation."""
+        if self._best is not None:
+            return self._best, best_record(self._history, self.settings.alpha)
+        last = self._history[-1] if self._history else None
+        return self._table.embeddings.detach(), last
 
     def _checkpoint_due(self) -> bool:
         return self._step > 0 and self._step % self.schedule.checkpoint_every == 0
@@ -258,6 +285,7 @@ class Trainer:
             table=parameter.detach(),
             exp_avg=state.get("exp_avg", torch.zeros_like(parameter)),
             exp_avg_sq=state.get("exp_avg_sq", torch.zeros_like(parameter)),
+            best=self._best,
             step=self._step,
             seconds=self._used,
             positions=self._positions,
@@ -276,6 +304,8 @@ class Trainer:
         self._step, self._used = saved.step, saved.seconds
         self._positions = saved.positions
         self._history = list(saved.history)
+        if saved.best is not None:
+            self._best = saved.best.to(parameter.device)
         self._say(f"continuing after step {saved.step}")
 
     def _ask_to_stop(self) -> None:
@@ -311,12 +341,6 @@ class Trainer:
     def _say(self, sentence: str) -> None:
         if self.accelerator.is_main_process and not self.quiet:
             tqdm.write(sentence)
-
-
-def _mixed_seed(*parts: int) -> int:
-    """A seed from several numbers, alike on every platform and Python."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _join(values: list[float], spec: str) -> str:

@@ -1,0 +1,203 @@
+"""Data sets become files: which names are data sets, and what a copy holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate")
+
+from vllm_ppd.train.corpus import text_files
+from vllm_ppd.train.documents import DataError, find_documents
+from vllm_ppd.train.hub_dataset import DatasetName, copy_dataset
+from vllm_ppd.train.job import TrainJob
+
+ROWS = [{"text": f"row {i} of some text", "id": i} for i in range(50)]
+
+
+class Rows(list):
+    """As a data set is: shuffled by a seed, then gone through."""
+
+    def shuffle(self, seed: int) -> Rows:
+        return Rows(self[seed % len(self) :] + self[: seed % len(self)])
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """A stand-in for the package `datasets`, which records its calls."""
+    fake = types.SimpleNamespace(rows=Rows(ROWS), calls=[], error=None)
+
+    def load_dataset(path, config, *, split, streaming):
+        fake.calls.append((path, config, split, streaming))
+        if fake.error is not None:
+            raise fake.error
+        return fake.rows
+
+    def load_from_disk(path):
+        fake.calls.append((path,))
+        return fake.rows
+
+    fake.load_dataset, fake.load_from_disk = load_dataset, load_from_disk
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return fake
+
+
+def test_what_is_a_data_set(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "odd@name").write_text("a text")
+    for text, expected in {
+        "allenai/c4": ("allenai/c4", None, "train", False),
+        "allenai/c4:en@validation": ("allenai/c4", "en", "validation", False),
+        "org/chat@train[:10%]": ("org/chat", None, "train[:10%]", False),
+        "folder": ("folder", None, "train", True),
+        "folder@test": ("folder", None, "test", True),
+    }.items():
+        found = DatasetName.parse(text)
+        assert found is not None
+        assert dataclasses.astuple(found) == expected
+    for text in (
+        "odd@name",  # a file that is there
+        "text.jsonl",
+        "missing.txt",
+        "missing",
+        "data/text.jsonl",
+        "owner/name",  # in a folder that is there: a file was meant
+        "/absolute/name",
+        "a/b/c",
+    ):
+        assert DatasetName.parse(text) is None, text
+
+
+def test_a_copy_holds_the_rows(library, tmp_path: Path) -> None:
+    name = DatasetName.parse("org/text:small@part")
+    assert name is not None
+    file = copy_dataset(name, tmp_path / "data", max_bytes=1 << 20, seed=3)
+    assert library.calls == [("org/text", "small", "part", True)]
+    texts = [document.read() for document in find_documents(file)]
+    assert texts == [row["text"] for row in ROWS[3:] + ROWS[:3]]
+    assert os.listdir(tmp_path / "data") == [file.name]
+    assert file.name.startswith("org-text-part-")
+
+
+def test_a_copy_is_made_once(library, tmp_path: Path) -> None:
+    name = DatasetName("org/text", None, "train", False)
+    first = copy_dataset(name, tmp_path, max_bytes=1 << 20)
+    assert copy_dataset(name, tmp_path, max_bytes=1 << 20) == first
+    assert len(library.calls) == 1
+    others = {
+        copy_dataset(name, tmp_path, max_bytes=1 << 20, seed=1),
+        copy_dataset(name, tmp_path, max_bytes=100),
+        copy_dataset(dataclasses.replace(name, split="x"), tmp_path, max_bytes=100),
+    }
+    assert len(others | {first}) == 4
+
+
+def test_only_what_is_read_is_fetched(library, tmp_path: Path) -> None:
+    def endless():
+        while True:
+            yield from ROWS
+
+    library.rows = types.SimpleNamespace(shuffle=lambda seed: endless())
+    name = DatasetName("org/huge", None, "train", False)
+    file = copy_dataset(name, tmp_path, max_bytes=1000)
+    assert 1000 <= file.stat().st_size < 1100
+
+
+def test_chats_of_either_form(library, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "tool", "content": "x"}]
+    turns = [("gpt", "cut"), ("human", "hi"), ("gpt", "yes"), ("system", "s")]
+    library.rows = Rows(
+        [
+            {"messages": messages, "source": "a"},
+            {"conversations": [{"from": who, "value": what} for who, what in turns]},
+        ]
+    )
+    name = DatasetName("org/chat", None, "train", False)
+    file = copy_dataset(name, tmp_path, max_bytes=1000)
+    first, second = (document.read() for document in find_documents(file))
+    assert first == messages
+    assert [(m["role"], m["content"]) for m in second] == [
+        ("user", "hi"),
+        ("assistant", "yes"),
+        ("system", "s"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "rows", "word"),
+    [
+        (FileNotFoundError("no such data set\nmore"), [], "no such data set"),
+        (ConnectionError("offline"), [], "offline"),
+        (None, [{"image": 1, "label": 2}], r"row 1 .*columns \['image', 'label'\]"),
+        (None, [ROWS[0], {"text": None}], "row 2"),
+        (None, [], "has no rows"),
+    ],
+)
+def test_bad_data_sets(library, tmp_path: Path, error, rows, word) -> None:
+    library.error, library.rows = error, Rows(rows)
+    if not rows:
+        library.rows = types.SimpleNamespace(shuffle=lambda seed: iter(()))
+    name = DatasetName("org/bad", None, "train", False)
+    with pytest.raises(DataError, match=word) as caught:
+        copy_dataset(name, tmp_path / "data", max_bytes=1000)
+    assert "\n" not in str(caught.value)
+    assert "org/bad@train" in str(caught.value)
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="pip install datasets"):
+        text_files(["org/text"], tmp_path / "data", max_tokens=100)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_full_disk(library, tmp_path: Path, monkeypatch) -> None:
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vllm_ppd.train.hub_dataset.os.fsync", full)
+    name = DatasetName("org/text", None, "train", False)
+    with pytest.raises(DataError, match="No space left"):
+        copy_dataset(name, tmp_path, max_bytes=1000)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_reads_its_copy(library, job: TrainJob, data: Path, monkeypatch) -> None:
+    """Trained on a data set, and resumed without asking for it again."""
+    library.rows = Rows(json.loads(line) for line in data.read_text().splitlines())
+    job = dataclasses.replace(job, data=["org/text"])
+    job.run()
+    record = json.loads((Path(job.out) / "training.json").read_text())
+    (copy,) = os.listdir(Path(job.out) / "data")
+    assert list(record["data_sha256"]["train"]) == [copy]
+    library.error = ConnectionError("offline")
+    dataclasses.replace(job, overwrite=True).run()
+    assert len(library.calls) == 1
+
+
+def test_the_real_library(tmp_path: Path) -> None:
+    """Both kinds of local data sets; needs the package."""
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": saved, "test": saved.select([7])}).save_to_disk(
+        str(tmp_path / "splits")
+    )
+    (tmp_path / "raw").mkdir()
+    saved.to_parquet(str(tmp_path / "raw" / "train.parquet"))
+    for source, count in (("saved", 50), ("splits@test", 1), ("raw", 50)):
+        (file,) = text_files(
+            [str(tmp_path / source)], tmp_path / "data", max_tokens=10_000
+        )
+        texts = sorted(document.read() for document in find_documents(file))
+        expected = ROWS if count == 50 else [ROWS[7]]
+        assert texts == sorted(row["text"] for row in expected)
