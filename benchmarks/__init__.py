@@ -1,0 +1,1 @@
+"""Measuring scripts; run them from the repository's root."""

@@ -1,0 +1,336 @@
+"""How much faster do many insertion points per sequence train than one?
+
+    python benchmarks/train_speed.py --quick
+    python benchmarks/train_speed.py --out benchmarks/results/train_speed.json
+
+The paper inserts its prompt tokens at one place of each training sequence. Here the
+same trainer does that (`points = 1`) and inserts at many places, with equal text per
+batch, in turn on the same machine:
+
+- speed: supervised predictions per second, for several numbers of points and two
+  lengths of sequence, medians over rounds with their spread;
+- quality over time: trainings of several lengths from start to end (each with its own
+  learning-rate schedule, as nobody stops in the middle of one), judged after their
+  clock has stopped. One point per sequence gets the better of several learning rates;
+  many points get the trainer's default.
+
+Finished trainings are kept in the work folder, and the same command goes on from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablations.examination import Examination
+from ablations.plan import Run
+from ablations.progress import Progress
+from ablations.runs import RunFolder
+from ablations.workbench import Texts, Workbench
+from environment import ROOT, environment_card, git_state, shown_path
+from stats import Spread
+from train_speed_plot import draw
+
+from vllm_ppd.atomic import write_json
+from vllm_ppd.train.settings import TrainSettings
+from vllm_ppd.train.trainer import Interrupted
+
+# Parts of --seconds. Many points get at most a fifth: the claim is a tenth.
+ONE_SHARES = tuple(Fraction(1, n) for n in (16, 8, 4, 2, 1))
+MANY_SHARES = tuple(Fraction(1, n) for n in (80, 40, 20, 10, 5))
+TUNED_AT = Fraction(1, 4)
+RATE_FACTORS = (1.0, 0.5, 0.25)
+# Quality is tokens per step of the best trees with so many rows, a middling number.
+ROWS = 16
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    corpus = ROOT / "build" / "demo_corpus" / "train.jsonl"
+    add("--model", default=str(ROOT / "demo_model" / "model"), help="folder")
+    add("--data", nargs="+", default=[str(corpus)], help="training text")
+    held_out = ROOT / "demo_model" / "held_out.jsonl"
+    add("--held-out", nargs="+", default=[str(held_out)], help="text to judge by")
+    add("--max-tokens", type=int, default=4_000_000, help="leave further text unread")
+    add("--batch-tokens", type=int, default=2048, help="text per step")
+    add("--points", type=int, default=64, help="per sequence, for quality over time")
+    add("--length", type=int, default=256, help="of sequences, for quality over time")
+    add("--seconds", type=float, default=240.0, help="longest one-point training")
+    add("--speed-points", type=int, nargs="+", default=[1, 16, 64, 128, 256])
+    add("--speed-lengths", type=int, nargs="+", default=[256, 1024])
+    add("--speed-seconds", type=float, default=6.0, help="per measurement of speed")
+    add("--rounds", type=int, default=3, help="measurements of each speed")
+    add("--threads", type=int, default=1, help="of torch, on CPU")
+    add("--work", type=Path, help="folder of trainings (default: build/train_speed)")
+    add("--out", type=Path, metavar="FILE", help="where to write the JSON")
+    add("--quick", action="store_true", help="tiny: does it run at all?")
+    add("--quiet", action="store_true", help="no progress")
+    args = parser.parse_args(argv)
+    args.examination = {"rows": (ROWS,)}
+    if args.quick:
+        args.seconds, args.speed_seconds, args.rounds = 0.4, 0.05, 1
+        args.max_tokens, args.speed_points = 50_000, [1, args.points]
+        args.examination |= {"prompts": 4, "continuation": 16, "sequences": 2}
+    name = "train_speed-quick" if args.quick else "train_speed"
+    args.work = args.work or ROOT / "build" / name
+    for flag in ("seconds", "speed_seconds", "rounds", "threads", "points", "length"):
+        if not getattr(args, flag) > 0:
+            shown = "--" + flag.replace("_", "-")
+            parser.error(f"{shown} is {getattr(args, flag)}; expected above 0")
+    if 1 not in args.speed_points:
+        parser.error("--speed-points must have 1, which the others are compared with")
+    return args
+
+
+def batch_of(args: argparse.Namespace, length: int) -> int:
+    """Sequences per batch, so that batches of all lengths have as much text."""
+    return max(1, args.batch_tokens // length)
+
+
+def measure_speeds(bench: Workbench, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Predictions per second, a cell per length; numbers of points take turns."""
+    cells = []
+    for length in args.speed_lengths:
+        # Closer together, most places of a sequence would be insertion points.
+        counts = [n for n in args.speed_points if n <= max(1, length // 2)]
+        rounds: dict[int, list[float]] = {count: [] for count in counts}
+        for number in range(args.rounds + 1):
+            for count, speeds in rounds.items():
+                settings = TrainSettings(
+                    # The first round warms up.
+                    steps=None if number else 2,
+                    minutes=args.speed_seconds / 60 if number else None,
+                    points=count,
+                    length=length,
+                    batch_size=batch_of(args, length),
+                    learning_rate=bench.learning_rate,
+                )
+                with tempfile.TemporaryDirectory() as folder:
+                    done = bench.train(settings, Path(folder), identity={})
+                if number:
+                    speeds.append(done.positions_per_second)
+        cells.append(speed_cell(length, batch_of(args, length), rounds))
+    return cells
+
+
+def speed_cell(
+    length: int, batch: int, rounds: Mapping[int, Sequence[float]]
+) -> dict[str, Any]:
+    """rounds: points per sequence -> predictions per second, round by round."""
+    one = rounds[1]
+    return {
+        "length": length,
+        "batch_size": batch,
+        "points": {
+            str(count): {
+                "predictions_per_s": Spread.of(speeds).to_dict(1),
+                "ratio": Spread.of(
+                    [a / b for a, b in zip(speeds, one, strict=True)]
+                ).to_dict(2),
+                "rounds": [round(speed, 1) for speed in speeds],
+            }
+            for count, speeds in rounds.items()
+        },
+    }
+
+
+def one_point(share: Fraction, factor: float) -> Run:
+    name = f"one,rate={factor:g},{share.numerator}_{share.denominator}"
+    return Run(name, {"points": 1}, share=share, rate_factor=factor)
+
+
+def many_points(share: Fraction, points: int) -> Run:
+    name = f"many={points},{share.numerator}_{share.denominator}"
+    return Run(name, {"points": points}, share=share)
+
+
+def quality(record: Mapping[str, Any]) -> float:
+    """Tokens per step that a training's prompt tokens reach on held-out prompts."""
+    return record["rows"][str(ROWS)]["walked_tau"]
+
+
+def curve_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Points of a curve: what was spent, and what it brought."""
+    return [
+        {
+            "run": record["run"],
+            "seconds": record["cost"]["seconds"],
+            "tokens_per_step": quality(record),
+            "top1": record["acceptance"]["top1"],
+            "top10": record["acceptance"]["top10"],
+            "positions": record["cost"]["positions"],
+            "learning_rate": record["cost"]["learning_rate"],
+        }
+        for record in records
+    ]
+
+
+def compared(
+    one: Sequence[Mapping[str, Any]], many: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """How much sooner `many` reaches the best that `one` reaches.
+
+    Both are curves. Seconds are those of the shortest training that is as good;
+    None when there is none.
+    """
+    level = max(point["tokens_per_step"] for point in one)
+
+    def seconds(curve: Sequence[Mapping[str, Any]]) -> float | None:
+        times = [p["seconds"] for p in curve if p["tokens_per_step"] >= level]
+        return min(times, default=None)
+
+    slow, fast = seconds(one), seconds(many)
+    return {
+        "tokens_per_step": level,
+        "one_point_s": slow,
+        "many_points_s": fast,
+        "times_sooner": round(slow / fast, 2) if slow and fast else None,
+    }
+
+
+def measure_quality(
+    bench: Workbench, args: argparse.Namespace, examination: Examination
+) -> dict[str, Any]:
+    """Both curves, and the comparison."""
+    folder = RunFolder(
+        args.work,
+        {
+            "seconds": args.seconds,
+            "examination": examination.to_dict(),
+            "base_model": dataclasses.asdict(bench.base),
+            "data_sha256": bench.data_sha256,
+            "text_tokens": bench.text.tokens.numel(),
+            "batch_tokens": args.batch_tokens,
+            "length": args.length,
+            "threads": args.threads,
+        },
+    )
+    folder.open()
+    shares = [*ONE_SHARES, *MANY_SHARES, *(TUNED_AT,) * (len(RATE_FACTORS) - 1)]
+    progress = Progress([float(share) * args.seconds for share in shares], args.quiet)
+
+    def record(run: Run) -> dict[str, Any]:
+        with progress.run(run.name):
+            return folder.record(run, 0) or folder.finish(
+                run,
+                0,
+                run.train_settings(
+                    args.seconds,
+                    args.length,
+                    bench.learning_rate,
+                    batch_size=batch_of(args, args.length),
+                ),
+                bench,
+                examination,
+                {"git": git_state()},
+            )
+
+    try:
+        tuned = {factor: record(one_point(TUNED_AT, factor)) for factor in RATE_FACTORS}
+        best = max(tuned, key=lambda factor: quality(tuned[factor]))
+        one = [
+            tuned[best] if share == TUNED_AT else record(one_point(share, best))
+            for share in ONE_SHARES
+        ]
+        many = [record(many_points(share, args.points)) for share in MANY_SHARES]
+    finally:
+        progress.close()
+    curves = {"one": curve_of(one), "many": curve_of(many)}
+    return {
+        "one_point_rates": curve_of(list(tuned.values())),
+        "curves": curves,
+        "comparison": compared(curves["one"], curves["many"]),
+    }
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(args.threads)
+    card = environment_card()
+    examination = Examination(length=args.length, **args.examination)
+    bench = Workbench.load(
+        args.model,
+        Texts(tuple(args.data), tuple(args.held_out), args.max_tokens),
+        max(args.length, *args.speed_lengths),
+        args.quiet,
+    )
+    # First: it is short, and says at once whether the machine is quiet.
+    speeds = measure_speeds(bench, args)
+    shown = {
+        name: getattr(args, name)
+        for name in ("batch_tokens", "points", "length", "seconds", "threads")
+    }
+    return {
+        "format": "ppd_benchmark",
+        "format_version": 1,
+        "script": "train_speed",
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": card,
+        "settings": {
+            "model": shown_path(args.model),
+            **shown,
+            "rounds": args.rounds,
+            "speed_seconds": args.speed_seconds,
+            "examination": examination.to_dict(),
+            "data_sha256": bench.data_sha256,
+            "device": bench.model.device.type,
+            "versions": {"torch": torch.__version__},
+        },
+        "cells": speeds,
+        "quality": measure_quality(bench, args, examination),
+    }
+
+
+def show(results: Mapping[str, Any]) -> None:
+    for cell in results["cells"]:
+        print(f"sequences of {cell['length']} tokens, {cell['batch_size']} at once")
+        for count, figures in cell["points"].items():
+            print(
+                f"  {count:>4} points  "
+                f"{figures['predictions_per_s']['median']:>9,.0f} predictions/s"
+                "  {median:.1f}x ({min:.1f}-{max:.1f})".format(**figures["ratio"])
+            )
+    for name, curve in results["quality"]["curves"].items():
+        for point in curve:
+            print(
+                f"  {name:>4}  {point['seconds']:7.1f} s  "
+                f"{point['tokens_per_step']:.3f} tokens per step"
+            )
+    print(results["quality"]["comparison"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        results = run(args)
+        show(results)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.out, results)
+            draw(results, args.out.with_suffix(".png"))
+    except (Interrupted, KeyboardInterrupt):
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(results, separators=(",", ":")))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

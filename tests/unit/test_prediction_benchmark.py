@@ -1,0 +1,148 @@
+"""Arithmetic of the prediction and memory benchmarks, without engines."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytest.importorskip("accelerate")
+
+from vllm_ppd.acceptance import AcceptanceStats
+from vllm_ppd.cli.generation import Batch, Generation, Step
+from vllm_ppd.latency import LatencyCurve
+from vllm_ppd.train.calibrate import Measurement
+from vllm_ppd.train.reliability import Reliability
+from vllm_ppd.tree_search import optimal_policy
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+decoding: Any = importlib.import_module("decoding")
+prediction: Any = importlib.import_module("prediction")
+memory: Any = importlib.import_module("memory")
+
+
+def request(*sizes: int, step_s: float = 0.01) -> Generation:
+    """A request that got `sizes` tokens, step by step; the first reads the prompt."""
+    steps = []
+    for number, size in enumerate(sizes, start=1):
+        steps.append(Step(number * step_s, tuple(range(size)), "", "x"))
+    return Generation(tuple(steps))
+
+
+def test_steps_that_the_end_could_cut_are_not_counted() -> None:
+    # 1, then 3 (until 4), 2 (until 6), and at 6 of 8 a step of 3 has no room.
+    found = request(1, 3, 2, 2)
+    assert decoding.decode_counts(found, max_tokens=8, reach=3) == (5, 2)
+    assert decoding.decode_counts(found, max_tokens=9, reach=3) == (7, 3)
+
+
+def test_acceptance_length_and_its_interval() -> None:
+    assert decoding.acceptance_length([(30, 20), (15, 10)]) == (1.5, 0.0)
+    rate, width = decoding.acceptance_length([(30, 20), (10, 10)])
+    assert rate == pytest.approx(4 / 3)
+    # Residuals are 10/3 and -10/3; two requests, thirty steps.
+    assert width == pytest.approx(1.96 * np.sqrt(2 * 2 * (10 / 3) ** 2) / 30)
+    with pytest.raises(ValueError, match="no request made a decode step"):
+        decoding.acceptance_length([(0, 0)])
+
+
+def test_seconds_of_a_step_leave_out_reading_prompts() -> None:
+    slow = Step(1.0, (1,), "", "x")
+    one = Generation((slow, Step(1.5, (1,), "", "x"), Step(2.0, (1,), "", "x")))
+    two = Generation((Step(1.5, (1,), "", "x"), Step(2.0, (1,), "", "x")))
+    assert decoding.step_seconds(Batch(2.0, 3, (one, two))) == 0.5
+    assert decoding.decode_speed(one) == 2.0
+    with pytest.raises(ValueError, match="too short to time"):
+        decoding.step_seconds(Batch(1.0, 1, (Generation((slow,)),)))
+
+
+def test_more_rows_are_never_taken_to_be_faster() -> None:
+    curve = decoding.latency_curve({1: 2.0, 4: 1.5, 8: 3.0})
+    assert (curve(1), curve(4), curve(8)) == (2.0, 2.0, 3.0)
+
+
+def test_predicted_against_measured() -> None:
+    rates = AcceptanceStats(np.array([[0.5, 0.25]]))
+    policy = optimal_policy(rates, LatencyCurve.constant(), 4).policy
+    # Every place: the token after next is the first candidate.
+    places = torch.zeros(40, 1, dtype=torch.long)
+    found = Measurement(places, torch.zeros(40).long(), Reliability.zeros(1))
+    rounds = [[request(1, 1, *[2] * 6, step_s=0.1)]] * 2
+    cell = prediction.cell_of(
+        policy, 0.0, rates, found, LatencyCurve.constant(0.1), rounds, 100
+    )
+    # State 1 keeps a prompt token on the root and on each of one or two candidates.
+    tau = cell["predicted"]["tokens_per_step"]
+    assert 1.4 < tau <= 1.75
+    assert cell["predicted"]["tokens_per_s"] == pytest.approx(10 * tau)
+    # One step of one token, seven of two; rounds of equal text count once.
+    assert cell["measured"]["steps"] == 7
+    assert cell["measured"]["tokens_per_step"] == pytest.approx(13 / 7, abs=1e-4)
+    assert cell["walked"]["tokens_per_step"] > 1.9
+    ratio = cell["predicted_over_measured"]["tokens_per_step"]
+    assert ratio == pytest.approx(tau / (13 / 7), abs=1e-3)
+
+
+def test_lengths_are_those_of_the_calibration() -> None:
+    args = prediction.parse_arguments([])
+    source = {"settings": {"prompt_length": 32, "continuation": 48}}
+    stats = AcceptanceStats(np.array([[0.5]]), source)
+    lengths = {"prompt_length": 32, "continuation": 48}
+    assert prediction.calibration(stats, args) == lengths
+    assert prediction.calibration(AcceptanceStats(np.array([[0.5]])), args) == {
+        "prompt_length": 96,
+        "continuation": 160,
+    }
+    with pytest.raises(SystemExit):
+        prediction.parse_arguments(["--rows", "1"])
+
+
+def engine(weights: int, blocks: int, used: int, process: int) -> dict[str, Any]:
+    return {
+        "weights": weights,
+        "kv_blocks": blocks,
+        "kv_block_tokens": 16,
+        "kv_blocks_used": used,
+        "loaded": {"process": process},
+        "after_requests": {"process": process + 5},
+    }
+
+
+def test_memory_is_compared_start_by_start() -> None:
+    plain = [engine(1000, 50, 8, 100), engine(1000, 50, 8, 120)]
+    ppd = [engine(1006, 49, 10, 101), engine(1006, 49, 10, 123)]
+    added = memory.compared(plain, ppd)
+    assert added["weights"] == 6
+    assert added["kv_blocks_fewer"] == 1
+    assert added["kv_tokens_used_more"] == 32
+    assert added["process"]["loaded"] == {"median": 2, "min": 1, "max": 3}
+    assert added["process_varies_by"] == 20
+
+
+def test_shared_tensors_count_once(tmp_path: Path) -> None:
+    model = torch.nn.Module()
+    model.one = torch.nn.Parameter(torch.zeros(3, 4))
+    model.two = model.one
+    model.register_buffer("table", torch.zeros(2, 4, dtype=torch.bfloat16))
+    assert memory.model_bytes(model) == 3 * 4 * 4 + 2 * 4 * 2
+    with pytest.raises(ValueError, match="no safetensors"):
+        memory.checkpoint_size(tmp_path)
+    save_file({"a": torch.zeros(3, 4)}, tmp_path / "1.safetensors")
+    save_file({"b": torch.zeros(5)}, tmp_path / "2.safetensors")
+    parameters, size = memory.checkpoint_size(tmp_path)
+    assert parameters == 17
+    assert size > 4 * 17
+
+
+def test_usage_of_the_kv_cache_is_a_metric() -> None:
+    metrics = [SimpleNamespace(name="vllm:kv_cache_usage_perc", value=0.25)]
+    assert memory.kv_usage([*metrics, SimpleNamespace(name="other", value=1)]) == 0.25
+    with pytest.raises(RuntimeError, match="adapt this benchmark"):
+        memory.kv_usage([])

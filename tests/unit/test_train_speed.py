@@ -1,0 +1,78 @@
+"""The benchmark of training speed: its arithmetic, and a run on a tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
+
+from tests.unit.tiny_base import write_texts, write_tiny_model
+
+# The scripts import each other as siblings, as they do when run.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+train_speed: Any = importlib.import_module("train_speed")
+
+
+def point(seconds: float, tokens_per_step: float) -> dict[str, float]:
+    return {"seconds": seconds, "tokens_per_step": tokens_per_step}
+
+
+def test_times_sooner_is_between_first_times_of_equal_quality() -> None:
+    one = [point(60, 1.2), point(120, 1.4), point(240, 1.4)]
+    many = [point(3, 1.3), point(6, 1.38), point(12, 1.45), point(24, 1.41)]
+    found = train_speed.compared(one, many)
+    assert found == {
+        "tokens_per_step": 1.4,
+        "one_point_s": 120,
+        "many_points_s": 12,
+        "times_sooner": 10.0,
+    }
+    never = train_speed.compared(one, many[:2])
+    assert (never["many_points_s"], never["times_sooner"]) == (None, None)
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    # The machine halves its speed in round 2; the ratio does not notice.
+    cell = train_speed.speed_cell(256, 8, {1: [100.0, 50.0], 64: [2100.0, 1050.0]})
+    ratio = cell["points"]["64"]["ratio"]
+    assert ratio == {"median": 21.0, "min": 21.0, "max": 21.0}
+    assert cell["points"]["1"]["ratio"]["median"] == 1.0
+
+
+def test_batches_of_all_lengths_have_as_much_text() -> None:
+    args = train_speed.parse_arguments([])
+    assert train_speed.batch_of(args, 256) * 256 == 2048
+    assert train_speed.batch_of(args, 1024) * 1024 == 2048
+    with pytest.raises(SystemExit):
+        train_speed.parse_arguments(["--speed-points", "4", "8"])
+
+
+def test_a_quick_run(tmp_path: Path, capsys) -> None:
+    write_tiny_model(tmp_path / "tiny")
+    write_texts(tmp_path / "train.jsonl")
+    write_texts(tmp_path / "held_out.jsonl", seed=1)
+    out = tmp_path / "speed.json"
+    argv = ["--quick", "--quiet", "--model", str(tmp_path / "tiny"), "--points", "4"]
+    argv += ["--data", str(tmp_path / "train.jsonl"), "--length", "24"]
+    argv += ["--held-out", str(tmp_path / "held_out.jsonl"), "--batch-tokens", "48"]
+    argv += ["--work", str(tmp_path / "work"), "--speed-lengths", "24", "48"]
+    assert train_speed.main([*argv, "--out", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
+    assert out.with_suffix(".png").stat().st_size > 1000
+    assert [cell["batch_size"] for cell in results["cells"]] == [2, 1]
+    assert set(results["cells"][0]["points"]) == {"1", "4"}
+    curves = results["quality"]["curves"]
+    assert len(curves["one"]) == len(curves["many"]) == 5
+    # The longest one-point training has the learning rate found best for it.
+    rates = {p["learning_rate"]: p for p in results["quality"]["one_point_rates"]}
+    best = max(rates.values(), key=lambda p: p["tokens_per_step"])
+    assert curves["one"][-1]["learning_rate"] == best["learning_rate"]
+    assert str(tmp_path) not in json.dumps(results)
