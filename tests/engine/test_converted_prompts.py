@@ -78,9 +78,12 @@ def test_output_is_exact_and_guesses_are_the_trainers(
     trees = policy(prompts.num_ept)
     trees.save(tmp_path / "tree.json")
     speculative = {
-        "method": "ppd",
+        **ppd_engine["speculative_config"],
         "model": str(folder),
         "tree": str(tmp_path / "tree.json"),
+        # What prompt tokens guess, and nothing else.
+        "conditioned": False,
+        "suffix": False,
     }
     engine = {**ppd_engine, "speculative_config": speculative}
 
