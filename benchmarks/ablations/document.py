@@ -34,6 +34,7 @@ def ablations_document(
                 "key": table.key,
                 "title": table.title,
                 "variable": table.variable,
+                "ordered": table.ordered,
                 "rows": [
                     {"label": label, "run": run.name} for label, run in table.rows
                 ],

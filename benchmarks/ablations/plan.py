@@ -59,6 +59,8 @@ class Table:
     """Head of the first column."""
     rows: tuple[tuple[str, Run], ...]
     """Label and run."""
+    ordered: bool = True
+    """Whether the rows are more and more of something."""
 
 
 def _varied(
@@ -88,7 +90,7 @@ def _started(name: str, label: str, **how: Any) -> tuple[tuple[str, Run], ...]:
     return (
         (label, Run(f"init={name}", **how)),
         (
-            f"{label}, 1/16 of the time",
+            f"{label}, 1/16 time",
             Run(f"init={name},1_16", share=_SIXTEENTH, **how),
         ),
     )
@@ -129,6 +131,7 @@ TABLES = (
             ("KL to the model", BASELINE),
             ("hard labels", Run("loss=labels", {"loss": "labels"})),
         ),
+        ordered=False,
     ),
     Table(
         "alpha",
@@ -142,11 +145,12 @@ TABLES = (
         "start",
         (
             ("text", BASELINE),
-            ("text, 1/16 of the time", _SHORT),
+            ("text, 1/16 time", _SHORT),
             *_started("vocabulary", "vocabulary", settings={"init": "vocabulary"}),
             *_started("shorter", "checkpoint of 1/4 time", init_from=_FIRST.name),
             *_started("m_1", "checkpoint with m = 1", init_from=_ONE.name),
         ),
+        ordered=False,
     ),
     Table(
         "points",

@@ -54,6 +54,7 @@ def draw(results: dict[str, Any], out: Path) -> None:
                 middle,
                 reach,
                 marker="o",
+                linestyle="-" if table["ordered"] else "none",
                 markersize=4,
                 capsize=3,
                 color=colour,
