@@ -1,0 +1,250 @@
+"""`vllm-ppd train` and `calibrate` given what they cannot use.
+
+Each ends with one sentence that names the thing, exit status 2 (130 for Ctrl-C), and
+every file as it was before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from vllm_ppd import atomic  # noqa: E402
+from vllm_ppd.cli import main  # noqa: E402
+from vllm_ppd.fingerprint import BaseModelFingerprint  # noqa: E402
+from vllm_ppd.prompts import PromptTokens  # noqa: E402
+from vllm_ppd.train import calibrate as calibrate_module  # noqa: E402
+from vllm_ppd.train.model import FrozenModel  # noqa: E402
+
+TRAIN = "--steps 4 --length 24 --batch-size 2 --points 4 --checkpoint-every 2"
+CALIBRATE = "--points 40 --prompt-length 8 --continue 12 --ranks 9"
+
+
+class Workplace:
+    """A model, a text, prompt tokens for the model, and the two commands."""
+
+    def __init__(self, folder: Path, model: Path, data: Path) -> None:
+        self.folder = folder
+        self.model, self.data = folder / "model", folder / "text.jsonl"
+        self.prompts, self.out = folder / "prompts", folder / "out"
+        shutil.copytree(model, self.model)
+        shutil.copy(data, self.data)
+        table = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(0))
+        base = BaseModelFingerprint.of_folder(self.model)
+        PromptTokens(table, base).save(self.prompts)
+
+    def run(self, command: str, *more: str, **changed: Any) -> int:
+        paths = {"model": self.model, "data": self.data, "out": self.out, **changed}
+        own = ["train", "--out", str(paths["out"]), *TRAIN.split()]
+        if command == "calibrate":
+            own = ["calibrate", str(self.prompts), *CALIBRATE.split()]
+        given = ["--model", str(paths["model"]), "--data", str(paths["data"])]
+        return main.main([*own, *given, "--cpu", "--quiet", *more])
+
+    def files(self) -> dict[str, bytes]:
+        found = (path for path in self.folder.rglob("*") if path.is_file())
+        return {str(path): path.read_bytes() for path in found}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, model_folder: Path, data: Path) -> Workplace:
+    return Workplace(tmp_path, model_folder, data)
+
+
+@pytest.fixture(params=["train", "calibrate"])
+def command(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def refused(workplace, capsys, command: str, word: str, *more: str, **changed) -> None:
+    before = workplace.files()
+    assert workplace.run(command, *more, **changed) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"vllm-ppd {command}: ")
+    assert message.count("\n") == 1, message
+    assert word in message
+    assert workplace.files() == before
+
+
+def test_the_two_commands_work(workplace: Workplace, command: str) -> None:
+    assert workplace.run(command) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"", "holds no text"),
+        (b"\n\n", "holds no text"),
+        (b'{"text": "short"}', "tokens; expected at least"),
+        (b'{"text": ""}', "expected at least"),
+        (b'{"text": "\xff\xfe"}', "line 1 is not UTF-8"),
+        (b'{"text": "a"', "line 1 is not JSON"),
+        (b'{"body": "a"}', 'line 1 has neither "text"'),
+    ],
+)
+def test_data(workplace, capsys, command: str, content, word: str) -> None:
+    bad = workplace.folder / "bad.jsonl"
+    if content is not None:
+        bad.write_bytes(content)
+    refused(workplace, capsys, command, word, data=bad)
+
+
+def test_held_out_text_shorter_than_a_window(workplace: Workplace, capsys) -> None:
+    short = workplace.folder / "held_out.txt"
+    short.write_text("too short")
+    word = "gives 10 tokens; expected at least 24"
+    refused(workplace, capsys, "train", word, "--held-out", str(short))
+
+
+def chats(workplace: Workplace, answer: str) -> Path:
+    path = workplace.folder / "chat.jsonl"
+    messages = [
+        {"role": "user", "content": "a question of some length"},
+        {"role": "assistant", "content": answer},
+    ]
+    path.write_text(30 * (json.dumps({"messages": messages}) + "\n"))
+    return path
+
+
+def test_chats_for_a_tokenizer_without_template(workplace, capsys, command) -> None:
+    data = chats(workplace, "an answer")
+    assert workplace.run(command, data=data) == 0
+    shutil.rmtree(workplace.out, ignore_errors=True)
+    for name in ("acceptance.json", "acceptance.png", "evidence.json"):
+        (workplace.prompts / name).unlink(missing_ok=True)
+    for file in workplace.prompts.glob("succ*"):
+        file.unlink()
+    (workplace.model / "chat_template.jinja").unlink()
+    refused(workplace, capsys, command, "has no chat template", data=data)
+
+
+def test_answers_shorter_than_an_insertion(workplace, capsys) -> None:
+    data = chats(workplace, "")
+    assert workplace.run("train", data=data) == 2
+    message = capsys.readouterr().err
+    assert "4 tokens of the assistant in a row" in message
+    assert message.count("\n") == 1
+
+
+def test_models_that_are_no_causal_ones(workplace, capsys, command, tmp_path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(
+        vocab_size=257, intermediate_size=48, initializer_range=0.3, **sizes
+    )
+    encoder = workplace.folder / "encoder"
+    shutil.copytree(workplace.model, encoder)
+    (encoder / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    transformers.BertForMaskedLM(config).save_pretrained(encoder)
+    base = BaseModelFingerprint.of_folder(encoder)
+    table = PromptTokens.load(workplace.prompts).embeddings
+    PromptTokens(table, base).save(workplace.prompts, overwrite=True)
+    refused(workplace, capsys, command, "causal language model", model=encoder)
+    config = {"architectures": ["T5Model"], "model_type": "t5", "hidden_size": 32}
+    (encoder / "config.json").write_text(json.dumps({**config, "vocab_size": 257}))
+    base = BaseModelFingerprint.of_folder(encoder)
+    PromptTokens(table, base).save(workplace.prompts, overwrite=True)
+    refused(workplace, capsys, command, "causal language model", model=encoder)
+
+
+def test_folders_that_are_no_models(workplace, capsys, command) -> None:
+    refused(workplace, capsys, command, "/no/model", model="/no/model")
+    empty = workplace.folder / "empty"
+    empty.mkdir()
+    refused(workplace, capsys, command, "no config.json", model=empty)
+    refused(workplace, capsys, command, "is a file", model=workplace.data)
+
+
+def test_output_that_is_there_already(workplace: Workplace, capsys) -> None:
+    assert workplace.run("train") == 0
+    refused(workplace, capsys, "train", "already has config.json and")
+    # --overwrite replaces prompt tokens, and never a model.
+    word = "describes a model"
+    refused(workplace, capsys, "train", word, "--overwrite", out=workplace.model)
+    refused(workplace, capsys, "train", "is a file", out=workplace.data)
+    inside = workplace.data / "out"
+    refused(workplace, capsys, "train", "cannot be made", out=inside)
+    assert workplace.run("calibrate") == 0
+    refused(workplace, capsys, "calibrate", "is there already")
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_is_full_from_the_start(workplace, capsys, command, monkeypatch):
+    monkeypatch.setattr(atomic.os, "fsync", no_space)
+    before = workplace.files()
+    assert workplace.run(command) == 2
+    message = capsys.readouterr().err
+    assert "No space left on device" in message and message.count("\n") == 1
+    assert workplace.files() == before
+
+
+def test_a_disk_that_fills_up_while_training(workplace, capsys, monkeypatch) -> None:
+    """The checkpoint before is whole, and the run goes on from it."""
+    assert workplace.run("train") == 0
+    expected = PromptTokens.load(workplace.out).embeddings
+    shutil.rmtree(workplace.out)
+    sync, calls = os.fsync, []
+
+    def fills_up(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) > 1:
+            no_space()
+        sync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.os, "fsync", fills_up)
+        # The first write is the checkpoint of step 2, the next the prompt tokens.
+        assert workplace.run("train") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert os.listdir(workplace.out) == ["checkpoint.safetensors"]
+    assert workplace.run("train", "--resume") == 0
+    assert torch.equal(PromptTokens.load(workplace.out).embeddings, expected)
+
+
+def test_a_checkpoint_of_another_run(workplace, capsys, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptTokens, "save", interrupt)
+        assert workplace.run("train") == 130
+    assert os.listdir(workplace.out) == ["checkpoint.safetensors"]
+    refused(workplace, capsys, "train", "continue it with --resume")
+    word = "belongs to another run: it has settings.alpha 0.8 instead of 0.5"
+    refused(workplace, capsys, "train", word, "--resume", "--alpha", "0.5")
+    with workplace.data.open("a") as file:
+        file.write('{"text": "one more"}\n')
+    refused(workplace, capsys, "train", "data_sha256.train.text.jsonl", "--resume")
+    (workplace.out / "checkpoint.safetensors").write_bytes(b"no checkpoint")
+    refused(workplace, capsys, "train", "is not a training checkpoint", "--resume")
+    assert workplace.run("train", "--overwrite") == 0
+
+
+def test_ctrl_c_while_loading(workplace, capsys, command, monkeypatch) -> None:
+    monkeypatch.setattr(FrozenModel, "load", interrupt)
+    before = workplace.files()
+    assert workplace.run(command) == 130
+    assert capsys.readouterr().err.strip() == ""
+    assert workplace.files() == before
+    assert not workplace.out.exists()
+
+
+def test_ctrl_c_while_measuring(workplace, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(calibrate_module, "continue_prompts", interrupt)
+    before = workplace.files()
+    assert workplace.run("calibrate") == 130
+    assert workplace.files() == before
