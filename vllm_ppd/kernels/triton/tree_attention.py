@@ -23,8 +23,6 @@ LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 32
 # Rows times heads of a group that one program of the second kernel joins.
 _JOIN_M = 16
-# Shared memory for one tile of keys and values; two are in flight.
-_TILE_BYTES = 32768
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Triton's interpreter multiplies bfloat16 as if it were integers.
@@ -55,27 +53,27 @@ def _choose_shape(
     device: torch.device,
 ) -> _Shape:
     padded = triton.next_power_of_2(max(head_size, 16))
-    # The sizes below keep everything in registers; float32 takes no tensor cores.
+    multiprocessors, hopper = 1, False
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        multiprocessors = properties.multi_processor_count
+        hopper = properties.major in (9, 10)  # 228 KB of shared memory, and wgmma
+    # These sizes keep everything in registers; float32 takes no tensor cores.
     most, tile, num_warps = 128, 64, 8
     if device.type == "cuda" and item_size == 4:
         most, tile = 16, 16
     elif padded > 128:
-        most, tile = 64, _TILE_BYTES // (2 * padded * item_size)
+        most, tile = 64 if hopper else 32, max(16, 8192 // padded)
     members = max_rows * group
     block_m = max(16, min(most, triton.next_power_of_2(members)))
     if item_size < 4 and block_m <= 64 and padded <= 128:
         num_warps = 4
     row_tiles = triton.cdiv(members, block_m)
-    multiprocessors, num_stages = 1, 2
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        multiprocessors = properties.multi_processor_count
-        if properties.major in (9, 10):  # 228 KB of shared memory
-            num_stages = 3
     if splits is None:
         # Two programs for each multiprocessor, in one wave.
         wanted = 2 * multiprocessors // (requests * row_tiles * kv_heads)
         splits = 1 << max(0, min(wanted, _MAX_SPLITS).bit_length() - 1)
+    num_stages = 3 if hopper else 2
     return _Shape(block_m, row_tiles, tile, padded, splits, num_warps, num_stages)
 
 
