@@ -222,6 +222,7 @@ def test_a_checkpoint_of_another_run(workplace, capsys, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(PromptTokens, "save", interrupt)
         assert workplace.run("train") == 130
+    capsys.readouterr()
     assert os.listdir(workplace.out) == ["checkpoint.safetensors"]
     refused(workplace, capsys, "train", "continue it with --resume")
     word = "belongs to another run: it has settings.alpha 0.8 instead of 0.5"
