@@ -39,6 +39,8 @@ class PPDConfig:
     """Rank candidates by their parent too, where there is a successor table."""
     suffix: bool = True
     """Also guess what followed the last time the same tokens were written."""
+    online: bool = True
+    """Let the trees follow what the traffic accepts."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path.strip():
@@ -65,7 +67,7 @@ class PPDConfig:
             raise PPDConfigError(
                 f"profile is {self.profile!r}; expected 'auto', 'none' or a file's path"
             )
-        for name in ("conditioned", "suffix"):
+        for name in ("conditioned", "suffix", "online"):
             if not isinstance(getattr(self, name), bool):
                 raise PPDConfigError(
                     f"{name} is {getattr(self, name)!r}; expected true or false"

@@ -153,22 +153,31 @@ class Evidence:
             ) from error
         except ValueError as error:
             raise EvidenceError(f"{path} is not JSON ({error}); {_REMEDY}") from error
+        try:
+            return cls.from_dict(data)
+        except EvidenceError as error:
+            raise EvidenceError(f"{path}: {error}; {_REMEDY}") from error
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Evidence:
+        """Read what `to_dict` wrote; raises EvidenceError for anything else."""
         expected = {"format", "format_version", *_TABLES, "source"}
         if not isinstance(data, dict) or set(data) != expected:
-            raise EvidenceError(f"{path} is no file of evidence; {_REMEDY}")
+            raise EvidenceError("it is no file of evidence")
         if (data["format"], data["format_version"]) != (FORMAT, FORMAT_VERSION):
             raise EvidenceError(
-                f"{path} has format {data['format']!r} {data['format_version']!r}; "
-                f"expected {FORMAT!r} {FORMAT_VERSION}; {_REMEDY}"
+                f"format is {data['format']!r} {data['format_version']!r}; expected "
+                f"{FORMAT!r} {FORMAT_VERSION}"
             )
+        tables = {name: data[name] for name in (*_TABLES, "source")}
         try:
-            m, k = np.shape(data["prompted"])
-            data["beside"] = np.reshape(data["beside"], (-1, m, k))
-            if not data["chain"]:
-                data["chain"] = np.zeros((0, 0))
-            return cls(**{name: data[name] for name in (*_TABLES, "source")})
-        except (EvidenceError, TypeError, ValueError) as error:
-            raise EvidenceError(f"{path}: {error}; {_REMEDY}") from error
+            m, k = np.shape(tables["prompted"])
+            tables["beside"] = np.reshape(tables["beside"], (-1, m, k))
+            if not tables["chain"]:
+                tables["chain"] = np.zeros((0, 0))
+            return cls(**tables)
+        except (TypeError, ValueError) as error:
+            raise EvidenceError(str(error)) from error
 
     @property
     def num_prompt_tokens(self) -> int:

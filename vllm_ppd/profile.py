@@ -118,6 +118,22 @@ class LatencyProfile:
         write_json(path, self.to_dict())
 
     @classmethod
+    def from_dict(cls, data: Any) -> LatencyProfile:
+        """Read what `to_dict` wrote; raises ProfileError for anything else."""
+        expected = {"format", "format_version", "key", "requests", "rows", "seconds"}
+        if not isinstance(data, dict) or set(data) != expected:
+            raise ProfileError("it is no latency profile")
+        if (data["format"], data["format_version"]) != (FORMAT, FORMAT_VERSION):
+            raise ProfileError(
+                f"format is {data['format']!r} {data['format_version']!r}; expected "
+                f"{FORMAT!r} {FORMAT_VERSION}"
+            )
+        try:
+            return cls(data["requests"], data["rows"], data["seconds"], data["key"])
+        except (TypeError, ValueError) as error:
+            raise ProfileError(str(error)) from error
+
+    @classmethod
     def load(
         cls, path: str | os.PathLike[str], key: Mapping[str, Any] | None = None
     ) -> LatencyProfile:
@@ -129,17 +145,9 @@ class LatencyProfile:
             raise ProfileError(f"the profile {path} cannot be read: {error}") from error
         except ValueError as error:
             raise ProfileError(f"{path} is not JSON ({error}); {remedy}") from error
-        expected = {"format", "format_version", "key", "requests", "rows", "seconds"}
-        if not isinstance(data, dict) or set(data) != expected:
-            raise ProfileError(f"{path} is no latency profile; {remedy}")
-        if (data["format"], data["format_version"]) != (FORMAT, FORMAT_VERSION):
-            raise ProfileError(
-                f"{path} has format {data['format']!r} {data['format_version']!r}; "
-                f"expected {FORMAT!r} {FORMAT_VERSION}; {remedy}"
-            )
         try:
-            profile = cls(data["requests"], data["rows"], data["seconds"], data["key"])
-        except (ProfileError, TypeError, ValueError) as error:
+            profile = cls.from_dict(data)
+        except ProfileError as error:
             raise ProfileError(f"{path}: {error}; {remedy}") from error
         if key is not None:
             for name in sorted({*key, *profile.key}):

@@ -54,7 +54,7 @@ def test_files(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop("rows"), "is no latency profile"),
+        (lambda d: d.pop("rows"), "no latency profile"),
         (lambda d: d.update(format_version=2), "expected 'ppd_profile' 1"),
         (lambda d: d.update(rows=[2, 4, 8]), "rising from 1"),
         (lambda d: d.update(requests=[1]), "seconds has shape"),

@@ -32,11 +32,10 @@ def plan_for_this_machine(runner: Any) -> None:
     )
     if group.world_size > 1:
         table = group.broadcast_object(profile.to_dict(), src=0)
-        profile = LatencyProfile(
-            table["requests"], table["rows"], table["seconds"], table["key"]
-        )
+        profile = LatencyProfile.from_dict(table)
     plan, tiers = drafter.plan_settings.choose(profile)
     drafter.set_plan(plan)
+    drafter.profile = profile
     drafter.wants_profile = False
     if not group.is_first_rank:
         return

@@ -15,6 +15,7 @@ from vllm_ppd.engine.known_profile import known_profile
 from vllm_ppd.engine.selection import KEY
 from vllm_ppd.plan import TreePlan
 from vllm_ppd.plan_choice import PlanSettings
+from vllm_ppd.profile import default_profile
 from vllm_ppd.prompts import PromptTokens
 from vllm_ppd.successors import SUCCESSOR_FILE, SuccessorTable
 from vllm_ppd.tables import PolicyTables
@@ -47,6 +48,8 @@ class PPDProposer:
             )
         self.profile_key = settings["profile_key"]
         profile = known_profile(settings["profile"], self.profile_key)
+        self.profile = profile or default_profile(self.plan_settings.device)
+        self.online = settings["online"] and self.plan_settings.tree is None
         # Whether this start still has to measure the machine.
         self.wants_profile = (
             settings["profile"] == "auto"
@@ -61,6 +64,11 @@ class PPDProposer:
         self.num_states = self.prompts.num_prompt_tokens + 1
         self.num_classes = plan.num_classes
         self.tables = PolicyTables(plan, self.vocab_size, self.num_rows)
+        # [S] match class and state that each tree is for.
+        tree = np.arange(len(plan.trees)) - 1
+        self.tree_states = np.maximum(tree % self.num_states, 0)
+        self.tree_classes = np.maximum(tree // self.num_states % self.num_classes, 0)
+        self.tree_states[0] = self.tree_classes[0] = 0
         weights = (1.0,) * self.prompts.num_prompt_tokens
         if self.successors is not None:
             weights = self.successors.weights

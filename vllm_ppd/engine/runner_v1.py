@@ -22,6 +22,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm_ppd.candidates import Guesses
 from vllm_ppd.engine import step_context
 from vllm_ppd.engine.kv_move import KVMover
+from vllm_ppd.engine.online import OnlineTrees
 from vllm_ppd.engine.proposer import PPDProposer
 from vllm_ppd.engine.sampling import walk_trees
 from vllm_ppd.step import TreeStep, ranges
@@ -70,15 +71,25 @@ class PPDRunnerMixin:
         # Whether prompt rows have logits in this step too, and then where nodes' are.
         self._ppd_all_logits = False
         self._ppd_logit_rows: np.ndarray | None = None
+        self._ppd_online: OnlineTrees | None = None
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         self._ppd_mover = KVMover(self)
 
+    def start_learning(self) -> None:
+        """Follow the traffic from now on; what ran before was no traffic."""
+        if self.drafter.online:
+            config = self.vllm_config.parallel_config  # type: ignore[attr-defined]
+            ranks = config.tensor_parallel_size
+            self._ppd_online = OnlineTrees(self.drafter, ranks)
+
     def _update_states(self, scheduler_output: Any) -> Any:
         for request_id in scheduler_output.finished_req_ids:
             self.ppd_trees.pop(request_id, None)
             self._ppd_opted_out.discard(request_id)
+            if self._ppd_online is not None:
+                self._ppd_online.forget_request(request_id)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             if params is not None and opts_out(params.extra_args):
@@ -220,10 +231,16 @@ class PPDRunnerMixin:
         **kwargs: Any,
     ) -> list[list[int]]:
         drafter, batch = self.drafter, len(sampled_token_ids)
+        step, online = self._ppd_step, self._ppd_online
+        if online is not None and online.after_step(step, self._ppd_walk):
+            # Guesses pending elsewhere were laid out for trees that are gone.
+            self.ppd_trees = dict.fromkeys(self.ppd_trees, 0)
         first_tree = drafter.first_tree(batch)
         if not first_tree:
+            if online is not None and online.glances_now:
+                self._match(batch)
             return [[]] * batch
-        step, tables = self._ppd_step, drafter.tables
+        tables = drafter.tables
         counts = np.zeros(batch, dtype=np.int64)
         logits = drafter.no_logits
         if step is not None and self._ppd_walk is not None:
@@ -235,6 +252,14 @@ class PPDRunnerMixin:
                 if tables.num_ept > 1:
                     logits = logits.unflatten(0, (-1, tables.num_ept)).mean(1)
         classes, chains = self._match(batch)
+        if (
+            online is not None
+            and online.counts_now
+            and step is not None
+            and step.tables is tables
+        ):
+            before = drafter.tree_classes[step.states[step.trees]]
+            online.after_choice(before, classes[step.trees])
         trees = first_tree + classes * drafter.num_states + counts
         roots = np.array([tokens[-1] if tokens else 0 for tokens in sampled_token_ids])
         ids = drafter.fill(trees, Guesses(counts, logits, roots, chains)).tolist()
@@ -264,6 +289,10 @@ class PPDRunnerMixin:
                 tokens = inputs.token_ids_cpu[index, max(0, end - _MATCHED) : end]
                 classes[index], chain = match_chain(tokens)
                 chains[index, : len(chain)] = chain
+            if self._ppd_online is not None:
+                self._ppd_online.after_match(
+                    *(inputs.req_ids, classes, chains, ends, inputs.token_ids_cpu)
+                )
         return classes, chains
 
     def _has_grammar(self, request_id: str) -> bool:

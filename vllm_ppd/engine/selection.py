@@ -91,14 +91,15 @@ def create_ppd_config(
     settings = _plan_settings(config, folder, prompts, device, args, model)
     profile = known_profile(config.profile, profile_key(args, model, parallel, device))
     plan, _ = settings.choose(profile)
-    # Before a profile is measured, any tree within the limit may become the best one.
-    final = profile is not None or config.profile == "none" or config.tree is not None
-    max_rows = plan.max_rows if final else settings.max_rows
+    # Any tree within the limit may become the best one later, unless all is settled.
+    settled = config.tree is not None or not (config.online or profile is None)
+    max_rows = plan.max_rows if settled else settings.max_rows
     args.additional_config = {
         **(args.additional_config or {}),
         KEY: {
             "plan": settings.to_dict(),
             "profile": config.profile,
+            "online": config.online,
             "profile_key": profile_key(args, model, parallel, device),
             # Part of the compiled graph: the shape of the soft-token table.
             "soft_tokens": prompts.num_prompt_tokens * prompts.num_ept,

@@ -33,4 +33,5 @@ class PPDCPUWorker(CPUWorker):
     def compile_or_warm_up_model(self) -> Any:
         # First, because the stock method seeds the random numbers at its end.
         plan_for_this_machine(self.model_runner)
+        self.model_runner.start_learning()
         return super().compile_or_warm_up_model()

@@ -1,0 +1,137 @@
+"""Learning from traffic: seeded streams of walks, and the search beside them."""
+
+import numpy as np
+import pytest
+
+from vllm_ppd.evidence import Evidence
+from vllm_ppd.evidence_search import best_policy
+from vllm_ppd.latency import LatencyCurve
+from vllm_ppd.learning import EvidenceLearner
+from vllm_ppd.plan import Tier, TreePlan
+from vllm_ppd.plan_search import best_plan
+from vllm_ppd.profile import LatencyProfile
+from vllm_ppd.replan import Replanner, better_plan
+from vllm_ppd.step import TreeStep
+from vllm_ppd.tables import PolicyTables
+from vllm_ppd.verify import TreeWalk
+
+ROWS = (1, 2, 4, 8, 16)
+PROFILE = LatencyProfile((1, 2), ROWS, ((1.0, 1.1, 1.2, 1.4, 2.0),) * 2, {})
+
+
+def evidence(scale: float, chain: float) -> Evidence:
+    prompted = scale * np.array([[0.4, 0.2, 0.1], [0.3, 0.15, 0.1]])
+    return Evidence(
+        prompted,
+        scale * np.array([0.2, 0.1, 0.05]),
+        np.full((1, 5), chain),
+        np.array([0.5 * prompted]),
+        np.array([[0.6, 0.4], [0.5, 0.5]]),
+        np.concatenate([prompted, [[0.2, 0.1, 0.05]]]),
+    )
+
+
+def stream(truth: Evidence, learner: EvidenceLearner, steps: int) -> None:
+    """Walks of a policy's trees in a world where `truth` holds."""
+    found = best_policy(evidence(1.0, 0.6), LatencyCurve.constant(), 14)
+    plan = TreePlan((found.tier(None),))
+    tables = PolicyTables(plan, 1000)
+    rng = np.random.default_rng(0)
+    batch = 40
+    for _ in range(steps):
+        classes, states = rng.integers(0, 2, batch), rng.integers(0, 3, batch)
+        trees = 1 + classes * 3 + states
+        counts = tables.num_rows[trees]
+        step = TreeStep(tables, trees, np.cumsum(counts) - counts, counts)
+        # Every node has its own token, so that the target can pick any child.
+        tokens = np.arange(len(step.node_rows))
+        walk = TreeWalk(step, tokens)
+        going_on = True
+        while going_on:
+            picked = np.full(batch, -5)
+            for b in np.flatnonzero(walk.active):
+                node = int(walk.nodes[b])
+                parents = tables.parents[trees[b], : step.num_nodes[b]]
+                on = bool(tables.on_chain[trees[b], node])
+                depth = int(tables.candidate_depths[trees[b], node]) + 1
+                chances = truth.chances(states[b], classes[b], depth, on)
+                draw = rng.random()
+                for child in np.flatnonzero(parents == node):
+                    draw -= chances[tables.candidate_ranks[trees[b], child]]
+                    if draw < 0:
+                        picked[b] = tokens[step.first_nodes[b] + child]
+                        break
+            going_on = walk.descend(picked)
+        learner.observe_walk(step, walk, states, classes)
+        learner.observe_moves(classes, rng.integers(0, 2, batch))
+
+
+def test_counts_converge_to_what_happens():
+    truth, prior = evidence(0.5, 0.3), evidence(1.0, 0.9)
+    learner = EvidenceLearner(prior)
+    stream(truth, learner, 250)
+    found = learner.evidence()
+    np.testing.assert_allclose(found.prompted[:, 0], truth.prompted[:, 0], atol=0.03)
+    np.testing.assert_allclose(found.chain[0, :2], truth.chain[0, :2], atol=0.05)
+    beside, other = found.beside[0, 0, 0], prior.beside[0, 0, 0]
+    assert abs(beside - truth.beside[0, 0, 0]) < abs(beside - other)
+    np.testing.assert_allclose(found.moves, 0.5, atol=0.03)
+    # What never happened stays as it was known; and it is all still probabilities.
+    assert found.unprompted[2] == pytest.approx(prior.unprompted[2], abs=0.03)
+
+
+def test_the_same_stream_gives_the_same_evidence():
+    first, second = (EvidenceLearner(evidence(1.0, 0.9)) for _ in range(2))
+    stream(evidence(0.5, 0.3), first, 3)
+    stream(evidence(0.5, 0.3), second, 3)
+    assert first.evidence().to_dict() == second.evidence().to_dict()
+
+
+def test_chains_are_checked_without_speculating():
+    learner = EvidenceLearner(evidence(1.0, 0.9))
+    for _ in range(300):
+        learner.observe_chain(1, np.array([5, 6, 7]), np.array([5, 9, 7]))
+    chain = learner.evidence().chain[0]
+    assert chain[0] > 0.95
+    assert chain[1] < 0.2
+    assert chain[2] == pytest.approx(0.9)
+
+
+def test_old_counts_fade():
+    learner = EvidenceLearner(evidence(1.0, 0.5))
+    for _ in range(200):
+        learner.observe_chain(1, np.array([5]), np.array([5]))
+    for _ in range(12):
+        learner.forget()
+    assert learner.observations == 0
+    assert learner.evidence().chain[0, 0] == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_plan_changes_only_when_it_pays():
+    limits = {"max_rows": 16, "num_ept": 1, "max_requests": 2}
+    known = evidence(1.0, 0.9)
+    plan, _ = best_plan(known, PROFILE, **limits)
+    assert better_plan(known, PROFILE, plan, **limits) is None
+    changed = better_plan(evidence(0.5, 0.1), PROFILE, plan, **limits)
+    assert changed is not None and changed != plan
+    # From no speculation back to some.
+    off = TreePlan((Tier(None),))
+    assert better_plan(known, PROFILE, off, **limits) == plan
+
+
+def test_the_search_runs_in_a_process_of_its_own():
+    limits = {"max_rows": 8, "num_ept": 1, "max_requests": 1}
+    known = evidence(1.0, 0.9)
+    plan, _ = best_plan(known, PROFILE, **limits)
+    replanner = Replanner()
+    assert replanner.take() is None
+    replanner.submit(known, PROFILE, TreePlan((Tier(None),)), **limits)
+    assert replanner.busy
+    assert replanner.take(wait=True) == plan
+    replanner.submit(known, PROFILE, plan, **limits)
+    assert replanner.take(wait=True) is None
+    assert not replanner.busy
+    # A search that cannot succeed is no disaster.
+    replanner.submit(known, PROFILE, plan, max_rows=8, num_ept=1, max_requests=-1)
+    replanner.close()
+    assert not replanner.busy

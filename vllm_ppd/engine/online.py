@@ -1,0 +1,136 @@
+"""Trees that follow the traffic: count what came true, change the plan when it pays.
+
+Deterministic in the tokens alone, so that the ranks of a tensor-parallel group, which
+see the same tokens, change their trees in the same step.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from vllm.logger import init_logger
+
+from vllm_ppd.engine.proposer import PPDProposer
+from vllm_ppd.learning import EvidenceLearner
+from vllm_ppd.replan import Replanner
+from vllm_ppd.step import TreeStep
+from vllm_ppd.verify import TreeWalk
+
+__all__ = ["OnlineTrees"]
+
+logger = init_logger("vllm.ppd")
+
+# Steps between looks: counting takes tens of microseconds, asking for a plan less.
+_COUNT_EVERY, _ASK_EVERY, _GLANCE_EVERY = 4, 64, 16
+# Tokens counted before another plan is searched.
+_ENOUGH = 600.0
+# With several ranks the answer is waited for, so many steps after the question.
+_PATIENCE = 2048
+
+
+class OnlineTrees:
+    """The learning of one worker.
+
+    Args:
+        drafter: whose plan follows.
+        ranks: tensor-parallel ranks that must stay together.
+    """
+
+    def __init__(self, drafter: PPDProposer, ranks: int):
+        self._drafter = drafter
+        self._alone = ranks == 1
+        self._learner = EvidenceLearner(drafter.plan_settings.evidence())
+        self._replanner = Replanner()
+        self._steps = self._asked_at = 0
+        # request -> (tokens before the chain, match class, chain)
+        self._chains: dict[str, tuple[int, int, np.ndarray]] = {}
+
+    def forget_request(self, request_id: str) -> None:
+        self._chains.pop(request_id, None)
+
+    def after_step(self, step: TreeStep | None, walk: TreeWalk | None) -> bool:
+        """Count a step; True if the drafter has another plan from now on."""
+        self._steps += 1
+        if step is not None and walk is not None and self.counts_now:
+            drafter = self._drafter
+            states = drafter.tree_states[step.states]
+            classes = drafter.tree_classes[step.states]
+            self._learner.observe_walk(step, walk, states, classes)
+        return self._steps % _ASK_EVERY == 0 and self._replan()
+
+    @property
+    def counts_now(self) -> bool:
+        return self._steps % _COUNT_EVERY == 0
+
+    @property
+    def glances_now(self) -> bool:
+        """Whether to look for matches although nobody speculates at this load."""
+        return self._steps % _GLANCE_EVERY == 0
+
+    def after_match(
+        self,
+        request_ids: list[str],
+        classes: np.ndarray,
+        chains: np.ndarray,
+        ends: np.ndarray,
+        token_ids: np.ndarray,
+    ) -> None:
+        """Check chains of before by what was written since, and keep new ones.
+
+        Args:
+            request_ids: [B].
+            classes, chains: [B] and [B, L], of this step.
+            ends: [B] tokens of each request so far.
+            token_ids: [B, tokens] of each request.
+        """
+        for index, request_id in enumerate(request_ids):
+            kept = self._chains.get(request_id)
+            if kept is not None:
+                start, match_class, chain = kept
+                end = start + len(chain)
+                if ends[index] < end:
+                    continue
+                written = token_ids[index, start:end]
+                self._learner.observe_chain(match_class, chain, written)
+                del self._chains[request_id]
+            if classes[index]:
+                chain = chains[index]
+                self._chains[request_id] = (
+                    int(ends[index]),
+                    int(classes[index]),
+                    chain[chain >= 0].copy(),
+                )
+
+    def after_choice(self, before: np.ndarray, after: np.ndarray) -> None:
+        """Count [B] match classes of this step's trees and of the next one's."""
+        self._learner.observe_moves(before, after)
+
+    def _replan(self) -> bool:
+        drafter, replanner = self._drafter, self._replanner
+        if replanner.busy:
+            if self._alone:
+                plan = replanner.take()
+            elif self._steps - self._asked_at < _PATIENCE:
+                return False
+            else:
+                plan = replanner.take(wait=True)
+            if plan is None:
+                return False
+            drafter.set_plan(plan)
+            logger.debug("PPD changed its trees to what the traffic accepts")
+            return True
+        if self._learner.observations >= _ENOUGH:
+            settings = drafter.plan_settings
+            replanner.submit(
+                self._learner.evidence(),
+                drafter.profile,
+                drafter.plan,
+                max_rows=min(settings.max_rows, drafter.num_rows),
+                num_ept=settings.num_ept,
+                max_requests=settings.max_requests,
+            )
+            self._learner.forget()
+            self._asked_at = self._steps
+        return False
+
+    def close(self) -> None:
+        self._replanner.close()

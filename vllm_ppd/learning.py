@@ -1,0 +1,153 @@
+"""Acceptance as traffic shows it: exponentially weighted counts of what came true.
+
+Calibration texts are not the traffic, and sampling temperatures change everything, so
+a serving engine goes on counting. Every walk says, for each candidate below a visited
+node, whether it was right; a chain can be checked even where nobody speculated, by
+looking at what was written next. Calibrated chances count as a few dozen observations
+and so give way to what is seen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vllm_ppd.evidence import Evidence
+from vllm_ppd.step import TreeStep
+from vllm_ppd.verify import TreeWalk
+
+__all__ = ["EvidenceLearner"]
+
+# Observations that a calibrated chance is worth.
+PRIOR = 60.0
+# What remains of the counts each time they are used.
+KEPT = 0.7
+
+
+class EvidenceLearner:
+    """Counts of one engine; `evidence` mixes them with what was known before.
+
+    Args:
+        prior: the evidence that the engine started with.
+    """
+
+    def __init__(self, prior: Evidence):
+        self.prior = prior
+        m, ranks = prior.prompted.shape
+        classes, depths = prior.chain.shape if len(prior.chain) else (0, 0)
+        self._shapes = (m, ranks, classes, depths)
+        # Flat, in this order: prompted, unprompted, chain, beside.
+        sizes = (m * ranks, ranks, classes * depths, classes * m * ranks)
+        self._firsts = np.concatenate([[0], np.cumsum(sizes)])
+        self._tries = np.zeros(self._firsts[-1])
+        self._hits = np.zeros(self._firsts[-1])
+        self._moves = np.zeros((classes + 1, classes + 1))
+        self.observations = 0.0
+
+    def observe_walk(
+        self, step: TreeStep, walk: TreeWalk, states: np.ndarray, classes: np.ndarray
+    ) -> None:
+        """Count the candidates below every visited node.
+
+        Args:
+            step, walk: a finished step.
+            states: [B] prompt tokens that each request's tree was filled with.
+            classes: [B] its match class.
+        """
+        m, ranks, _, depths = self._shapes
+        tables, trees = step.tables, step.states
+        batch = np.arange(len(trees))
+        width = tables.parents.shape[1]
+        level = np.arange(walk.paths.shape[1])
+        visited = np.zeros((len(trees), width), dtype=bool)
+        visited[
+            batch[:, None], np.where(level < walk.lengths[:, None], walk.paths, 0)
+        ] = True
+        present = np.arange(width) < step.num_nodes[:, None]
+        parents = tables.parents[trees]
+        tried = present & (parents >= 0)
+        tried &= visited[batch[:, None], np.maximum(parents, 0)]
+        request, node = np.nonzero(tried)
+        if not len(request):
+            return
+        tree, parent = trees[request], parents[request, node]
+        depth = tables.candidate_depths[tree, node] - 1
+        rank = tables.candidate_ranks[tree, node]
+        hit = visited[request, node]
+        match = classes[request] - 1
+        on = tables.on_chain[tree, parent] & (match >= 0)
+        prompted = depth < states[request]
+        first = on & (rank == 0)
+        # Beside a chain's token that was right, nothing else was put to the test.
+        went_on = np.zeros((len(trees), width), dtype=bool)
+        went_on[request[first & hit], parent[first & hit]] = True
+        rank = np.where(on, rank - 1, rank)
+        index = np.full(len(request), -1)
+        usual = ~on & (rank < ranks)
+        index = np.where(usual & prompted, depth * ranks + rank, index)
+        index = np.where(usual & ~prompted, self._firsts[1] + rank, index)
+        chain = first & (depth < depths)
+        index = np.where(chain, self._firsts[2] + match * depths + depth, index)
+        beside = on & ~first & prompted & (rank < ranks)
+        beside &= ~went_on[request, parent]
+        place = (match * m + np.minimum(depth, m - 1)) * ranks + rank
+        index = np.where(beside, self._firsts[3] + place, index)
+        known = index >= 0
+        np.add.at(self._tries, index[known], 1)
+        np.add.at(self._hits, index[known], hit[known])
+        self.observations += float(walk.lengths.sum())
+
+    def observe_chain(
+        self, match_class: int, chain: np.ndarray, written: np.ndarray
+    ) -> None:
+        """Count a chain that may never have been tried: what was written next?
+
+        chain, written: token ids; a chain longer than what was written counts as far.
+        """
+        depths = self._shapes[3]
+        known = min(len(chain), len(written), depths)
+        wrong = np.flatnonzero(chain[:known] != written[:known])
+        right = int(wrong[0]) if len(wrong) else known
+        first = self._firsts[2] + (match_class - 1) * depths
+        self._tries[first : first + min(right + 1, known)] += 1
+        self._hits[first : first + right] += 1
+        self.observations += 1
+
+    def observe_moves(self, before: np.ndarray, after: np.ndarray) -> None:
+        """Count [B] match classes of requests, and those of their next steps."""
+        np.add.at(self._moves, (before, after), 1)
+
+    def evidence(self) -> Evidence:
+        """What to believe now."""
+        m, ranks, classes, _ = self._shapes
+        prior = self.prior
+        known = np.concatenate(
+            [
+                prior.prompted.ravel(),
+                prior.unprompted.ravel(),
+                prior.chain.ravel(),
+                prior.beside.ravel(),
+            ]
+        )
+        rates = (self._hits + PRIOR * known) / (self._tries + PRIOR)
+        parts = np.split(rates, self._firsts[1:-1])
+        moves = self._moves + PRIOR * prior.moves
+        prompted = parts[0].reshape(m, ranks)
+        return Evidence(
+            prompted=_bounded(prompted),
+            unprompted=_bounded(parts[1]),
+            chain=parts[2].reshape(prior.chain.shape),
+            beside=_bounded(parts[3].reshape(classes, m, ranks)),
+            moves=moves / moves.sum(axis=1, keepdims=True),
+            overall=np.concatenate([_bounded(prompted), _bounded(parts[1])[None]]),
+        )
+
+    def forget(self) -> None:
+        """Let later observations weigh more."""
+        for counts in (self._tries, self._hits, self._moves):
+            counts *= KEPT
+        self.observations = 0.0
+
+
+def _bounded(rates: np.ndarray) -> np.ndarray:
+    """Ranks observed at different times may sum to a little over one."""
+    return rates / np.maximum(rates.sum(axis=-1, keepdims=True), 1)

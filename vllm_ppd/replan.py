@@ -1,0 +1,149 @@
+"""Search a new plan beside the serving process, and say whether to change.
+
+    python -m vllm_ppd.replan QUESTION.json ANSWER.json
+
+The search takes up to seconds of one core, so it runs in a process of its own, with
+low priority; serving processes are daemons, which may not have children of the
+multiprocessing kind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from vllm_ppd.atomic import write_json
+from vllm_ppd.evidence import Evidence
+from vllm_ppd.evidence_search import policy_value
+from vllm_ppd.plan import TreePlan
+from vllm_ppd.plan_search import best_plan
+from vllm_ppd.profile import LatencyProfile
+
+__all__ = ["Replanner", "better_plan"]
+
+# Relative gain in tokens per second, in some tier, for which trees are changed.
+_LEAST_GAIN = 1.03
+
+
+def better_plan(
+    evidence: Evidence,
+    profile: LatencyProfile,
+    current: TreePlan,
+    max_rows: int,
+    num_ept: int,
+    max_requests: int,
+) -> TreePlan | None:
+    """The best plan for new evidence, if it is enough better than the current one.
+
+    The last three arguments are those of `best_plan`.
+    """
+    plan, tiers = best_plan(evidence, profile, max_rows, num_ept, max_requests)
+    for tier in tiers:
+        curve = profile.curve(tier.requests)
+        plain = here = 1 / float(curve.seconds[0])
+        served = current.tiers[current.tier_index(tier.requests)].policies
+        if served:
+            trees = [policy.trees for policy in served]
+            here = policy_value(trees, evidence, curve)[1]
+        then = plain * tier.gain if tier.speculates else plain
+        if then >= _LEAST_GAIN * here:
+            return plan
+    return None
+
+
+class Replanner:
+    """One search at a time in a process of its own."""
+
+    def __init__(self) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._process is not None
+
+    def submit(
+        self,
+        evidence: Evidence,
+        profile: LatencyProfile,
+        current: TreePlan,
+        **limits: int,
+    ) -> None:
+        """Start `better_plan` with these arguments."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="vllm_ppd_")
+        question, answer = self._files()
+        answer.unlink(missing_ok=True)
+        write_json(
+            question,
+            {
+                "evidence": evidence.to_dict(),
+                "profile": profile.to_dict(),
+                "current": current.to_dict(),
+                "limits": limits,
+            },
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "vllm_ppd.replan", str(question), str(answer)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def take(self, wait: bool = False) -> TreePlan | None:
+        """The better plan once it is found, else None.
+
+        A search that failed is as one that found nothing; serving goes on.
+        """
+        process = self._process
+        if process is None:
+            return None
+        if wait:
+            process.wait()
+        elif process.poll() is None:
+            return None
+        self._process = None
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(self._files()[1].read_text())
+            return None if found is None else TreePlan.from_dict(found)
+        return None
+
+    def close(self) -> None:
+        """Stop a search that goes on and remove its files."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _files(self) -> tuple[Path, Path]:
+        assert self._folder is not None
+        folder = Path(self._folder.name)
+        return folder / "question.json", folder / "answer.json"
+
+
+def _main(question: str, answer: str) -> None:
+    # The server's process may be bound to cores that it needs for itself.
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        os.nice(10)
+    asked: dict[str, Any] = json.loads(Path(question).read_text())
+    plan = better_plan(
+        Evidence.from_dict(asked["evidence"]),
+        LatencyProfile.from_dict(asked["profile"]),
+        TreePlan.from_dict(asked["current"]),
+        **asked["limits"],
+    )
+    write_json(answer, None if plan is None else plan.to_dict())
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
