@@ -1,0 +1,111 @@
+"""`accelerate launch` trains in several processes: here two, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+
+from tests.unit.tiny_base import write_texts, write_tiny_model
+from vllm_ppd.prompts import PromptTokens
+from vllm_ppd.train.forward import insertion_loss
+from vllm_ppd.train.job import TrainJob
+from vllm_ppd.train.settings import Distillation, TrainSettings
+from vllm_ppd.train.trainer import Trainer
+
+pytestmark = pytest.mark.e2e
+STEPS, ROOT = 3, Path(__file__).parents[2]
+SETTINGS = TrainSettings(
+    steps=STEPS,
+    length=24,
+    batch_size=2,
+    points=4,
+    learning_rate=0.05,
+    distillation=Distillation(continuations=12, prompt_length=8, batch_size=3),
+)
+FLAGS = (
+    f"--steps {STEPS} --length 24 --batch-size 2 --points 4 --learning-rate 0.05 "
+    "--self-distill 12 --self-distill-prompt 8 --self-distill-batch-size 3"
+)
+
+
+class Caught(Exception):
+    """Carries a trainer out of a job, with the table that it would start from."""
+
+
+def trainer_of(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> tuple:
+    def catch(self, initial, *, resume):
+        raise Caught(self, initial)
+
+    with monkeypatch.context() as patch, pytest.raises(Caught) as caught:
+        patch.setattr(Trainer, "run", catch)
+        job.run()
+    return caught.value.args
+
+
+def two_processes_in_one(trainer: Trainer, initial: torch.Tensor) -> torch.Tensor:
+    """The same training by hand: each step's loss is the mean of both batches'."""
+    table = torch.nn.Parameter(initial.clone())
+    optimiser = torch.optim.AdamW([table], weight_decay=0.0)
+    for step in range(STEPS):
+        losses = []
+        for process in range(2):
+            trainer._step = step
+            trainer.accelerator = SimpleNamespace(
+                device=torch.device("cpu"), process_index=process
+            )
+            ids, insertion = trainer._batch()
+            loss, _ = insertion_loss(trainer.model, table, ids, insertion, alpha=0.8)
+            losses.append(loss)
+        optimiser.param_groups[0]["lr"] = SETTINGS.learning_rate_at(step / STEPS)
+        optimiser.zero_grad()
+        torch.stack(losses).mean().backward()
+        optimiser.step()
+    return table.detach()
+
+
+def test_two_processes_average_their_gradients(tmp_path: Path, monkeypatch) -> None:
+    write_tiny_model(tmp_path / "model")
+    write_texts(tmp_path / "text.jsonl")
+    launch = (
+        # With its own --cpu, accelerate starts one process (more only through MPI).
+        "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+        "--mixed_precision no --dynamo_backend no --main_process_port 0 "
+        "-m vllm_ppd.cli.train --model model --data text.jsonl --out out --cpu --quiet"
+    )
+    done = subprocess.run(
+        [sys.executable, *launch.split(), *FLAGS.split()],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    # One report, although there are two processes.
+    assert done.stdout.count("3 steps in") == 1
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["processes"] == 2
+    assert record["positions"] == 2 * STEPS * 2 * 4 * 3
+    assert len(os.listdir(tmp_path / "out" / "data")) == 2
+
+    job = TrainJob(
+        model=str(tmp_path / "model"),
+        data=[str(tmp_path / "text.jsonl")],
+        out=str(tmp_path / "alone"),
+        settings=SETTINGS,
+        cpu=True,
+        quiet=True,
+    )
+    expected = two_processes_in_one(*trainer_of(job, monkeypatch))
+    found = PromptTokens.load(tmp_path / "out").embeddings
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - trainer_of(job, monkeypatch)[1]).abs().max() > 0.05
