@@ -3,15 +3,14 @@
 Where the last tokens of a request occur earlier in its own context, what came after
 them is likely to come again (prompt lookup, n-gram speculation). The match is that of
 vLLM's n-gram speculator: the longest one of at most `max_length` tokens, and of equally
-long ones the earliest. Serving calls vLLM's compiled matcher; this one is for
-measuring, where vLLM need not be installed.
+long ones the earliest.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["LENGTHS", "MAX_CHAIN", "match_chain"]
+__all__ = ["LENGTHS", "MAX_CHAIN", "match_chain", "match_chains"]
 
 # Match classes 1, 2, ...: a match of at least so many tokens, up to the next entry's.
 LENGTHS = ((2, 3), (4, 8))
@@ -34,6 +33,28 @@ def match_chain(context: np.ndarray) -> tuple[int, np.ndarray]:
         if low <= longest <= high:
             return match_class, context[at : at + MAX_CHAIN]
     return 0, context[:0]
+
+
+def match_chains(
+    token_ids: np.ndarray, ends: np.ndarray, context: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`match_chain` of a batch.
+
+    Args:
+        token_ids: int [B, ...] tokens of each request.
+        ends: [B] how many they are.
+        context: most tokens of a request that are looked at, its last ones.
+
+    Returns:
+        int64 [B] classes and [B, MAX_CHAIN] tokens, -1 padded.
+    """
+    classes = np.zeros(len(ends), dtype=np.int64)
+    chains = np.full((len(ends), MAX_CHAIN), -1)
+    for index, end in enumerate(ends.tolist()):
+        tokens = token_ids[index, max(0, end - context) : end]
+        classes[index], chain = match_chain(tokens)
+        chains[index, : len(chain)] = chain
+    return classes, chains
 
 
 def _longest_match(context: np.ndarray, max_length: int) -> tuple[int, int]:

@@ -33,14 +33,24 @@ class TreeWalk:
 
     def __init__(self, step: TreeStep, tokens: np.ndarray):
         tables = step.tables
-        batch, width = len(step.states), tables.parents.shape[1]
+        width = tables.parents.shape[1]
         node = np.arange(width)
         present = node < step.num_nodes[:, None]
         index = np.where(present, step.first_nodes[:, None] + node, 0)
         self.tokens = np.where(present & (node > 0), tokens[index], -1)
         self.parents = tables.parents[step.states]
+        self._start(step)
+
+    @classmethod
+    def empty(cls, step: TreeStep) -> TreeWalk:
+        """A walk to be filled in by a kernel; it cannot `descend`."""
+        walk = cls.__new__(cls)
+        walk._start(step)
+        return walk
+
+    def _start(self, step: TreeStep) -> None:
+        batch, tables = len(step.states), step.tables
         self._first_nodes = step.first_nodes
-        self._requests = np.arange(batch)
         self._level = 0
         self.nodes = np.zeros(batch, dtype=np.int64)
         self.active = np.ones(batch, dtype=bool)

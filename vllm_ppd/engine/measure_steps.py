@@ -152,7 +152,8 @@ class _Steps:
                         2, vocabulary, self._context
                     ).tolist(),
                     mm_features=[],
-                    sampling_params=SamplingParams(temperature=0.0),
+                    # Sampling costs more than argmax, for plain steps too.
+                    sampling_params=SamplingParams(temperature=1.0),
                     pooling_params=None,
                     block_ids=self._blocks(first + index),
                     num_computed_tokens=0,

@@ -25,9 +25,10 @@ from vllm_ppd.engine.kv_move import KVMover
 from vllm_ppd.engine.online import OnlineTrees
 from vllm_ppd.engine.proposer import PPDProposer
 from vllm_ppd.engine.sampling import walk_trees
+from vllm_ppd.kernels.cpu import match_chains_cpu
 from vllm_ppd.step import TreeStep, ranges
-from vllm_ppd.suffix import MAX_CHAIN, match_chain
-from vllm_ppd.verify import TreeWalk, kv_moves
+from vllm_ppd.suffix import MAX_CHAIN
+from vllm_ppd.verify import TreeWalk
 
 # Methods of vLLM's runner that the mixin overrides; their contract is tested.
 OVERRIDDEN = (
@@ -42,6 +43,7 @@ OVERRIDDEN = (
 
 # Tokens of a request's context in which an earlier match is looked for.
 _MATCHED = 4096
+_NO_CHAINS = np.full((1, MAX_CHAIN), -1)
 
 
 def opts_out(extra_args: dict[str, Any] | None) -> bool:
@@ -214,9 +216,9 @@ class PPDRunnerMixin:
         if self._ppd_logit_rows is not None:
             logits = logits[self._to_device(self._ppd_logit_rows)]
         tokens = self.input_ids.np[step.node_rows]  # type: ignore[attr-defined]
-        self._ppd_walk = walk = TreeWalk(step, tokens)
-        output = walk_trees(self, walk, logits)
-        sources, targets = kv_moves(step, walk)
+        self._ppd_walk, sources, targets, output = walk_trees(
+            self, step, tokens, logits
+        )
         if sources.size:
             self._ppd_mover.move(sources, targets)
         return output
@@ -279,20 +281,15 @@ class PPDRunnerMixin:
 
     def _match(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """[B] match classes and [B, L] chains of the requests' own contexts."""
-        classes = np.zeros(batch, dtype=np.int64)
-        chains = np.full((batch, MAX_CHAIN), -1)
-        if self.drafter.num_classes > 1:
-            inputs = self.input_batch  # type: ignore[attr-defined]
-            ends = inputs.num_tokens_no_spec
-            for index in range(batch):
-                end = ends[index]
-                tokens = inputs.token_ids_cpu[index, max(0, end - _MATCHED) : end]
-                classes[index], chain = match_chain(tokens)
-                chains[index, : len(chain)] = chain
-            if self._ppd_online is not None:
-                self._ppd_online.after_match(
-                    *(inputs.req_ids, classes, chains, ends, inputs.token_ids_cpu)
-                )
+        if self.drafter.num_classes == 1:
+            return np.zeros(batch, dtype=np.int64), _NO_CHAINS.repeat(batch, axis=0)
+        inputs = self.input_batch  # type: ignore[attr-defined]
+        ends, token_ids = inputs.num_tokens_no_spec[:batch], inputs.token_ids_cpu
+        classes, chains = match_chains_cpu(token_ids, ends, _MATCHED)
+        if self._ppd_online is not None:
+            self._ppd_online.after_match(
+                inputs.req_ids, classes, chains, ends, token_ids
+            )
         return classes, chains
 
     def _has_grammar(self, request_id: str) -> bool:

@@ -15,36 +15,46 @@ import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
     MinTokensLogitsProcessor,
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from vllm_ppd.verify import TreeWalk
+from vllm_ppd.kernels.cpu import walk_greedy_cpu
+from vllm_ppd.step import TreeStep
+from vllm_ppd.verify import TreeWalk, kv_moves
 
 
-def walk_trees(runner: Any, walk: TreeWalk, logits: torch.Tensor) -> SamplerOutput:
+def walk_trees(
+    runner: Any, step: TreeStep, tokens: np.ndarray, logits: torch.Tensor
+) -> tuple[TreeWalk, np.ndarray, np.ndarray, SamplerOutput]:
     """Run all walks to their ends.
 
     Args:
         runner: the V1 model runner.
-        walk: the batch's walks, not yet begun.
+        step: the layout of the batch's trees.
+        tokens: int32 [sum of num_nodes] token of every node.
         logits: [sum of num_nodes, vocabulary] of every node.
 
     Returns:
-        vLLM's sampler output with [B, longest walk] token ids, -1 padded.
+        the walk, its KV moves (sources and targets), and vLLM's sampler output with
+        [B, longest walk] token ids, -1 padded.
     """
     metadata = runner.input_batch.sampling_metadata
     logprobs: list[LogprobsTensors | None] = [None]
     if _is_plain_greedy(metadata):
         picked = runner.sampler.greedy_sample(logits.to(torch.float32))
-        walk.run_greedy(picked.cpu().numpy())
+        walk, sources, targets = walk_greedy_cpu(step, tokens, picked.cpu().numpy())
     else:
+        walk = TreeWalk(step, tokens)
         logprobs = _walk_by_level(runner, walk, logits, metadata)
-    tokens = walk.tokens_out[:, : int(walk.lengths.max())]
-    return SamplerOutput(
-        sampled_token_ids=torch.from_numpy(tokens.astype(np.int32)),
+        sources, targets = kv_moves(step, walk)
+    emitted = walk.tokens_out[:, : int(walk.lengths.max())]
+    output = SamplerOutput(
+        sampled_token_ids=torch.from_numpy(emitted.astype(np.int32)),
         logprobs_tensors=_stack(logprobs),
     )
+    return walk, sources, targets, output
 
 
 def _is_plain_greedy(metadata: SamplingMetadata) -> bool:
@@ -62,7 +72,46 @@ def _is_plain_greedy(metadata: SamplingMetadata) -> bool:
     )
 
 
+def _depends_on_own_row_only(metadata: SamplingMetadata) -> bool:
+    """Whether a token can be sampled from its logits without the rest of the batch."""
+    holder = metadata.thinking_budget_state_holder
+    return (
+        metadata.all_random
+        and metadata.max_num_logprobs is None
+        and not metadata.logprob_token_ids
+        and metadata.no_penalties
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.bad_words_token_ids
+        and all(_is_idle(p) for p in metadata.logitsprocs.all)
+        and (holder is None or not holder.has_tracked_requests())
+    )
+
+
+def _rows_of(metadata: SamplingMetadata, rows: list[int]) -> SamplingMetadata:
+    """The metadata of some requests, where `_depends_on_own_row_only`."""
+
+    def pick(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values[rows]
+
+    generators = metadata.generators
+    return replace(
+        metadata,
+        temperature=pick(metadata.temperature),
+        top_p=pick(metadata.top_p),
+        top_k=pick(metadata.top_k),
+        generators={
+            place: generators[row]
+            for place, row in enumerate(rows)
+            if row in generators
+        },
+        spec_token_ids=[[] for _ in rows],
+        output_token_ids=[[] for _ in rows],
+    )
+
+
 def _is_idle(processor: Any) -> bool:
+    if isinstance(processor, MinPLogitsProcessor):
+        return not processor.min_p_count
     if isinstance(processor, MinTokensLogitsProcessor):
         return not processor.min_toks
     if isinstance(processor, LogitBiasLogitsProcessor):
@@ -73,6 +122,9 @@ def _is_idle(processor: Any) -> bool:
 def _walk_by_level(
     runner: Any, walk: TreeWalk, logits: torch.Tensor, metadata: SamplingMetadata
 ) -> list[LogprobsTensors | None]:
+    if _depends_on_own_row_only(metadata):
+        _walk_alone(runner, walk, logits, metadata)
+        return [None]
     request_ids = runner.input_batch.req_ids
     histories = [runner.requests[r].output_token_ids for r in request_ids]
     lengths = [len(history) for history in histories]
@@ -102,6 +154,23 @@ def _walk_by_level(
         # vLLM's bookkeeping will append the tokens itself.
         for history, length in zip(histories, lengths, strict=True):
             del history[length:]
+
+
+def _walk_alone(
+    runner: Any, walk: TreeWalk, logits: torch.Tensor, metadata: SamplingMetadata
+) -> None:
+    """Deeper levels sample only for the requests whose walks go on."""
+    rows = torch.from_numpy(walk.logit_rows).to(logits.device)
+    output = runner.sampler(logits=logits[rows], sampling_metadata=metadata)
+    picked = output.sampled_token_ids[:, 0].cpu().numpy()
+    while walk.descend(picked):
+        active = np.flatnonzero(walk.active)
+        rows = torch.from_numpy(walk.logit_rows[active]).to(logits.device)
+        output = runner.sampler(
+            logits=logits[rows], sampling_metadata=_rows_of(metadata, active.tolist())
+        )
+        picked = np.zeros(len(walk.active), dtype=np.int64)
+        picked[active] = output.sampled_token_ids[:, 0].cpu().numpy()
 
 
 def _stack(levels: list[LogprobsTensors | None]) -> LogprobsTensors | None:

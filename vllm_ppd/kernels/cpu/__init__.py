@@ -5,6 +5,7 @@ from .fill_trees import CpuTreeFiller
 from .kv_compact import CpuKVCompactor
 from .layout import key_view, value_view
 from .tree_attention import CpuTreeAttention
+from .walk_trees import match_chains_cpu, walk_greedy_cpu
 
 __all__ = [
     "CpuKVCompactor",
@@ -12,5 +13,7 @@ __all__ = [
     "CpuTreeFiller",
     "key_view",
     "load_library",
+    "match_chains_cpu",
     "value_view",
+    "walk_greedy_cpu",
 ]

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import logging
 from pathlib import Path
+from typing import Any
 
 __all__ = ["load_library", "source"]
 
@@ -22,7 +23,9 @@ _logger = logging.getLogger(__name__)
 def source() -> str:
     """The C++ source of all kernels as one translation unit."""
     text = ""
-    for name in ("tree_attention.cpp", "kv_compact.cpp", "fill_trees.cpp"):
+    for name in (
+        *("tree_attention.cpp", "kv_compact.cpp", "fill_trees.cpp", "walk_trees.cpp"),
+    ):
         text += (_FOLDER / name).read_text()
     # Headers are inlined, so that the cache key covers them too.
     for header in ("simd.hpp", "tiles.hpp"):
@@ -53,7 +56,9 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    pointer: Any = ctypes.c_void_p
+    integer: Any = ctypes.c_int64
+    real: Any = ctypes.c_double
     attention = library.ppd_tree_attention
     attention.argtypes = [pointer] * 4 + [integer] * 11 + [real, real, integer]
     attention.restype = ctypes.c_int
@@ -66,5 +71,17 @@ def _declare(library: ctypes.CDLL) -> None:
         *(pointer, pointer, integer, pointer),
     ]
     fill.restype = None
+    walk = library.ppd_walk_trees
+    walk.argtypes = [
+        *(pointer, integer, integer, *[pointer] * 6, integer),
+        *[pointer] * 6,
+    ]
+    walk.restype = integer
+    match = library.ppd_match_chains
+    match.argtypes = [
+        *(pointer, integer, integer, pointer, integer, pointer, pointer, integer),
+        *(pointer, pointer, integer),
+    ]
+    match.restype = None
     library.ppd_vector_lanes.argtypes = []
     library.ppd_vector_lanes.restype = ctypes.c_int
