@@ -1,4 +1,4 @@
-"""vLLM's GPU worker with PPD's V1 model runner and attention."""
+"""vLLM's GPU worker with PPD's model runner and attention, on V2 or V1."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ppd.engine.runner_v1 import PPDRunnerMixin
+from vllm_ppd.engine.v2.config import is_v2_config
 
 
 class PPDGPUModelRunner(PPDRunnerMixin, GPUModelRunner):
@@ -17,17 +18,31 @@ class PPDGPUModelRunner(PPDRunnerMixin, GPUModelRunner):
 
 
 class PPDWorker(Worker):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        register_backend(
-            AttentionBackendEnum.CUSTOM,
-            "vllm_ppd.engine.attention_gpu.PPDFlashAttentionBackend",
-        )
-        super().__init__(*args, **kwargs)
-
-    def _make_model_runner(self) -> GPUModelRunner:
-        if self.use_v2_model_runner:
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        on_v2 = is_v2_config(vllm_config.speculative_config)
+        if on_v2 != vllm_config.use_v2_model_runner:
             raise ValueError(
-                "speculative method 'ppd' runs on vLLM's V1 model runner: unset "
-                "VLLM_USE_V2_MODEL_RUNNER"
+                f"speculative method 'ppd' was set up for vLLM's {_name(on_v2)} model "
+                f"runner, but this worker runs {_name(not on_v2)}: set "
+                "VLLM_USE_V2_MODEL_RUNNER alike for all processes, or nowhere"
             )
-        return PPDGPUModelRunner(self.vllm_config, torch.device(self.device))
+        backend = "vllm_ppd.engine.attention_gpu.PPDFlashAttentionBackend"
+        if on_v2:
+            from vllm_ppd.engine.v2.attention_gpu import backend_path
+
+            backend = backend_path(vllm_config.model_config.dtype)
+        register_backend(AttentionBackendEnum.CUSTOM, backend)
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def _make_model_runner(self) -> Any:
+        device = torch.device(self.device)
+        if not self.use_v2_model_runner:
+            return PPDGPUModelRunner(self.vllm_config, device)
+        # Imported here: it needs Triton, which V1 does not.
+        from vllm_ppd.engine.v2.runner_gpu import PPDGPUModelRunnerV2
+
+        return PPDGPUModelRunnerV2(self.vllm_config, device)
+
+
+def _name(v2: bool) -> str:
+    return "V2" if v2 else "V1"

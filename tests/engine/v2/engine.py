@@ -1,0 +1,220 @@
+"""A vLLM engine on its V2 runner without a GPU, driven as in tests/engine.
+
+Triton's interpreter runs the kernels on CPU tensors. It needs Triton, and a backend
+for it (tests/triton_cpu_stub), which only the processes started here see.
+"""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tests.engine import engine_process
+from tests.engine.engine_process import ENVIRONMENT, EngineProcess, _sampling_params
+
+STUB = Path(__file__).parents[2] / "triton_cpu_stub"
+HAS_TRITON = find_spec("triton") is not None
+V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+
+
+class V2EngineProcess(EngineProcess):
+    """An EngineProcess whose engine runs V2.
+
+    Args:
+        asynchronous: schedule ahead of the device, as vLLM does on GPUs.
+        more: further environment variables.
+    """
+
+    def __init__(self, asynchronous: bool = False, **more: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        environment = {**ENVIRONMENT, **V2, **more}
+        saved = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        self._process = context.Process(
+            # No daemon: those may not have workers of their own.
+            target=_serve,
+            args=(theirs, asynchronous),
+            daemon=False,
+        )
+        self._process.start()
+        for name, value in saved.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _serve(pipe: Any, asynchronous: bool) -> None:
+    sys.path.insert(0, str(STUB))
+    _look_up_builtins_once()
+    if asynchronous:
+        _schedule_ahead()
+    _present_ppd_to_v2()
+    for function in OURS:
+        setattr(engine_process, function.__name__, function)
+    engine_process._serve(pipe)
+
+
+def _look_up_builtins_once() -> None:
+    """Half of the interpreter's time goes into listing modules at every call."""
+    from triton.runtime import interpreter
+
+    members: dict[Any, list[str]] = {}
+    listed, is_builtin = inspect.getmembers, interpreter.tl.core.is_builtin
+
+    def patch_builtin(module: Any, builder: Any, scope: Any) -> None:
+        if module not in members:
+            members[module] = [n for n, m in listed(module) if is_builtin(m)]
+        for name in members[module]:
+            member = getattr(module, name)
+            if is_builtin(member):
+                interpreter._patch_attr(module, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+def _schedule_ahead() -> None:
+    """Undo the CPU platform's choice: vLLM's asynchronous scheduler needs no GPU."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    stock = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        wanted = vllm_config.scheduler_config.async_scheduling
+        stock(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = wanted
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def _present_ppd_to_v2() -> None:
+    import vllm_ppd.engine.selection as selection
+    from vllm_ppd.engine.v2.config import present_to_v2
+    from vllm_ppd.plan_choice import PlanSettings
+
+    stock = selection.create_ppd_config
+
+    def create_ppd_config(args: Any, ppd: Any, model: Any, parallel: Any) -> Any:
+        stock(args, ppd, model, parallel)
+        settings = PlanSettings(**args.additional_config[selection.KEY]["plan"])
+        return present_to_v2(args, settings, None, model, parallel)
+
+    selection.create_ppd_config = create_ppd_config
+
+
+def async_scheduling(llm: Any) -> bool:
+    """Whether vLLM chose its asynchronous scheduler, and really runs it."""
+    core = llm.llm_engine.engine_core.engine_core
+    ahead = type(core.scheduler).__name__ == "AsyncScheduler"
+    return ahead and core.batch_queue is not None
+
+
+def num_drafts(llm: Any) -> int:
+    return llm.llm_engine.vllm_config.num_speculative_tokens
+
+
+def first_steps(llm: Any, prompt: Any, params: Any) -> list[dict[str, int]]:
+    """For each step of a request: rows of its tree, and the tree's state."""
+    runner = _runner(llm)
+    trees = runner.speculator.trees
+    stock, seen = trees.place, []
+
+    def place(batch: Any) -> None:
+        stock(batch)
+        if batch.num_draft_tokens:
+            rows, tree = int(trees.num_rows[0]), int(trees.trees[0])
+            seen.append({"rows": rows, "state": tree - trees._plan.first_trees[0]})
+        else:
+            seen.append({"rows": 1, "state": -1})
+
+    trees.place = place
+    llm.generate([prompt], _sampling_params(params), use_tqdm=False)
+    del trees.place
+    return seen
+
+
+def rows_per_step(llm: Any, prompts: Any, params: Any) -> list[tuple[int, int]]:
+    """(requests, most rows of one of them) for each step that decodes only."""
+    trees = _runner(llm).speculator.trees
+    stock, seen = trees.place, []
+
+    def place(batch: Any) -> None:
+        stock(batch)
+        if not batch.has_prefill:
+            seen.append((batch.num_reqs, int(batch.num_scheduled_tokens.max())))
+
+    trees.place = place
+    llm.generate(prompts, _sampling_params(params), use_tqdm=False)
+    del trees.place
+    return seen
+
+
+def host_reads(llm: Any, prompts: Any, params: Any) -> list[str]:
+    """Where PPD's part of the runner would wait for the device, as file:function:what.
+
+    Everything is on the CPU here, but a read of a tensor's value is a read.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    reading = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
+    seen: set[str] = set()
+
+    def note(what: str) -> None:
+        frames = inspect.stack(context=0)[2:]
+        names = [frame.filename for frame in frames]
+        if any("triton/runtime" in name for name in names):
+            return  # the interpreter at work, which is the device here
+        for frame in frames:
+            if "vllm_ppd/engine/v2" in frame.filename:
+                seen.add(f"{Path(frame.filename).name}:{frame.function}:{what}")
+                return
+            if "site-packages/vllm/" in frame.filename:
+                return  # vLLM's own doing
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            indices = args[1] if name.startswith("index") and len(args) > 1 else []
+            masks = [
+                index
+                for index in (indices if isinstance(indices, (list, tuple)) else [])
+                if isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            ]
+            if name in reading or masks:
+                note(name)
+            return func(*args, **(kwargs or {}))
+
+    def watched(name: str) -> Any:
+        stock = getattr(torch.Tensor, name)
+
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            note(name)
+            return stock(self, *args, **kwargs)
+
+        return stock, method
+
+    methods = {name: watched(name) for name in ("tolist", "numpy", "cpu", "__array__")}
+    for name, (_, method) in methods.items():
+        setattr(torch.Tensor, name, method)
+    try:
+        with Watch():
+            llm.generate(prompts, _sampling_params(params), use_tqdm=False)
+    finally:
+        for name, (stock, _) in methods.items():
+            setattr(torch.Tensor, name, stock)
+    return sorted(seen)
+
+
+def _runner(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+# Functions that tests may call by name in the engine's process.
+OURS = (async_scheduling, num_drafts, first_steps, rows_per_step, host_reads)

@@ -1,0 +1,171 @@
+"""The V2 runner with PPD decodes what plain vLLM decodes, token for token, in float32.
+
+Prompts are random token ids of a tiny random model, so that texts wander; its trees
+are wide enough to be right every few steps by chance.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.engine.v2.engine import V2EngineProcess
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+
+
+def prompts(count: int, seed: int = 0, length: int | None = None) -> list[Any]:
+    """Random prompts of a few to some dozen tokens."""
+    generator = random.Random(seed)
+    return [
+        {
+            "prompt_token_ids": [
+                generator.randrange(2, 24)
+                for _ in range(length or generator.randint(2, 40))
+            ]
+        }
+        for _ in range(count)
+    ]
+
+
+def same(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> None:
+    for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
+        for key in ("ids", "finish", "stop"):
+            assert b[key] == a[key], f"request {index} differs in {key}"
+
+
+def accepted(process: Any, engine: dict[str, Any]) -> int:
+    return process.call("spec_counters", engine)["num_accepted_tokens"]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_both_runners_same_tokens_from_the_same_trees(
+    v1, plain, ppd, tiny_engine, tiny_ppd, batch
+):
+    requests = prompts(batch, seed=batch)
+    params = {**GREEDY, "max_tokens": 40}
+    expected = plain.generate(tiny_engine, requests, params)
+    before = [accepted(process, tiny_ppd) for process in (v1, ppd)]
+    same(expected, v1.generate(tiny_ppd, requests, params))
+    same(expected, ppd.generate(tiny_ppd, requests, params))
+    gained = [
+        accepted(process, tiny_ppd) - a
+        for process, a in zip((v1, ppd), before, strict=True)
+    ]
+    assert gained[0] == gained[1] > 4
+
+
+def test_it_schedules_ahead(ppd, tiny_ppd):
+    assert ppd.call("async_scheduling", tiny_ppd)
+
+
+def test_requests_come_and_go(plain, ppd, tiny_engine, tiny_ppd):
+    """More requests than slots, of different lengths."""
+    requests = prompts(12, seed=5)
+    params = [{**GREEDY, "max_tokens": 1 + 3 * (i % 7)} for i in range(12)]
+    same(
+        plain.generate(tiny_engine, requests, params),
+        ppd.generate(tiny_ppd, requests, params),
+    )
+
+
+def test_a_padded_first_step_speculates(plain, ppd, tiny_engine, tiny_ppd):
+    """A prompt that is cached but for one token starts with guesses nobody made.
+
+    Its first step runs state 0's tree, so the second one has candidates already: two
+    tokens can take two steps, where a first step without prompt rows makes it three.
+    """
+    requests = prompts(3, seed=9, length=65)
+    params = {**GREEDY, "max_tokens": 24}
+    expected = plain.generate(tiny_engine, requests, params)
+    for _ in range(2):
+        same(expected, ppd.generate(tiny_ppd, requests, params))
+    first = ppd.call("first_steps", tiny_ppd, prompt=requests[0], params=params)
+    rows = tiny_ppd_rows(ppd, tiny_ppd)
+    # The last prompt token and K guesses, then trees of the state that step reached.
+    assert first[0] == {"rows": rows, "state": 0}
+    assert first[1] == {"rows": rows, "state": 3}
+
+
+def tiny_ppd_rows(process: Any, engine: dict[str, Any]) -> int:
+    return 1 + process.call("num_drafts", engine)
+
+
+def test_continuing_own_output_from_the_prefix_cache(plain, ppd, tiny_engine, tiny_ppd):
+    """The cached blocks of a finished request hold what plain decoding wrote."""
+    request = prompts(1, seed=11, length=30)[0]
+    first = ppd.generate(tiny_ppd, [request], {**GREEDY, "max_tokens": 80})[0]
+    ids = request["prompt_token_ids"] + first["ids"][0]
+    params = {**GREEDY, "max_tokens": 16}
+    longer = [{"prompt_token_ids": ids[:n]} for n in (97, 100, len(ids))]
+    same(
+        plain.generate(tiny_engine, longer, params),
+        ppd.generate(tiny_ppd, longer, params),
+    )
+
+
+def test_requests_that_end_at_the_models_length(plain, ppd, tiny_engine, tiny_ppd):
+    requests = prompts(2, seed=13, length=240)
+    params = {**GREEDY, "max_tokens": 400}
+    expected = plain.generate(tiny_engine, requests, params)
+    assert all(r["finish"] == ["length"] for r in expected)
+    same(expected, ppd.generate(tiny_ppd, requests, params))
+
+
+def test_stop_tokens(plain, ppd, tiny_engine, tiny_ppd):
+    requests = prompts(4, seed=15)
+    probe = plain.generate(tiny_engine, requests, {**GREEDY, "max_tokens": 30})
+    params = [
+        {**GREEDY, "max_tokens": 30, "stop_token_ids": [p["ids"][0][12]]} for p in probe
+    ]
+    params[1]["min_tokens"] = 20
+    expected = plain.generate(tiny_engine, requests, params)
+    assert sum(r["finish"] == ["stop"] for r in expected) >= 3
+    same(expected, ppd.generate(tiny_ppd, requests, params))
+
+
+def test_aborted_neighbours(plain, ppd, tiny_engine, tiny_ppd):
+    requests = prompts(5, seed=17)
+    params = {**GREEDY, "max_tokens": 24}
+    expected = plain.generate(tiny_engine, requests, params)
+    actual = ppd.call(
+        "abort_midway",
+        tiny_ppd,
+        prompts=requests,
+        params=params,
+        abort=[1, 3],
+        after_steps=6,
+    )
+    same([expected[i] for i in (0, 2, 4)], [actual[i] for i in (0, 2, 4)])
+
+
+def test_small_prefill_chunks_and_preemption(plain, ppd, tiny_engine, tiny_ppd):
+    """Trees share steps with chunks of prefill, are cut by the token budget, and lose
+    their requests to a cache that is too small."""
+    tight = {
+        "max_num_batched_tokens": 40,
+        "num_gpu_blocks_override": 14,
+        "enable_prefix_caching": False,
+    }
+    requests = prompts(6, seed=19, length=50)
+    params = [{**GREEDY, "max_tokens": 40 + 5 * i} for i in range(6)]
+    expected = plain.generate({**tiny_engine, **tight}, requests, params)
+    same(expected, ppd.generate({**tiny_ppd, **tight}, requests, params))
+    assert ppd.call("preemptions", {**tiny_ppd, **tight}) > 0
+
+
+def test_without_scheduling_ahead(plain, tiny_engine, tiny_ppd):
+    process = V2EngineProcess()
+    try:
+        assert not process.call("async_scheduling", tiny_ppd)
+        requests = prompts(3, seed=21)
+        params = {**GREEDY, "max_tokens": 24}
+        same(
+            plain.generate(tiny_engine, requests, params),
+            process.generate(tiny_ppd, requests, params),
+        )
+        assert accepted(process, tiny_ppd) > 2
+    finally:
+        process.stop()

@@ -1,0 +1,205 @@
+"""The ledger's contract for V2: what is patched, overridden or relied on is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pickle
+from typing import Any, get_args
+
+import pytest
+import vllm.config.vllm as vllm_config
+import vllm.v1.worker.gpu.model_runner as model_runner
+from vllm.config import SpeculativeConfig
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
+    RejectionSampler,
+    get_max_chunk_logits,
+)
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
+from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.gpu_worker import Worker
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def mixins() -> list[tuple[type, tuple[str, ...], type]]:
+    from vllm_ppd.engine.v2 import model_state, runner
+
+    return [
+        (runner.TreeRunnerMixin, runner.OVERRIDDEN, GPUModelRunner),
+        (model_state.TreeStateMixin, model_state.OVERRIDDEN, DefaultModelState),
+    ]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_every_override_is_listed_and_overrides_something(index):
+    mixin, listed, stock = mixins()[index]
+    ours = [n for n in vars(mixin) if hasattr(stock, n) and not n.startswith("__")]
+    assert sorted(ours) == sorted(listed)
+    assert all(callable(getattr(stock, name)) for name in listed)
+
+
+def test_the_speculator_is_looked_up_by_a_name_of_the_runners_module():
+    assert parameters(model_runner.init_speculator) == [
+        *("vllm_config", "device", "req_states"),
+    ]
+    source = inspect.getsource(GPUModelRunner.__init__)
+    assert "init_speculator(" in source
+    assert "self.draft_tokens_handler = DraftTokensHandler(" in source
+    assert parameters(GPUModelRunner.__init__) == ["self", "vllm_config", "device"]
+    assert parameters(DraftTokensHandler.__init__) == ["self", "device"]
+    assert parameters(DraftTokensHandler.set_draft_tokens) == [
+        *("self", "input_batch", "draft_tokens"),
+    ]
+
+
+def test_methods_that_we_override_and_call():
+    assert parameters(GPUModelRunner.sample) == [
+        *("self", "hidden_states", "input_batch", "grammar_output"),
+    ]
+    assert parameters(ModelState.add_request) == ["self", "req_index", "new_req_data"]
+    assert parameters(ModelState.preprocess_state)[1] == "input_batch"
+    prepare = inspect.signature(DefaultModelState.prepare_attn).parameters
+    assert next(iter(prepare)) == "self" and "for_capture" in prepare
+    assert list(prepare)[1] == "input_batch"
+    assert parameters(BaseSpeculator.propose)[1:5] == [
+        *("input_batch", "attn_metadata", "slot_mappings", "last_hidden_states"),
+    ]
+    assert {"dummy_run", "is_profile"} <= set(parameters(BaseSpeculator.propose))
+    assert BaseSpeculator.__abstractmethods__ == {
+        *("init_cudagraph_manager", "capture", "propose"),
+    }
+
+
+def test_positions_and_masks_are_written_between_slots_and_metadata():
+    source = inspect.getsource(GPUModelRunner.execute_model)
+    order = [
+        source.index(call)
+        for call in (
+            "self.prepare_attn(input_batch)",
+            "self.model_state.preprocess_state(",
+            "self.model_state.prepare_attn(",
+            "self.model_state.prepare_inputs(",
+        )
+    ]
+    assert order == sorted(order)
+
+
+def test_accepted_paths_move_before_the_output_leaves():
+    source = inspect.getsource(GPUModelRunner.sample_tokens)
+    order = [
+        source.index(call)
+        for call in (
+            *("self.sample(", "AsyncOutput(", "self.postprocess_sampled("),
+            *("self.speculator.propose(", "self.req_states.draft_tokens["),
+        )
+    ]
+    assert order == sorted(order)
+
+
+def test_what_takes_the_rejection_samplers_place_is_called_like_it():
+    from vllm_ppd.engine.v2.sampling import TreeSampler
+
+    assert parameters(RejectionSampler.__call__) == parameters(TreeSampler.__call__)
+    source = inspect.getsource(GPUModelRunner.sample)
+    assert "input_batch.num_draft_tokens == 0" in source
+    assert "self.rejection_sampler(" in source
+
+
+def test_functions_of_the_sampler():
+    assert parameters(Sampler.sample) == [
+        *("self", "logits", "expanded_idx_mapping", "idx_mapping", "idx_mapping_np"),
+        *("pos", "input_ids", "expanded_local_pos", "seq_lens_upper_bound_np"),
+        "return_logprobs",
+    ]
+    assert parameters(Sampler.get_logprobs_dims)[:2] == ["self", "idx_mapping_np"]
+    assert parameters(get_num_sampled_and_rejected) == [
+        *("num_sampled", "seq_lens", "cu_num_logits", "idx_mapping", "prefill_len"),
+    ]
+    assert parameters(compute_topk_scores) == [
+        *("logits", "num_logprobs", "sampled_token_ids", "cu_num_logits"),
+        *("logprob_token_ids_state", "expanded_idx_mapping", "max_per_req_token_ids"),
+        "logits_mode",
+    ]
+    assert get_max_chunk_logits(1000) > 0
+    source = inspect.getsource(Sampler.__init__)
+    for name in ("logprobs_mode", "compute_nans", "req_states", "sampling_states"):
+        assert f"self.{name} = " in source
+
+
+def test_fields_of_the_batch():
+    fields = {field.name for field in dataclasses.fields(InputBatch)}
+    assert {
+        *("num_reqs", "num_tokens", "num_draft_tokens", "num_scheduled_tokens"),
+        *("idx_mapping", "idx_mapping_np", "query_start_loc", "seq_lens"),
+        *("seq_lens_cpu_upper_bound", "input_ids", "positions", "logits_indices"),
+        *("cu_num_logits", "cu_num_logits_np", "expanded_idx_mapping"),
+        *("expanded_local_pos", "has_structured_output_reqs"),
+    } <= fields
+
+
+def test_states_of_requests():
+    source = inspect.getsource(RequestState.__init__)
+    for name in ("max_num_reqs", "max_num_batched_tokens", "num_speculative_steps"):
+        assert f"self.{name} = {name}" in source
+    assert "self.draft_tokens = torch.zeros(" in source
+    assert "self.prefill_len = " in source
+    # New requests start with drafts of zeros, which we then write over.
+    order = inspect.getsource(GPUModelRunner.add_requests)
+    assert order.index("self.req_states.add_request(") < order.index(
+        "self.model_state.add_request("
+    )
+    assert order.index("self.req_states.apply_staged_writes()") < order.index(
+        "self.model_state.apply_staged_writes()"
+    )
+
+
+def test_workers():
+    assert parameters(Worker._make_model_runner) == ["self"]
+    assert parameters(Worker.__init__)[1] == "vllm_config"
+    source = inspect.getsource(CPUWorker.init_device)
+    assert "from vllm.v1.worker.cpu.model_runner import" in source
+    assert "CPUModelRunnerV2(" in source
+
+
+def test_asynchronous_scheduling_asks_for_the_method():
+    from vllm_ppd.engine.v2.config import allow_async_scheduling
+
+    allow_async_scheduling()
+    allow_async_scheduling()
+    assert get_args(vllm_config.NgramGPUTypes) == ("ngram_gpu", "ppd")
+    source = inspect.getsource(vllm_config.VllmConfig.__post_init__)
+    assert "not in get_args(NgramGPUTypes)" in source
+
+
+def test_the_method_is_none_that_vllm_keeps_off_v2():
+    source = inspect.getsource(
+        vllm_config.VllmConfig._get_v2_model_runner_unsupported_features
+    )
+    assert '"custom_class"' in source and '"ppd"' not in source
+    names = {field.name for field in dataclasses.fields(SpeculativeConfig)}
+    assert {
+        *("method", "num_speculative_tokens", "num_speculative_tokens_per_batch_size"),
+        *("target_model_config", "target_parallel_config"),
+        *("draft_model_config", "draft_parallel_config"),
+    } <= names
+
+
+def test_the_speculative_settings_pickle():
+    from vllm_ppd.engine.v2.config import PPDSpeculativeConfig, is_v2_config
+
+    settings = PPDSpeculativeConfig(num_speculative_tokens=7, plan={"a": 1})
+    copy = pickle.loads(pickle.dumps(settings))
+    assert is_v2_config(copy) and copy.plan == {"a": 1} and copy.method == "ppd"
+    assert not copy.use_eagle() and not copy.use_ngram()
+    assert copy.max_num_new_slots_for_drafting == 0

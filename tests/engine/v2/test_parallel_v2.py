@@ -1,0 +1,27 @@
+"""Tensor parallel on V2: both ranks grow the same trees, and the tokens are vLLM's."""
+
+from __future__ import annotations
+
+from tests.engine.v2.engine import V2EngineProcess
+from tests.engine.v2.test_exactness_v2 import GREEDY, accepted, prompts, same
+
+
+def test_two_ranks(plain, tiny_engine, tiny_ppd):
+    requests = prompts(3, seed=51)
+    params = [
+        {**GREEDY, "max_tokens": 16},
+        {**GREEDY, "max_tokens": 16, "temperature": 1.0, "seed": 3},
+        {**GREEDY, "max_tokens": 16, "repetition_penalty": 1.2},
+    ]
+    expected = plain.generate(tiny_engine, requests, params)
+    parallel = {
+        **tiny_ppd,
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+    }
+    process = V2EngineProcess(asynchronous=True, VLLM_CPU_OMP_THREADS_BIND="nobind")
+    try:
+        same(expected, process.generate(parallel, requests, params))
+        assert accepted(process, parallel) > 4
+    finally:
+        process.stop()

@@ -1,0 +1,62 @@
+"""KV compaction under V2: accepted rows go right behind their context."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+from vllm_ppd.kernels.cpu.layout import key_view, value_view
+from vllm_ppd.kernels.tree_walk import Walk
+from vllm_ppd.kernels.triton.kv_compact import KVCompactor
+
+
+class PathMover:
+    """Moves the accepted rows' KV, in every layer of every KV cache group.
+
+    Args:
+        runner: a V2 model runner whose KV caches are allocated.
+
+    Raises:
+        ValueError: a cache group that is not plain attention.
+    """
+
+    def __init__(self, runner: Any):
+        self._block_tables = runner.block_tables
+        layers = runner.compilation_config.static_forward_context
+        self._groups = []
+        for group in runner.kv_cache_config.kv_cache_groups:
+            if not isinstance(
+                group.kv_cache_spec, FullAttentionSpec | SlidingWindowSpec
+            ):
+                raise ValueError(
+                    "speculative method 'ppd' needs plain attention layers, and found "
+                    f"{type(group.kv_cache_spec).__name__}: serve without PPD"
+                )
+            # Layers may share one cache; moving its rows twice would lose them.
+            caches = {
+                cache.data_ptr(): cache
+                for name in group.layer_names
+                if (cache := layers[name].kv_cache) is not None
+            }
+            views = [view for cache in caches.values() for view in _views(cache)]
+            self._groups.append(KVCompactor(views))
+
+    def move(self, walk: Walk, starts: torch.Tensor) -> None:
+        """Copy the KV of every path's row ``d`` to where row ``d`` of its tree is.
+
+        Args:
+            starts: int [B] row of each root.
+        """
+        for compactor, slots in zip(
+            self._groups, self._block_tables.slot_mappings, strict=True
+        ):
+            compactor.run(slots, starts, walk.paths, walk.num_sampled)
+
+
+def _views(cache: torch.Tensor) -> list[torch.Tensor]:
+    """A cache as [num_blocks, kv_heads, block_size, width] tensors."""
+    if cache.device.type == "cpu":
+        return [key_view(cache), value_view(cache)]
+    return [cache]

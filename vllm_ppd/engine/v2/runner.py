@@ -1,0 +1,74 @@
+"""PPD in vLLM's V2 model runner: what has to differ, and no more.
+
+``__init__``             PPD's speculator where vLLM would look up one of its own
+``load_model``           prompt tokens into the embedding, trees into the model state
+``initialize_kv_cache``  the caches that accepted paths are moved in
+``sample``               logits for nodes only; then move the accepted paths
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm.v1.worker.gpu.model_runner as model_runner
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_ppd.engine.embedding import add_soft_tokens
+from vllm_ppd.engine.selection import KEY
+from vllm_ppd.engine.v2.drafts import WordDraftsHandler
+from vllm_ppd.engine.v2.kv_move import PathMover
+from vllm_ppd.engine.v2.model_state import with_trees
+from vllm_ppd.engine.v2.sampling import TreeSampler
+from vllm_ppd.engine.v2.speculator import PPDSpeculator
+from vllm_ppd.prompts import PromptTokens
+
+# Methods of vLLM's runner that the mixin overrides; their contract is tested.
+OVERRIDDEN = ("load_model", "initialize_kv_cache", "sample")
+
+
+class TreeRunnerMixin:
+    """Goes before a V2 ``GPUModelRunner`` in the bases of a model runner."""
+
+    speculator: PPDSpeculator
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        # vLLM looks the speculator up by method, in a function that it calls by its
+        # module's name for it; there is no method to override.
+        stock, model_runner.init_speculator = (
+            model_runner.init_speculator,
+            PPDSpeculator,
+        )
+        try:
+            super().__init__(vllm_config, device)  # type: ignore[call-arg]
+        finally:
+            model_runner.init_speculator = stock
+        self.draft_tokens_handler = WordDraftsHandler(device, self.vocab_size)  # type: ignore
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        runner: Any = self
+        settings = runner.vllm_config.additional_config[KEY]["plan"]
+        rows = PromptTokens.load(settings["path"]).rows
+        add_soft_tokens(runner.model, rows, runner.vocab_size)
+        trees = self.speculator.trees
+        self.speculator.model = runner.model
+        runner.model_state = with_trees(runner.model_state, trees)
+        runner.rejection_sampler = TreeSampler(runner.sampler, trees, runner.vocab_size)
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        self._ppd_mover = PathMover(self)
+
+    def sample(
+        self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: Any
+    ) -> Any:
+        trees = self.speculator.trees
+        if input_batch.num_draft_tokens:
+            input_batch = trees.with_node_logits(input_batch)
+        output = super().sample(  # type: ignore[misc]
+            hidden_states, input_batch, grammar_output
+        )
+        if trees.walk is not None:
+            self._ppd_mover.move(trees.walk, trees.starts[: input_batch.num_reqs])
+        return output

@@ -1,0 +1,31 @@
+"""The V2 runner on a CPU, through Triton's interpreter: for tests without a GPU."""
+
+from __future__ import annotations
+
+import vllm.v1.worker.cpu.model_runner as cpu_runner
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_ppd.engine.v2.runner import TreeRunnerMixin
+
+
+class PPDCPUModelRunnerV2(TreeRunnerMixin, CPUModelRunner):
+    """The V2 model runner on a CPU, speculating with prompt tokens."""
+
+
+class PPDCPUWorkerV2(CPUWorker):
+    def init_device(self) -> None:
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN,
+            "vllm_ppd.engine.v2.attention_cpu.PPDCPUAttentionBackendV2",
+        )
+        # CPUWorker imports the runner class inline; there is no method to override.
+        stock, cpu_runner.CPUModelRunner = (
+            cpu_runner.CPUModelRunner,
+            PPDCPUModelRunnerV2,
+        )
+        try:
+            super().init_device()
+        finally:
+            cpu_runner.CPUModelRunner = stock
