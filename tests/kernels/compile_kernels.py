@@ -20,11 +20,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import vllm_ppd.kernels.triton.fill_tree as fill_module
+import vllm_ppd.kernels.triton.guess_tree as guess_module
 import vllm_ppd.kernels.triton.kv_compact as compact_module
 import vllm_ppd.kernels.triton.place_tree as place_module
 import vllm_ppd.kernels.triton.tree_attention as attention_module
 import vllm_ppd.kernels.triton.tree_walk as walk_module
 from tests.kernels.trees import random_policy, tables_of
+from vllm_ppd.candidates import Successors
+from vllm_ppd.kernels.guess_tree import DeviceGuesses
 from vllm_ppd.kernels.tree_attention import TreeBatch
 from vllm_ppd.kernels.tree_tables import TreeTables
 
@@ -123,7 +126,19 @@ def launch_small_kernels(cache_dtype):
     trees, longs = ints(4), ints(128, dtype=torch.int64)
     walk = walk_module.tree_walk(tables, trees, trees, trees, ints(128), longs, trees)
     best = ints(4, 3, 8, dtype=torch.int64)
-    fill_module.fill_tree(tables, trees, best, ints(4, 63, dtype=torch.int64))
+    drafts = ints(4, 63, dtype=torch.int64)
+    fill_module.fill_tree(tables, trees, best, drafts)
+    guesses = DeviceGuesses(
+        trees, torch.zeros(4, 3, 99, dtype=torch.bfloat16),
+        ints(4, 3, 32, dtype=torch.int64), torch.zeros(4, 3, 32), trees, ints(4, 8),
+    )  # fmt: skip
+    table = Successors(
+        ints(99, 16, dtype=torch.int64), torch.ones(99, 16), torch.ones(99)
+    )
+    for successors in (table, None):
+        guess_module.guess_tree(
+            tables, trees, guesses, successors, torch.ones(3), drafts
+        )
     place_module.place_tree(
         tables, trees, trees, ints(5), trees, longs, ints(128, 1, dtype=torch.int64),
         ints(128), trees, trees,
@@ -136,13 +151,14 @@ def launch_small_kernels(cache_dtype):
 def main() -> None:
     reports: list[dict] = []
     modules = (
-        attention_module, compact_module, fill_module, place_module, walk_module,
+        attention_module, compact_module, fill_module, guess_module, place_module,
+        walk_module,
     )  # fmt: skip
     kernels = {
         (module, name): kernel
         for module in modules
         for name, kernel in vars(module).items()
-        if isinstance(kernel, triton.JITFunction)
+        if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel")
     }
     choose = attention_module._choose_shape.__wrapped__
     attention_module._choose_shape = lambda *args: choose(

@@ -22,6 +22,7 @@ def _import_triton() -> str | None:
         os.environ["TRITON_INTERPRET"] = "1"
     try:
         import vllm_ppd.kernels.triton.fill_tree
+        import vllm_ppd.kernels.triton.guess_tree
         import vllm_ppd.kernels.triton.kv_compact
         import vllm_ppd.kernels.triton.place_tree
         import vllm_ppd.kernels.triton.tree_attention

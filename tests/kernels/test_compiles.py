@@ -39,6 +39,7 @@ def test_kernels_compile(tmp_path):
         "join_splits_kernel",
         "_kv_compact_kernel",
         "_fill_tree_kernel",
+        "_guess_tree_kernel",
         "_place_tree_kernel",
         "_tree_walk_kernel",
     }

@@ -10,7 +10,7 @@ import torch
 
 from .tree_tables import TreeTables
 
-__all__ = ["fill_tree_reference"]
+__all__ = ["fill_tree_reference", "lay_out_rows"]
 
 
 def fill_tree_reference(
@@ -28,16 +28,28 @@ def fill_tree_reference(
     a request's state are not read; k is at least the largest rank plus one.
     """
     trees = trees.long()
+    tokens = torch.zeros_like(tables.parents[trees], dtype=torch.int64)  # [B, N]
+    if best.shape[1]:  # a policy may have no prompt tokens at all
+        request = torch.arange(len(trees), device=trees.device)[:, None]
+        depths = tables.candidate_depths[trees].long()
+        ranks = tables.candidate_ranks[trees].long()
+        tokens = best[request, (depths - 1).clamp(min=0), ranks].long()
+    lay_out_rows(tables, trees, tokens, drafts, filler)
+
+
+def lay_out_rows(
+    tables: TreeTables,
+    trees: torch.Tensor,  # int64 [B]
+    tokens: torch.Tensor,  # int64 [B, N]: of the candidates; others are not read
+    drafts: torch.Tensor,  # int [B, K]: written
+    filler: int,
+) -> None:
+    """Write candidates, prompt rows' soft ids, and `filler` past the tree's end."""
     rows, nodes = tables.soft_ids.shape[1], tables.parents.shape[1]
     count = min(rows - 1, drafts.shape[1])
     ids = tables.soft_ids[trees]  # [B, Q]
-    depths = tables.candidate_depths[trees].long()  # [B, N]
-    ranks = tables.candidate_ranks[trees].long()
     is_candidate = tables.parents[trees] >= 0
-    request = torch.arange(len(trees), device=trees.device)[:, None]
-    if best.shape[1]:  # a policy may have no prompt tokens at all
-        tokens = best[request, (depths - 1).clamp(min=0), ranks].long()
-        ids[:, :nodes] = torch.where(is_candidate, tokens, ids[:, :nodes])
+    ids[:, :nodes] = torch.where(is_candidate, tokens, ids[:, :nodes])
     row = torch.arange(rows, device=trees.device)
     ids = torch.where(row < tables.num_rows[trees][:, None], ids, filler)
     drafts.fill_(filler)

@@ -23,6 +23,7 @@ class TreeTables:
         num_nodes, num_rows: int32 [S].
         parents: int32 [S, N] parent node; -1 for the root and for padding.
         candidate_depths, candidate_ranks: int32 [S, N]; 0 for root and padding.
+        on_chain: int32 [S, N] 1 where children follow an earlier match first.
         prompts: int32 [S, N] prompt tokens per node; 0 padded.
         first_prompt_rows: int32 [S, N] first prompt row of each node.
         depths: int32 [S, Q] row position minus root position.
@@ -38,6 +39,7 @@ class TreeTables:
     parents: torch.Tensor
     candidate_depths: torch.Tensor
     candidate_ranks: torch.Tensor
+    on_chain: torch.Tensor
     prompts: torch.Tensor
     first_prompt_rows: torch.Tensor
     depths: torch.Tensor
@@ -60,6 +62,7 @@ class TreeTables:
             parents=copy("parents"),
             candidate_depths=copy("candidate_depths"),
             candidate_ranks=copy("candidate_ranks"),
+            on_chain=copy("on_chain"),
             prompts=copy("prompts"),
             first_prompt_rows=copy("first_prompt_rows"),
             depths=copy("depths"),

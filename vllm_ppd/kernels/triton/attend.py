@@ -125,7 +125,7 @@ def _attend_tile(
     return acc, new_top, total
 
 
-@triton.jit(do_not_specialize=["max_rows"])
+@triton.jit(do_not_specialize=["max_rows", "row_tiles"])
 def attend_kernel(
     query_ptr,  # [T, H, HEAD_SIZE]
     key_ptr,  # [num_blocks, KV heads, BLOCK_SIZE, HEAD_SIZE], any strides

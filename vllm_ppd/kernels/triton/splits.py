@@ -27,7 +27,7 @@ def split_range(context, num_rows, WINDOW: tl.constexpr, TILE, SPLITS: tl.conste
     return first, begin, end, per_split
 
 
-@triton.jit(do_not_specialize=["max_rows"])
+@triton.jit(do_not_specialize=["max_rows", "row_tiles"])
 def join_splits_kernel(
     partial_ptr,  # float32 [B * max_rows, H, SPLITS, D]
     tops_ptr,  # float32 [B * max_rows, H, SPLITS]

@@ -1,0 +1,96 @@
+"""Conditioned guesses on the device, against the pure core's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
+from tests.kernels.test_fill_trees_cpu import random_case
+from vllm_ppd.candidates import POOL, Successors, fill_trees
+from vllm_ppd.kernels.guess_tree import DeviceGuesses, guess_tree_reference
+from vllm_ppd.kernels.tree_tables import TreeTables
+
+UNTOUCHED = -7
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def guess(request):
+    if request.param == "reference":
+        return guess_tree_reference
+    from vllm_ppd.kernels.triton.guess_tree import guess_tree
+
+    return guess_tree
+
+
+def on_device(guesses, num_prompts, pool):
+    """The pure core's guesses, a row for every prompt token; absent ones are nan."""
+    batch, vocabulary = len(guesses.counts), guesses.logits.shape[1]
+    logits = torch.full((batch, num_prompts, vocabulary), torch.nan)
+    logits[torch.arange(num_prompts) < torch.from_numpy(guesses.counts)[:, None]] = (
+        guesses.logits
+    )
+    top = logits.topk(pool)
+    ids = torch.where(top.values.isnan(), 12345, top.indices)
+    return DeviceGuesses(
+        *(
+            tensor.to(DEVICE)
+            for tensor in (
+                torch.from_numpy(guesses.counts).int(),
+                logits,
+                ids,
+                top.values,
+                torch.from_numpy(guesses.roots).int(),
+                torch.from_numpy(guesses.chains).int(),
+            )
+        )
+    )
+
+
+@pytest.mark.parametrize("with_table", [True, False])
+def test_against_the_pure_guesses(guess, with_table):
+    for seed in range(4):
+        pure, table, trees, guesses = random_case(seed, with_table)
+        weights = np.array(table.weights if table else (1.0, 1.0, 1.0))
+        host = Successors.of(table) if table else None
+        want = fill_trees(pure, trees, guesses, host, weights)
+
+        tables = TreeTables.on(DEVICE, pure)
+        drafts = torch.full(
+            (len(trees), want.shape[1] + 2), UNTOUCHED, dtype=torch.int64, device=DEVICE
+        )
+        guess(
+            tables,
+            torch.from_numpy(trees).int().to(DEVICE),
+            on_device(guesses, 3, max(POOL, pure.max_candidates + 1)),
+            Successors.of(table, DEVICE) if table else None,
+            torch.from_numpy(weights).float().to(DEVICE),
+            drafts,
+            5,
+        )
+        for got, expected, tree in zip(drafts.tolist(), want, trees, strict=True):
+            end = pure.num_rows[tree] - 1
+            assert got[:end] == expected[:end].tolist(), (seed, tree)
+            assert set(got[end:]) == {5}
+
+
+def test_without_chains_and_cut_short(guess):
+    pure, table, trees, guesses = random_case(3)
+    weights = torch.tensor(table.weights)
+    on = on_device(guesses, 3, POOL)
+    tables = TreeTables.on(DEVICE, pure)
+    results = []
+    for chains in (on.chains[:, :0], torch.full_like(on.chains, -1)):
+        for width in (4, 12):
+            drafts = torch.zeros(len(trees), width, dtype=torch.int32, device=DEVICE)
+            guess(
+                tables,
+                torch.from_numpy(trees).int().to(DEVICE),
+                on._replace(chains=chains),
+                Successors.of(table, DEVICE),
+                weights.to(DEVICE),
+                drafts,
+            )
+            results.append(drafts[:, :4].tolist())
+    assert results.count(results[0]) == 4
