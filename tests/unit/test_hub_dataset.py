@@ -10,9 +10,14 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("accelerate")
 
+from vllm_ppd.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompts import PromptTokens
+from vllm_ppd.train.calibration_job import CalibrationJob
+from vllm_ppd.train.calibration_settings import CalibrationSettings
 from vllm_ppd.train.corpus import text_files
 from vllm_ppd.train.documents import DataError, find_documents
 from vllm_ppd.train.hub_dataset import DatasetName, copy_dataset
@@ -182,6 +187,28 @@ def test_a_run_reads_its_copy(library, job: TrainJob, data: Path, monkeypatch) -
     library.error = ConnectionError("offline")
     dataclasses.replace(job, overwrite=True).run()
     assert len(library.calls) == 1
+
+
+def test_calibration_reads_data_sets_too(
+    library, model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    library.rows = Rows(json.loads(line) for line in data.read_text().splitlines())
+    base = BaseModelFingerprint.of_folder(model_folder)
+    PromptTokens(torch.randn(2, 1, 32), base).save(tmp_path / "prompts")
+    settings = CalibrationSettings(
+        points=40, prompt_length=8, continuation=12, ranks=9, batch_size=8
+    )
+    stats, _, _ = CalibrationJob(
+        path=str(tmp_path / "prompts"),
+        model=str(model_folder),
+        data=["org/text@test"],
+        settings=settings,
+        cpu=True,
+        quiet=True,
+    ).run()
+    assert library.calls == [("org/text", None, "test", True)]
+    (name,) = stats.source["data_sha256"]
+    assert name.startswith("org-text-test-")
 
 
 def test_the_real_library(tmp_path: Path) -> None:

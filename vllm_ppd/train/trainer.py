@@ -26,6 +26,7 @@ from vllm_ppd.train.evaluation import evaluate
 from vllm_ppd.train.forward import insertion_loss
 from vllm_ppd.train.insertion import Insertion, sample_insertion
 from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.train.progress import Moment, joined, training_bar
 from vllm_ppd.train.scores import Scores
 from vllm_ppd.train.seeds import mixed_seed
 from vllm_ppd.train.settings import TrainSettings
@@ -129,9 +130,12 @@ class Trainer:
     def _loop(self, module: Any, optimiser: Any) -> Result:
         start = time.monotonic() - self._used
         processes = self.accelerator.num_processes
-        before, busy, smooth = self._positions, 1e-9, math.nan
+        tokens = self.settings.batch_size * self.settings.length
+        before, first = self._positions, self._step
+        busy, smooth = 1e-9, math.nan
         recent = Scores.zeros(self.settings.num_prompt_tokens)
-        with self._bar() as bar:
+        hidden = self.quiet or not self.accelerator.is_main_process
+        with training_bar(self.settings, self._step, self._used, hidden) as bar:
             while True:
                 self._used = time.monotonic() - start
                 progress, stop = self._progress()
@@ -153,8 +157,14 @@ class Trainer:
                 if scores is not None:
                     recent = scores
                 self._step += 1
-                rate = (self._positions - before) * processes / busy
-                self._show(bar, smooth, recent, rate, start)
+                Moment(
+                    step=self._step,
+                    start=start,
+                    loss=smooth,
+                    scores=recent,
+                    positions_per_second=(self._positions - before) * processes / busy,
+                    tokens_per_second=(self._step - first) * tokens * processes / busy,
+                ).show(bar)
         table, held_out = self._kept()
         return Result(
             table=table.cpu().clone(),
@@ -255,9 +265,9 @@ class Trainer:
         # Evaluations that a slow step skipped over are the same evaluation.
         self._history += [record] * (due - len(self._history))
         self._say(
-            f"step {self._step}: held-out KL {_join(rates['kl'], '.2f')}, "
-            f"top-1 {_join(rates['model_top1'], '.3f')}, "
-            f"top-10 {_join(rates['model_top10'], '.3f')}"
+            f"step {self._step}: held-out KL {joined(rates['kl'], '.2f')}, "
+            f"top-1 {joined(rates['model_top1'], '.3f')}, "
+            f"top-10 {joined(rates['model_top10'], '.3f')}"
         )
         if self.settings.patience is None:
             return False
@@ -311,37 +321,6 @@ class Trainer:
     def _ask_to_stop(self) -> None:
         self._stop = True
 
-    def _bar(self) -> tqdm:
-        minutes = self.settings.minutes
-        return tqdm(
-            total=self.settings.steps if minutes is None else round(60 * minutes),
-            initial=self._step if minutes is None else int(self._used),
-            unit="step" if minutes is None else "s",
-            desc="training",
-            disable=self.quiet or not self.accelerator.is_main_process,
-            dynamic_ncols=True,
-        )
-
-    def _show(
-        self, bar: tqdm, loss: float, recent: Scores, rate: float, start: float
-    ) -> None:
-        if bar.disable:
-            return
-        summary = recent.summary()
-        bar.set_postfix_str(
-            f"loss {loss:.3f}, top-1 {_join(summary['model_top1'], '.2f')}, "
-            f"top-10 {_join(summary['model_top10'], '.2f')}, {rate:.0f} pos/s",
-            refresh=False,
-        )
-        done = self._step
-        if self.settings.minutes is not None:
-            done = min(int(time.monotonic() - start), bar.total)
-        bar.update(done - bar.n)
-
     def _say(self, sentence: str) -> None:
         if self.accelerator.is_main_process and not self.quiet:
             tqdm.write(sentence)
-
-
-def _join(values: list[float], spec: str) -> str:
-    return " ".join(format(value, spec) for value in values)
