@@ -17,31 +17,30 @@ from vllm_ppd.acceptance import AcceptanceStats
 
 def replay_acceptance(stats: AcceptanceStats, seed: int = 0) -> None:
     """Make PPD's V1 runner in this process accept guesses as ``stats`` says."""
-    from vllm_ppd.engine import runner_v1, sampling
+    from vllm_ppd.engine import sampling
+    from vllm_ppd.verify import TreeWalk, kv_moves
 
-    original = sampling.walk_trees
     rng = np.random.default_rng(seed)
     table = stats.acceptance  # [m, K]
 
-    def walk_trees(runner: Any, walk: Any, logits: Any) -> Any:
-        tables, states = runner.drafter.tables, runner._ppd_step.states
+    def walk(step: Any, tokens: np.ndarray, picked: np.ndarray) -> Any:
+        tables, states = step.tables, step.states
         depths = tables.candidate_depths[states]  # [B, N]
         ranks = np.minimum(tables.candidate_ranks[states], table.shape[1] - 1)
         odds = table[np.maximum(depths, 1) - 1, ranks]
-        descend = walk.descend
-
-        def drawn(picked: np.ndarray) -> bool:
-            children = (walk.parents == walk.nodes[:, None]) & (walk.tokens >= 0)
+        walked = TreeWalk(step, tokens)
+        going_on = True
+        while going_on:
+            children = (walked.parents == walked.nodes[:, None]) & (walked.tokens >= 0)
             reach = np.where(children, odds, 0.0).cumsum(axis=1)
-            hit = (rng.random(len(picked))[:, None] < reach) & children
+            hit = (rng.random(len(states))[:, None] < reach) & children
             chosen = np.take_along_axis(
-                walk.tokens, hit.argmax(axis=1)[:, None], axis=1
+                walked.tokens, hit.argmax(axis=1)[:, None], axis=1
             )[:, 0]
             # A token that no child has ends the walk.
-            none = np.where(np.isin(picked, walk.tokens), 0, picked)
-            return bool(descend(np.where(hit.any(axis=1), chosen, none)))
+            end = picked[walked.logit_rows]
+            end = np.where(np.isin(end, walked.tokens), 0, end)
+            going_on = walked.descend(np.where(hit.any(axis=1), chosen, end))
+        return walked, *kv_moves(step, walked)
 
-        walk.descend = drawn
-        return original(runner, walk, logits)
-
-    runner_v1.walk_trees = walk_trees
+    sampling.walk_greedy_cpu = walk  # type: ignore[assignment]

@@ -39,7 +39,7 @@ from replay import replay_acceptance
 
 from vllm_ppd.acceptance import AcceptanceStats
 from vllm_ppd.atomic import write_json
-from vllm_ppd.default_trees import DEFAULT_ROWS
+from vllm_ppd.default_trees import acceptance_of
 from vllm_ppd.latency import LatencyCurve
 from vllm_ppd.tree_search import optimal_policy
 
@@ -209,15 +209,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "enforce_eager": args.eager,
             "enable_prefix_caching": False,
         }
-        count = args.rows or DEFAULT_ROWS["cpu"]
-        speculative: dict[str, Any] = {"model": f"ppd:{prompts}"}
-        if args.rows:
-            speculative["num_speculative_tokens"] = args.rows - 1
+        count = args.rows
         if args.replay:
             stats = AcceptanceStats.load(args.replay)
-            found = optimal_policy(stats, LatencyCurve.constant(1.0), count)
-            found.policy.save(f"{folder}/trees.json")
-            speculative["tree"] = f"{folder}/trees.json"
+        else:
+            stats = acceptance_of(Path(prompts), 3)
+        # The same trees in every step: a fixed number of rows, prompt rows' guesses.
+        found = optimal_policy(stats, LatencyCurve.constant(1.0), count)
+        found.policy.save(f"{folder}/trees.json")
+        speculative: dict[str, Any] = {
+            "model": f"ppd:{prompts}",
+            "tree": f"{folder}/trees.json",
+        }
         ppd = {**base, "speculative_config": speculative}
         plain = Engine(base)
         speculating = Engine(ppd, str(args.replay) if args.replay else None)
@@ -317,7 +320,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, help="a random model of this width")
     parser.add_argument("--layers", type=int, default=6, help="and of this depth")
     parser.add_argument("--context", type=int, nargs="+", default=[128, 1024, 4096])
-    parser.add_argument("--rows", type=int, help="rows of a PPD step (default: 4)")
+    parser.add_argument("--rows", type=int, default=4, help="rows of a PPD step")
     parser.add_argument(
         "--replay",
         type=Path,

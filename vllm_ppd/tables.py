@@ -95,6 +95,19 @@ class PolicyTables:
             for row, (_, index, ept) in enumerate(tree.prompt_rows, nodes):
                 self.soft_ids[state, row] = first_soft_id + index * tree.num_ept + ept
         self.ancestors = pack_mask(mask)
+        self._layouts: dict[
+            tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]
+        ] = {}
+
+    def layout(self, tree: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(depths, depths minus row numbers, ancestors) of a tree's first rows."""
+        found = self._layouts.get((tree, rows))
+        if found is None:
+            depths = self.depths[tree, :rows].copy()
+            shifts = depths - np.arange(rows)
+            found = depths, shifts, self.ancestors[tree, :rows].copy()
+            self._layouts[tree, rows] = found
+        return found
 
     @property
     def max_candidates(self) -> int:

@@ -186,33 +186,19 @@ def preemptions(llm: Any) -> int:
     return next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
-def recompilations(llm: Any) -> int:
-    """How often torch.compile compiled the model anew while it served."""
+def report(llm: Any) -> dict[str, Any]:
+    """What PPD's trees do now."""
+    return llm.llm_engine.model_executor.driver_worker.worker.ppd_report()
+
+
+def compilations(llm: Any) -> dict[str, int]:
+    """All that vLLM and torch have compiled or loaded as compiled in this process."""
+    import dataclasses
+
     import torch._dynamo.utils
+    from vllm.compilation.counter import compilation_counter
 
-    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    llm.generate(["def f(", "import os"], _sampling_params({"max_tokens": 40}))
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"] - frames)
-
-
-def drafts_of_steps(
-    llm: Any, prompt: Any, params: Any, steps: int
-) -> list[dict[str, Any]]:
-    """One request's token ids, prompt included, and its drafts, after each step."""
-    engine = llm.llm_engine
-    engine.add_request("drafts", prompt, _sampling_params(params))
-    found: list[dict[str, Any]] = []
-    while engine.has_unfinished_requests():
-        outputs = engine.step()
-        scheduler = engine.engine_core.engine_core.scheduler
-        for output in outputs:
-            # The only request, under an id that vLLM made up; none once it is done.
-            for request in scheduler.requests.values():
-                ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
-                found.append({"ids": ids, "drafts": list(request.spec_token_ids)})
-        if len(found) == steps:
-            engine.abort_request(["drafts"])
-            break
-    while engine.has_unfinished_requests():
-        engine.step()
-    return found
+    counts = dataclasses.asdict(compilation_counter)
+    counts["frames"] = len(torch._dynamo.utils.compilation_time_metrics)
+    counts["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return {name: int(count) for name, count in counts.items()}

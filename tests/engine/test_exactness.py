@@ -202,11 +202,19 @@ def test_compiled_engine(plain, ppd, plain_engine, ppd_engine, texts):
     prompts = mixed(texts, 16, first=70)
     params = {**GREEDY, "max_tokens": 220}
     compiled = {"enforce_eager": False}
+    # A starting engine compiles, or loads what was compiled: then these counts rise.
+    before = ppd.call("compilations", ppd_engine)
+    started = ppd.call("compilations", {**ppd_engine, **compiled})
+    assert started["num_models_seen"] > before["num_models_seen"]
+    assert sum(started.values()) > sum(before.values()) + 1
     same(
         plain.generate({**plain_engine, **compiled}, prompts, params),
         ppd.generate({**ppd_engine, **compiled}, prompts, params),
     )
-    assert ppd.call("recompilations", {**ppd_engine, **compiled}) == 0
+    # Batches from 16 down to 1, and trees of every size: not one more.
+    params = [{**GREEDY, "max_tokens": 10 + 7 * i} for i in range(16)]
+    ppd.generate({**ppd_engine, **compiled}, prompts, params)
+    assert ppd.call("compilations", {**ppd_engine, **compiled}) == started
 
 
 def test_bfloat16_differs_only_where_logits_nearly_tie(

@@ -12,6 +12,10 @@ import vllm.v1.worker.cpu_worker as cpu_worker
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.v1.attention.backends import cpu_attn
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
@@ -48,6 +52,26 @@ def test_create_speculative_config():
 def test_add_cli_args():
     assert isinstance(vars(EngineArgs)["add_cli_args"], staticmethod)
     assert parameters(EngineArgs.add_cli_args) == ["parser"]
+
+
+def test_the_executor_sees_every_step():
+    assert parameters(MultiprocExecutor.execute_model) == [
+        "self",
+        "scheduler_output",
+        "non_block",
+    ]
+    assert parameters(MultiprocExecutor.sample_tokens) == [
+        "self",
+        "grammar_output",
+        "non_block",
+    ]
+    assert parameters(MultiprocExecutor.take_draft_token_ids) == ["self"]
+    # The engine core asks for drafts after the step whose output brought them.
+    assert "take_draft_token_ids" in inspect.getsource(EngineCore.post_step)
+    assert "num_invalid_spec_tokens" in SchedulerOutput.__dataclass_fields__
+    source = inspect.getsource(Scheduler.make_spec_decoding_stats)
+    assert "num_draft_tokens -= num_invalid_spec_tokens" in source
+    assert parameters(cpu_worker.CPUWorker.sample_tokens) == ["self", "grammar_output"]
 
 
 def test_patching_twice_changes_nothing():

@@ -16,6 +16,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.engine.conftest import MODEL, PROMPTS
 from vllm_ppd.engine.selection import KEY, WORKERS
+from vllm_ppd.profile import default_profile
+from vllm_ppd.tree import TreePolicy, chain_tree
 
 PPD = {"method": "ppd", "model": str(PROMPTS)}
 
@@ -32,18 +34,12 @@ def from_cli(*flags: str) -> Any:
 
 
 def is_ppd(config: Any) -> bool:
-    settings = (config.additional_config or {}).get(KEY, {})
+    settings = (config.additional_config or {}).get(KEY, {"plan": {}})
     return (
         config.parallel_config.worker_cls in WORKERS.values()
-        and settings.get("path") == str(PROMPTS.resolve())
+        and settings["plan"].get("path") == str(PROMPTS.resolve())
         and config.speculative_config.num_speculative_tokens
-        == max(1, max_rows(settings) - 1)
-    )
-
-
-def max_rows(settings: dict[str, Any]) -> int:
-    return max(
-        len(t["ranks"]) + 1 + sum(t["prompts"]) for t in settings["policy"]["trees"]
+        == settings["plan"]["max_rows"] - 1
     )
 
 
@@ -108,12 +104,29 @@ def test_the_compiled_graphs_key_knows_about_ppd():
         ({"num_speculative_tokens": 1000}, "is 1000; expected 1 to 128"),
         ({"draft_tensor_parallel_size": 1}, "'draft_tensor_parallel_size', which"),
         ({"model": None}, "path is None"),
+        ({"profile": 3}, "profile is 3; expected 'auto', 'none' or a file's path"),
+        ({"profile": "/no/such.json"}, "/no/such.json cannot be read"),
+        ({"suffix": "yes"}, "suffix is 'yes'; expected true or false"),
+        ({"online": 1}, "online is 1; expected true or false"),
         ({"model": "/no/such/folder"}, "there is no folder '/no/such/folder'"),
     ],
 )
 def test_bad_speculative_settings(speculative, message):
     with pytest.raises(ValueError, match=message):
         configure({**PPD, **speculative})
+
+
+def test_a_profile_of_another_machine(tmp_path):
+    default_profile("cpu").save(tmp_path / "profile.json")
+    with pytest.raises(ValueError, match="was measured with attention_backend None"):
+        configure({**PPD, "profile": str(tmp_path / "profile.json")})
+
+
+def test_settled_trees_need_no_more_rows_than_they_have(tmp_path):
+    policy = TreePolicy(tuple(chain_tree(0, (1,)) for _ in range(4)))
+    policy.save(tmp_path / "tree.json")
+    config = configure({**PPD, "tree": str(tmp_path / "tree.json")})
+    assert config.speculative_config.num_speculative_tokens == 1
 
 
 def test_a_flag_and_a_key_for_the_same_thing_conflict():

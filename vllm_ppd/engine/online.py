@@ -40,6 +40,7 @@ class OnlineTrees:
         self._alone = ranks == 1
         self._learner = EvidenceLearner(drafter.plan_settings.evidence())
         self._replanner = Replanner()
+        self.changes = 0
         self._steps = self._asked_at = 0
         # request -> (tokens before the chain, match class, chain)
         self._chains: dict[str, tuple[int, int, np.ndarray]] = {}
@@ -116,6 +117,7 @@ class OnlineTrees:
             if plan is None:
                 return False
             drafter.set_plan(plan)
+            self.changes += 1
             logger.debug("PPD changed its trees to what the traffic accepts")
             return True
         if self._learner.observations >= _ENOUGH:

@@ -17,13 +17,12 @@ Patched:
 - ``vllm.v1.worker.cpu_worker.CPUModelRunner`` (while PPD's worker builds its runner):
   the CPU worker names the class inline, without the GPU worker's
   ``_make_model_runner`` seam. 0.32, 0.33.
-- ``Scheduler.make_spec_decoding_stats`` is *not* patched: vLLM's acceptance rate
-  counts prompt rows as drafts; its acceptance length is right.
 
-Subclassed: ``CPUWorker`` (init_device), ``Worker`` (_make_model_runner), the V1 model
-runners (see runner_v1.OVERRIDDEN), ``CPUAttentionBackend`` and
-``FlashAttentionBackend`` with their builders (build) and implementations (forward),
-``VocabParallelEmbedding`` (forward).
+Subclassed: ``CPUWorker`` (init_device, compile_or_warm_up_model, sample_tokens),
+``MultiprocExecutor`` (execute_model, sample_tokens, take_draft_token_ids), ``Worker``
+(_make_model_runner), the V1 model runners (see runner_v1.OVERRIDDEN),
+``CPUAttentionBackend`` and ``FlashAttentionBackend`` with their builders (build) and
+implementations (forward), ``VocabParallelEmbedding`` (forward).
 """
 
 from __future__ import annotations

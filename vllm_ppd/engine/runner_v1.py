@@ -25,6 +25,7 @@ from vllm_ppd.engine.kv_move import KVMover
 from vllm_ppd.engine.online import OnlineTrees
 from vllm_ppd.engine.proposer import PPDProposer
 from vllm_ppd.engine.sampling import walk_trees
+from vllm_ppd.engine.step_log import StepLog
 from vllm_ppd.kernels.cpu import match_chains_cpu
 from vllm_ppd.step import TreeStep, ranges
 from vllm_ppd.suffix import MAX_CHAIN
@@ -74,6 +75,7 @@ class PPDRunnerMixin:
         self._ppd_all_logits = False
         self._ppd_logit_rows: np.ndarray | None = None
         self._ppd_online: OnlineTrees | None = None
+        self._ppd_log = StepLog()
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
@@ -151,11 +153,18 @@ class PPDRunnerMixin:
             start, count = step.starts[index], step.num_rows[index]
             ids = tables.soft_ids[step.states[index], :count]
             self._write(self.input_ids.gpu, ranges([start], [count])[1:], ids[1:])  # type: ignore
-        rows, states, inner = step.tree_rows()
-        depths = tables.depths[states, inner]
         moved = self.positions  # type: ignore[attr-defined]
-        moved[self._to_device(rows)] += self._to_device(depths - inner)
-        masks = tables.ancestors[states, inner]
+        if len(step.states) == 1:
+            # One request decoding alone is where every microsecond shows.
+            start, count = int(step.starts[0]), int(step.num_rows[0])
+            rows = np.arange(start, start + count)
+            depths, shifts, masks = tables.layout(int(step.states[0]), count)
+            moved[start : start + count] += self._to_device(shifts)
+        else:
+            rows, states, inner = step.tree_rows()
+            depths = tables.depths[states, inner]
+            moved[self._to_device(rows)] += self._to_device(depths - inner)
+            masks = tables.ancestors[states, inner]
         only_trees = len(rows) == total_rows
         if not only_trees:
             depths = _spread(depths, rows, total_rows)
@@ -234,6 +243,7 @@ class PPDRunnerMixin:
     ) -> list[list[int]]:
         drafter, batch = self.drafter, len(sampled_token_ids)
         step, online = self._ppd_step, self._ppd_online
+        self._ppd_log.after_step(drafter, batch, step, self._ppd_walk)
         if online is not None and online.after_step(step, self._ppd_walk):
             # Guesses pending elsewhere were laid out for trees that are gone.
             self.ppd_trees = dict.fromkeys(self.ppd_trees, 0)
@@ -291,6 +301,15 @@ class PPDRunnerMixin:
                 inputs.req_ids, classes, chains, ends, token_ids
             )
         return classes, chains
+
+    def ppd_report(self) -> dict[str, Any]:
+        """The plan that is served, how often it changed, and the log's next line."""
+        online = self._ppd_online
+        return {
+            "plan": self.drafter.plan.to_dict(),
+            "plan_changes": online.changes if online is not None else 0,
+            "line": self._ppd_log.line(self.drafter),
+        }
 
     def _has_grammar(self, request_id: str) -> bool:
         # A grammar is checked along one chain of tokens; a tree's siblings are none.

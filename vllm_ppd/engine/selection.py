@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm
+import vllm.envs as envs
 from huggingface_hub import snapshot_download
 from vllm.config import SpeculativeConfig
 from vllm.logger import init_logger
@@ -101,6 +102,7 @@ def create_ppd_config(
             "profile": config.profile,
             "online": config.online,
             "profile_key": profile_key(args, model, parallel, device),
+            "vocab_size": model.get_vocab_size(),
             # Part of the compiled graph: the shape of the soft-token table.
             "soft_tokens": prompts.num_prompt_tokens * prompts.num_ept,
         },
@@ -108,6 +110,10 @@ def create_ppd_config(
     parallel.worker_cls = WORKERS[device]
     if device == "cuda":
         _prepare_cuda(args)
+    elif _runs_in_processes(parallel):
+        from vllm_ppd.engine.executor import PPDMultiprocExecutor
+
+        parallel.distributed_executor_backend = PPDMultiprocExecutor
     logger.info(
         "Parallel Prompt Decoding: %d prompt tokens from %s, up to %d rows per "
         "request and step",
@@ -187,6 +193,14 @@ def _plan_settings(
         tree=config.tree and str(Path(config.tree).resolve()),
         conditioned=conditioned,
         suffix=config.suffix,
+    )
+
+
+def _runs_in_processes(parallel: Any) -> bool:
+    """Whether vLLM will run its workers on a CPU by the multiprocess executor."""
+    backend = parallel.distributed_executor_backend
+    return backend == "mp" or (
+        backend in (None, "uni") and envs.VLLM_ENABLE_V1_MULTIPROCESSING
     )
 
 

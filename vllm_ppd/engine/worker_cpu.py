@@ -9,6 +9,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_ppd.engine.executor import attach_drafts
 from vllm_ppd.engine.profiling import plan_for_this_machine
 from vllm_ppd.engine.runner_v1 import PPDRunnerMixin
 
@@ -35,3 +36,11 @@ class PPDCPUWorker(CPUWorker):
         plan_for_this_machine(self.model_runner)
         self.model_runner.start_learning()
         return super().compile_or_warm_up_model()
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        return attach_drafts(output, self.model_runner.take_draft_token_ids())
+
+    def ppd_report(self) -> dict[str, Any]:
+        """What the trees do now; ask with ``llm.collective_rpc("ppd_report")``."""
+        return self.model_runner.ppd_report()

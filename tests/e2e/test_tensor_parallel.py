@@ -1,0 +1,79 @@
+"""Two ranks: the same trees on both, and the output of plain vLLM on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+# Run in a process of its own: vLLM starts its workers from there.
+SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+def main():
+    engine, prompts = json.loads(sys.argv[1])
+    llm = LLM(**engine)
+    found = []
+    for temperature in (0.0, 1.0):
+        params = [
+            SamplingParams(
+                temperature=temperature, max_tokens=40, ignore_eos=True, seed=i
+            )
+            for i in range(len(prompts))
+        ]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        found.append([list(o.outputs[0].token_ids) for o in outputs])
+    drafts = [
+        m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_drafts"
+    ]
+    print("FOUND " + json.dumps([found, drafts]))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def run(folder: Path, engine: dict, prompts: list[str]) -> list:
+    script = folder / "two_ranks.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps([engine, prompts])],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("FOUND "))
+
+
+def test_two_ranks_decode_as_without_ppd(tmp_path):
+    engine = {
+        "model": str(ROOT / "demo_model" / "model"),
+        "dtype": "float32",
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "tensor_parallel_size": 2,
+        "disable_log_stats": False,
+    }
+    prompts = ["def f(x):", "import os\n", "class A:\n    def __init__(self"]
+    prompts_folder = str(ROOT / "trained_prompts" / "demo")
+    speculative = {"method": "ppd", "model": prompts_folder, "profile": "none"}
+    expected, _ = run(tmp_path, engine, prompts)
+    found, drafts = run(
+        tmp_path, {**engine, "speculative_config": speculative}, prompts
+    )
+    assert found == expected
+    assert drafts[0] > 0

@@ -1,0 +1,168 @@
+"""Trees that change while requests run: by load, by evidence, by what traffic shows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.engine.conftest import PROMPTS
+from tests.engine.test_exactness import GREEDY, mixed, same
+from vllm_ppd.engine.executor import count_other_rows
+from vllm_ppd.evidence import Evidence
+from vllm_ppd.plan import Tier, TreePlan
+from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+
+ROOT = chain_tree(0, (3,))
+BUSHY = SparseTree((0, 0, 1, 1, 3), (0, 1, 0, 1, 0), (3, 2, 1, 3, 0, 2))
+# Deeper than prompt rows reach: the chain of an earlier match.
+LONG = SparseTree((0, 1, 2, 3, 4, 0, 1), (0, 0, 0, 0, 0, 1, 1), (2, *[0] * 5, 3, 1))
+
+
+def plan_file(folder, *tiers: Tier) -> str:
+    path = folder / "plan.json"
+    path.write_text(json.dumps(TreePlan(tiers).to_dict()))
+    return str(path)
+
+
+def policies() -> tuple[TreePolicy, ...]:
+    usual = TreePolicy((ROOT, chain_tree(1, (3, 3)), chain_tree(2, (3, 3, 3)), BUSHY))
+    return usual, TreePolicy((LONG,) * 4), TreePolicy((LONG, LONG, LONG, BUSHY))
+
+
+@pytest.fixture(scope="module")
+def tiers(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("plan")
+    usual, short, long = policies()
+    less = TreePolicy((ROOT, *[chain_tree(1, (3, 1))] * 3))
+    return plan_file(
+        folder,
+        Tier(2, (usual, short, long)),
+        Tier(5, (less, less, less)),
+        Tier(None),
+    )
+
+
+def engine_with(ppd_engine, **settings):
+    speculative = {**ppd_engine["speculative_config"], **settings}
+    return {**ppd_engine, "speculative_config": speculative}
+
+
+def drafts(ppd, engine) -> int:
+    return ppd.call("spec_counters", engine)["num_drafts"]
+
+
+def test_trees_switch_with_the_load(plain, ppd, plain_engine, ppd_engine, texts, tiers):
+    """Lengths differ, so the load falls from 10 requests to 1 while they run."""
+    engine = engine_with(ppd_engine, tree=tiers)
+    prompts = mixed(texts, 10, first=20)
+    params = [{**GREEDY, "max_tokens": 20 + 17 * i} for i in range(10)]
+    expected = plain.generate(plain_engine, prompts, params)
+    same(expected, ppd.generate(engine, prompts, params))
+    before = drafts(ppd, engine)
+    assert before > 0
+    # Six requests of one length are never in a tier that speculates.
+    params = [{**GREEDY, "max_tokens": 30}] * 6
+    expected = plain.generate(plain_engine, prompts[:6], params)
+    same(expected, ppd.generate(engine, prompts[:6], params))
+    # Only their first steps may come padded, where prompts hit the prefix cache.
+    assert drafts(ppd, engine) - before <= 6
+    params = [
+        {"temperature": 1.0, "seed": i, "max_tokens": 20 + 9 * i} for i in range(10)
+    ]
+    expected = plain.generate(plain_engine, prompts, params)
+    same(expected, ppd.generate(engine, prompts, params))
+
+
+def test_requests_may_opt_out(plain, ppd, plain_engine, ppd_engine, texts, tiers):
+    engine = engine_with(ppd_engine, tree=tiers)
+    prompts = [text[:200] for text in texts[40:42]]
+    params = {**GREEDY, "max_tokens": 60}
+    expected = plain.generate(plain_engine, prompts, params)
+    before = drafts(ppd, engine)
+    out = {**params, "extra_args": {"ppd": False}}
+    same(expected, ppd.generate(engine, prompts, out))
+    assert drafts(ppd, engine) - before <= 2
+    before = drafts(ppd, engine)
+    same(expected, ppd.generate(engine, prompts, [params, out]))
+    assert drafts(ppd, engine) > before + 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"suffix": False},
+        {"conditioned": False},
+        {"suffix": False, "conditioned": False},
+    ],
+    ids=str,
+)
+def test_every_source_of_guesses(
+    plain, ppd, plain_engine, ppd_engine, texts, tmp_path, settings
+):
+    usual, short, long = policies()
+    classes = (usual,) if settings.get("suffix") is False else (usual, short, long)
+    tree = plan_file(tmp_path, Tier(None, classes))
+    engine = engine_with(ppd_engine, tree=tree, **settings)
+    prompts = mixed(texts, 6, first=30)
+    params = {**GREEDY, "max_tokens": 70}
+    expected = plain.generate(plain_engine, prompts, params)
+    same(expected, ppd.generate(engine, prompts, params))
+
+
+@pytest.fixture
+def boastful(tmp_path) -> str:
+    """Prompt tokens whose evidence has it that nearly every guess is right."""
+    folder = tmp_path / "prompts"
+    shutil.copytree(PROMPTS, folder)
+    known = Evidence.load(folder / "evidence.json")
+    best = np.zeros_like(known.prompted)
+    best[:, 0] = 0.95
+    sure = replace(
+        known,
+        prompted=best,
+        unprompted=best[0],
+        chain=np.full_like(known.chain, 0.99),
+        overall=np.concatenate([best, best[:1]]),
+    )
+    sure.save(folder / "evidence.json")
+    return str(folder)
+
+
+def test_trees_follow_the_traffic(
+    plain, ppd, plain_engine, ppd_engine, texts, boastful
+):
+    """Plans change while requests run, and nothing else does."""
+    engine = engine_with(ppd_engine, model=boastful)
+    prompts = mixed(texts, 8, first=60)
+    first = ppd.call("report", engine)["plan"]
+    for seed in range(8):
+        params = [
+            {"temperature": 1.3, "seed": 100 * seed + i, "max_tokens": 150}
+            for i in range(8)
+        ]
+        expected = plain.generate(plain_engine, prompts, params)
+        same(expected, ppd.generate(engine, prompts, params))
+        greedy = {**GREEDY, "max_tokens": 150}
+        expected = plain.generate(plain_engine, prompts[:2], greedy)
+        same(expected, ppd.generate(engine, prompts[:2], greedy))
+        report = ppd.call("report", engine)
+        if report["plan_changes"]:
+            break
+    assert report["plan_changes"] > 0
+    assert report["plan"] != first
+    assert "tokens and" in report["line"]
+
+
+def test_the_acceptance_rate_counts_candidates():
+    # Token ids of a vocabulary of 100, ids of prompt rows, and vLLM's own padding.
+    drafts = {"a": [1, 99, 100, 103], "b": [5], "c": [-1, -1]}
+    assert count_other_rows(drafts, 100) == {"a": 2, "b": 0, "c": 2}
+
+
+def test_prompts_are_found(ppd_engine):
+    assert (PROMPTS / "successors.safetensors").exists()
+    assert (PROMPTS / "evidence.json").exists()

@@ -1,0 +1,63 @@
+"""vLLM's multiprocess executor, with one message a step less.
+
+vLLM asks the worker for its draft tokens in a call of their own, after every step.
+Here they come with the step's output. The executor also sees what is scheduled, so
+this is where rows that are no candidates are reported as such: vLLM's acceptance rate
+is then one of candidates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.outputs import DraftTokenIds
+
+from vllm_ppd.engine.selection import KEY
+
+__all__ = ["PPDMultiprocExecutor", "attach_drafts", "count_other_rows"]
+
+_ATTRIBUTE = "ppd_drafts"
+
+
+def attach_drafts(output: Any, drafts: DraftTokenIds | None) -> Any:
+    """Send the next drafts along with a step's output (in the worker)."""
+    if output is not None:
+        setattr(output, _ATTRIBUTE, drafts)
+    return output
+
+
+def count_other_rows(drafts: dict[str, list[int]], vocab_size: int) -> dict[str, int]:
+    """For each request the scheduled rows that are no candidates: not in the
+    vocabulary, because they are prompt rows, or padding."""
+    words = range(vocab_size)
+    return {
+        request_id: sum(token not in words for token in tokens)
+        for request_id, tokens in drafts.items()
+    }
+
+
+class PPDMultiprocExecutor(MultiprocExecutor):
+    _drafts: DraftTokenIds | None = None
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, non_block: bool = False
+    ) -> Any:
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        if drafts:
+            settings: Any = self.vllm_config.additional_config
+            # vLLM's own field for drafts that should not count.
+            scheduler_output.num_invalid_spec_tokens = count_other_rows(
+                drafts, settings[KEY]["vocab_size"]
+            )
+        return super().execute_model(scheduler_output, non_block)
+
+    def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
+        output = super().sample_tokens(grammar_output, non_block)
+        self._drafts = getattr(output, _ATTRIBUTE, None)
+        return output
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        drafts, self._drafts = self._drafts, None
+        return drafts
