@@ -47,6 +47,8 @@ def run(folder: Path, engine: dict, prompts: list[str]) -> list:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            # A machine may have fewer NUMA nodes than ranks.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_LOGGING_LEVEL": "WARNING",
         },
         capture_output=True,

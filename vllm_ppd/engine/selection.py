@@ -22,10 +22,12 @@ from vllm_ppd.config import PPDConfig, PPDConfigError
 from vllm_ppd.default_trees import row_limit
 from vllm_ppd.engine.known_profile import known_profile, profile_key
 from vllm_ppd.engine.refusals import refuse_unsupported
+from vllm_ppd.engine.v2.config import present_to_v2, runs_on_v2
 from vllm_ppd.engine.versions import require_supported_vllm
 from vllm_ppd.fingerprint import BaseModelFingerprint, FingerprintError
 from vllm_ppd.hub import resolve_path
 from vllm_ppd.plan_choice import PlanSettings
+from vllm_ppd.profile import LatencyProfile
 from vllm_ppd.prompts import PromptTokens
 from vllm_ppd.successors import SUCCESSOR_FILE, SuccessorTable
 from vllm_ppd.tree import MAX_ROWS
@@ -91,10 +93,6 @@ def create_ppd_config(
     prompts.check_against(_fingerprint(model))
     settings = _plan_settings(config, folder, prompts, device, args, model)
     profile = known_profile(config.profile, profile_key(args, model, parallel, device))
-    plan, _ = settings.choose(profile)
-    # Any tree within the limit may become the best one later, unless all is settled.
-    settled = config.tree is not None or not (config.online or profile is None)
-    max_rows = plan.max_rows if settled else settings.max_rows
     args.additional_config = {
         **(args.additional_config or {}),
         KEY: {
@@ -107,20 +105,40 @@ def create_ppd_config(
             "soft_tokens": prompts.num_prompt_tokens * prompts.num_ept,
         },
     }
-    parallel.worker_cls = WORKERS[device]
-    if device == "cuda":
-        _prepare_cuda(args)
-    elif _runs_in_processes(parallel):
-        from vllm_ppd.engine.executor import PPDMultiprocExecutor
-
-        parallel.distributed_executor_backend = PPDMultiprocExecutor
+    if runs_on_v2(device):
+        speculating = present_to_v2(args, settings, profile, model, parallel)
+    else:
+        speculating = _present_to_v1(args, config, settings, profile, model, parallel)
     logger.info(
         "Parallel Prompt Decoding: %d prompt tokens from %s, up to %d rows per "
         "request and step",
         prompts.num_prompt_tokens,
         folder,
-        max_rows,
+        speculating.num_speculative_tokens + 1,
     )
+    return speculating
+
+
+def _present_to_v1(
+    args: Any,
+    config: PPDConfig,
+    settings: PlanSettings,
+    profile: LatencyProfile | None,
+    model: Any,
+    parallel: Any,
+) -> SpeculativeConfig:
+    """The speculative settings that select PPD on vLLM's V1 runner."""
+    plan, _ = settings.choose(profile)
+    # Any tree within the limit may become the best one later, unless all is settled.
+    settled = config.tree is not None or not (config.online or profile is None)
+    max_rows = plan.max_rows if settled else settings.max_rows
+    parallel.worker_cls = WORKERS[settings.device]
+    if settings.device == "cuda":
+        _prepare_cuda(args)
+    elif _runs_in_processes(parallel):
+        from vllm_ppd.engine.executor import PPDMultiprocExecutor
+
+        parallel.distributed_executor_backend = PPDMultiprocExecutor
     # custom_class keeps vLLM on the V1 runner, which this adapter subclasses, and
     # needs no new value in vLLM's closed list of methods.
     return SpeculativeConfig(
