@@ -50,6 +50,16 @@ COMMANDS = {
         "measure how often prompt tokens guess right, which chooses their trees",
         "vllm-ppd calibrate PATH --model MODEL --data HELD_OUT.jsonl",
     ),
+    "profile": Command(
+        "vllm_ppd.cli.profile",
+        "measure the steps of a served model on this machine, which sizes its trees",
+        "vllm-ppd profile MODEL PATH --plot profile.png",
+    ),
+    "tree": Command(
+        "vllm_ppd.cli.tree",
+        "draw the trees that prompt tokens are served with, and what they should bring",
+        "vllm-ppd tree PATH --requests 1,16 --plot trees.png",
+    ),
     "convert": Command(
         "vllm_ppd.cli.convert",
         "convert prompt tokens from the authors' PEFT layout, or into it",
