@@ -62,19 +62,18 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "block_size", "dtype"),
+    ("heads", "kv_heads", "dim", "block_size", "dtype", "splits"),
     [
-        (4, 2, 64, 16, torch.float32),
-        (1, 1, 80, 32, torch.bfloat16),
-        (8, 1, 128, 128, torch.float16),
-        (3, 1, 96, 16, torch.float32),
-        (5, 1, 256, 64, torch.bfloat16),
-        (3, 3, 20, 16, torch.float32),
+        (4, 2, 64, 16, torch.float32, 1),
+        (1, 1, 80, 32, torch.bfloat16, 4),
+        (8, 1, 128, 128, torch.float16, 1),
+        (3, 1, 96, 16, torch.float32, 4),
+        (5, 1, 256, 64, torch.bfloat16, 4),
+        (3, 3, 20, 16, torch.float32, 2),
     ],
 )
-def test_mixed_batches(splits, heads, kv_heads, dim, block_size, dtype):
+def test_mixed_batches(heads, kv_heads, dim, block_size, dtype, splits):
     check(make_step(MIXED, heads, kv_heads, dim, block_size, dtype), splits)
 
 
