@@ -237,7 +237,8 @@ def measure(
         if not file.exists():
             raise EngineFailedError(
                 f"the engine started but filed no profile at {file}; is that folder "
-                "writable?"
+                "writable, and does vLLM run its V1 model runner (V2 takes a typical "
+                "machine)?"
             )
         return LatencyProfile.load(file, key)
 
