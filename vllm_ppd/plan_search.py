@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.evidence_search import EvidencePolicy, best_policy
+from vllm_ppd.latency import LatencyCurve
 from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.profile import LatencyProfile
 
-__all__ = ["PlannedTier", "best_plan"]
+__all__ = ["PlannedTier", "best_plan", "shared_curve"]
 
 # Running requests up to which tiers are told apart; half-open powers of two.
 _LIMITS = (1, 2, 4, 8, 16, 32, 64, 128)
 # Predictions err by a few per cent; a smaller gain is not worth the risk of a loss.
-_LEAST_GAIN = 1.04
+_LEAST_GAIN = 1.05
+# Repetitions of a tier's search, and when the mean rows have settled.
+_ROUNDS, _CLOSE = 6, 0.1
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,10 @@ def best_plan(
     planned: list[PlannedTier] = []
     found: EvidencePolicy | None = None
     for requests in _LIMITS:
-        curve = profile.curve(requests)
-        found = best_policy(evidence, curve, max_rows, num_ept, start=found)
-        plain = 1 / float(curve.seconds[0])
+        found = _best_together(
+            evidence, profile.curve(requests), requests, max_rows, num_ept, found
+        )
+        plain = 1 / float(profile.curve(requests).seconds[0])
         planned.append(PlannedTier(requests, found, found.tokens_per_second / plain))
         # What does not pay at some load does not pay at a higher one.
         if requests >= max_requests or not planned[-1].speculates:
@@ -74,3 +80,54 @@ def best_plan(
             tiers.pop()
         tiers.append(tier)
     return TreePlan(tuple(tiers)), planned
+
+
+def _best_together(
+    evidence: Evidence,
+    curve: LatencyCurve,
+    requests: int,
+    max_rows: int,
+    num_ept: int,
+    start: EvidencePolicy | None,
+) -> EvidencePolicy:
+    """The best policy for requests that share their steps.
+
+    What a step costs because there are guesses at all is paid by everyone in it, also
+    by a request whose own tree is bare, and rows cost what the rows of all together
+    do. How often the others speculate, and with how many rows, is found by repetition.
+    """
+    if requests == 1:
+        return best_policy(evidence, curve, max_rows, num_ept, start=start)
+    share, mean_rows = 1.0, 2.0
+    for _ in range(_ROUNDS):
+        paid = 1 - (1 - share) ** (requests - 1)
+        together = shared_curve(curve, paid, mean_rows)
+        start = best_policy(evidence, together, max_rows, num_ept, start=start)
+        bare = np.array([[t.num_rows == 1 for t in row] for row in start.trees])
+        before, mean_rows = mean_rows, start.mean_rows
+        share = 1 - float((start.state_distribution * bare).sum())
+        if abs(mean_rows - before) < _CLOSE:
+            break
+    assert start is not None
+    return start
+
+
+def shared_curve(curve: LatencyCurve, paid: float, mean_rows: float) -> LatencyCurve:
+    """What the rows of one request cost in a step that it shares.
+
+    Args:
+        curve: seconds of a step by rows per request, all requests having as many.
+        paid: chance that other requests' guesses are in the step. Then a row alone
+            costs what the line through the next two points says, not a plain step.
+        mean_rows: rows per request in the mean, at which the cost is right; around it
+            every row costs the same, whoever's it is.
+    """
+    if len(curve.rows) < 3:
+        return curve
+    (one, two, more), (plain, second, third) = curve.rows[:3], curve.seconds[:3]
+    line = second - (third - second) / (more - two) * (two - one)
+    first = plain + paid * max(0.0, line - plain)
+    mean_rows = max(mean_rows, 1.5)
+    low, high = int(mean_rows), int(mean_rows) + 1
+    at = curve(low) + (curve(high) - curve(low)) * (mean_rows - low)
+    return LatencyCurve.linear(first, max(0.0, at - first) / (mean_rows - 1))

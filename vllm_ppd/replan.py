@@ -18,11 +18,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vllm_ppd.atomic import write_json
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.evidence_search import policy_value
 from vllm_ppd.plan import TreePlan
-from vllm_ppd.plan_search import best_plan
+from vllm_ppd.plan_search import best_plan, shared_curve
 from vllm_ppd.profile import LatencyProfile
 
 __all__ = ["Replanner", "better_plan"]
@@ -50,7 +52,12 @@ def better_plan(
         served = current.tiers[current.tier_index(tier.requests)].policies
         if served:
             trees = [policy.trees for policy in served]
-            here = policy_value(trees, evidence, curve)[1]
+            _, here, share = policy_value(trees, evidence, curve)
+            if tier.requests > 1:
+                rows = [[tree.num_rows for tree in row] for row in trees]
+                mean = float((share * np.array(rows)).sum())
+                together = shared_curve(curve, 1.0, mean)
+                here = policy_value(trees, evidence, together)[1]
         then = plain * tier.gain if tier.speculates else plain
         if then >= _LEAST_GAIN * here:
             return plan

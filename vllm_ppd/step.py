@@ -53,6 +53,7 @@ class TreeStep:
         # vLLM may have cut the rows anywhere; nodes come first.
         self.num_nodes = np.minimum(num_rows, tables.num_nodes[states])
         self.first_nodes = np.cumsum(self.num_nodes) - self.num_nodes
+        # Requests whose rows need tree masks; the caller may add plain decodes.
         self.trees = np.flatnonzero(num_rows > 1)
 
     @cached_property

@@ -11,7 +11,7 @@ from vllm_ppd.evidence import Evidence, EvidenceError
 from vllm_ppd.evidence_search import best_policy, node_chances, policy_value
 from vllm_ppd.latency import LatencyCurve
 from vllm_ppd.plain_tree import PlainTree
-from vllm_ppd.plan_search import best_plan
+from vllm_ppd.plan_search import best_plan, shared_curve
 from vllm_ppd.profile import LatencyProfile
 from vllm_ppd.tree_search import optimal_policy
 
@@ -142,6 +142,27 @@ def test_what_speculation_costs_decides_the_tiers():
     assert plan.tiers[-1].policies == ()
     assert tiers[0].found.mean_rows > tiers[2].found.mean_rows
     assert plan.tiers[0].policies
+
+
+def test_requests_share_what_guessing_costs():
+    """A jump from one row to two is paid by every request of a step with guesses."""
+    curve = LatencyCurve((1, 2, 4, 8), (1.0, 2.0, 2.2, 2.6))
+    shared = shared_curve(curve, 0.5, 4.0)
+    # Half of the way from 1.0 to where the line through 2.0 and 2.2 meets one row.
+    assert shared(1) == pytest.approx(1.45)
+    assert shared(4) == pytest.approx(2.2)
+    # If a request has more rows than the others, the step is not so much longer.
+    assert shared(8) - shared(4) == pytest.approx(shared(4) - shared(1), rel=0.34)
+    evidence = some_evidence(1, m=2, ranks=3, classes=2)
+    rows = (1, 2, 4, 8)
+    profile = LatencyProfile((1, 8), rows, ((1.0, 2.0, 2.2, 2.6),) * 2, {})
+    _, tiers = best_plan(evidence, profile, 8, max_requests=8)
+    # The same curve at either load: only what is shared differs, and the mean rows
+    # of all cost what the curve says.
+    for tier in tiers[1:]:
+        assert tier.gain <= tiers[0].gain
+        expected = tier.found.tau / profile.curve(8)(round(tier.found.mean_rows))
+        assert tier.found.tokens_per_second == pytest.approx(expected, rel=0.08)
 
 
 def test_the_servers_own_limit_ends_the_tiers():

@@ -21,8 +21,9 @@ logger = init_logger("vllm.ppd")
 
 # Steps between looks: counting takes tens of microseconds, asking for a plan less.
 _COUNT_EVERY, _ASK_EVERY, _GLANCE_EVERY = 4, 64, 16
-# Tokens counted before another plan is searched.
-_ENOUGH = 600.0
+# Tokens counted before another plan is searched: twice as many each time that none was
+# found to be better, because the search takes a core for seconds.
+_ENOUGH, _MOST = 600.0, 100_000.0
 # With several ranks the answer is waited for, so many steps after the question.
 _PATIENCE = 2048
 
@@ -42,6 +43,7 @@ class OnlineTrees:
         self._replanner = Replanner()
         self.changes = 0
         self._steps = self._asked_at = 0
+        self._enough = _ENOUGH
         # request -> (tokens before the chain, match class, chain)
         self._chains: dict[str, tuple[int, int, np.ndarray]] = {}
 
@@ -114,13 +116,17 @@ class OnlineTrees:
                 return False
             else:
                 plan = replanner.take(wait=True)
+            if replanner.busy:
+                return False
+            self._enough = min(2 * self._enough, _MOST)
             if plan is None:
                 return False
+            self._enough = _ENOUGH
             drafter.set_plan(plan)
             self.changes += 1
             logger.debug("PPD changed its trees to what the traffic accepts")
             return True
-        if self._learner.observations >= _ENOUGH:
+        if self._learner.observations >= self._enough:
             settings = drafter.plan_settings
             replanner.submit(
                 self._learner.evidence(),

@@ -144,6 +144,10 @@ class PPDRunnerMixin:
         computed = self.input_batch.num_computed_tokens_cpu[:batch]  # type: ignore
         self._ppd_contexts = computed + num_scheduled_tokens - num_rows
         step = TreeStep(self.drafter.tables, trees, ends - num_rows, num_rows)
+        if (num_rows == num_scheduled_tokens).all():
+            # Nobody reads a prompt: a plain decode is a tree of one row, and the
+            # stock attention kernel has nothing to do.
+            step.trees = np.arange(batch)
         return step, padded
 
     def _place_trees(self, step: TreeStep, padded: list[int], total_rows: int) -> None:

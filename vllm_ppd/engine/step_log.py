@@ -58,7 +58,8 @@ class StepLog:
             self._reset()
 
     def _add(self, drafter: PPDProposer, step: TreeStep, walk: TreeWalk) -> None:
-        self._speculating += len(step.trees)
+        guessing = step.num_rows > 1
+        self._speculating += int(guessing.sum())
         self._tokens += int(walk.lengths.sum())
         self._rows += int(step.num_rows.sum())
         self._nodes += int(step.num_nodes.sum()) - len(step.states)
@@ -66,7 +67,7 @@ class StepLog:
         on_chain = step.tables.on_chain[step.states, walk.nodes]
         depths = step.tables.candidate_depths[step.states, walk.nodes]
         self._chain_tokens += int(depths[on_chain].sum())
-        states = drafter.tree_states[step.states[step.trees]]
+        states = drafter.tree_states[step.states[guessing]]
         if len(self._states) != drafter.num_states:
             self._states = np.zeros(drafter.num_states)
         self._states += np.bincount(states, minlength=drafter.num_states)
