@@ -135,7 +135,7 @@ def test_the_chain_goes_deeper_than_prompt_rows():
 def test_what_speculation_costs_decides_the_tiers():
     evidence = some_evidence(1, m=2, ranks=3)
     rows = (1, 2, 4, 8)
-    table = ((1.0, 1.1, 1.2, 1.3), (1.2, 1.5, 2.0, 3.0), (2.0, 6.0, 10.0, 20.0))
+    table = ((1.0, 1.1, 1.2, 1.3), (1.2, 1.21, 1.23, 1.4), (2.0, 6.0, 10.0, 20.0))
     profile = LatencyProfile((1, 2, 4), rows, table, {})
     plan, tiers = best_plan(evidence, profile, 8, max_requests=64)
     assert [tier.requests for tier in tiers] == [1, 2, 4]
