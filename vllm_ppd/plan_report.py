@@ -10,6 +10,7 @@ import numpy as np
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.evidence_search import node_chances, policy_value
 from vllm_ppd.plan import Tier, TreePlan
+from vllm_ppd.plan_search import shared_curve
 from vllm_ppd.profile import LatencyProfile
 from vllm_ppd.suffix import LENGTHS
 from vllm_ppd.tree import SparseTree, TreeError
@@ -110,6 +111,11 @@ def load_figures(
     tau, speed, shares = policy_value(trees, evidence, curve)
     states = _states(tier, evidence, shares)
     rows = sum(each.share * each.tree.num_rows for each in states)
+    if requests > 1:
+        # Requests pay for each other's guesses, as the search has it.
+        bare = sum(each.share for each in states if each.tree.num_rows == 1)
+        paid = 1 - min(bare, 1.0) ** (requests - 1)
+        speed = policy_value(trees, evidence, shared_curve(curve, paid, rows))[1]
     return LoadFigures(requests, index, tau, rows, tau / speed, plain, states)
 
 

@@ -136,7 +136,9 @@ def test_figures_are_those_of_the_search() -> None:
             assert (found.tau, found.gain, found.states) == (1, 1, ())
             continue
         assert found.tau == pytest.approx(each.found.tau, rel=1e-6)
-        assert found.gain == pytest.approx(each.gain, rel=1e-6)
+        # The search stops when what requests pay for each other has nearly settled.
+        close = 1e-6 if each.requests == 1 else 0.03
+        assert found.gain == pytest.approx(each.gain, rel=close)
         assert found.mean_rows == pytest.approx(each.found.mean_rows, rel=1e-6)
         assert sum(state.share for state in found.states) == pytest.approx(1)
         mean = sum(state.share * state.tokens for state in found.states)
@@ -192,14 +194,23 @@ def test_sources_can_be_left_out(tree, folder: Path) -> None:
     assert "typical chances: calibrate" in tree()
 
 
-def test_loads_that_are_asked_for(tree) -> None:
-    shown = tree("--requests", "3,500")
+def test_loads_that_are_asked_for(tree, tmp_path: Path) -> None:
+    policies = best_plan(EVIDENCE, default_profile("cpu"), 12)[0].tiers[0].policies
+    plan = TreePlan((Tier(1, policies), Tier(4, policies[:1] * 3), Tier(None)))
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan.to_dict()))
+    shown = tree("--tree", str(file), "--requests", "3,500")
     rows = [line.split() for line in shown.splitlines()]
     assert {"3", "500"} <= {row[0] for row in rows if row}
     assert "trees: up to 4 running requests" in shown
-    # At 500 requests nothing pays, and there are no trees to draw.
+    # At 500 requests there are no trees to draw.
     assert shown.count("trees: ") == 1
-    assert "every step is a plain one" in tree("--requests", "500")
+    alone = tree("--tree", str(file), "--requests", "500")
+    assert "every step is a plain one" in alone
+    # Unasked: all usual loads, and the first tier's trees.
+    every = tree("--tree", str(file))
+    assert "trees: up to 1 running request " in every
+    assert ["65", "on"] in [line.split()[:2] for line in every.splitlines()]
 
 
 def test_every_line_on_request(tree) -> None:

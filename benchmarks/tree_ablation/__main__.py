@@ -1,0 +1,5 @@
+"""See `command`."""
+
+from .command import main
+
+raise SystemExit(main())

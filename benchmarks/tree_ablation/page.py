@@ -1,0 +1,175 @@
+"""Write the page's tables from the committed results.
+
+python -m benchmarks.tree_ablation.page            # rewrites README.md beside this file
+python -m benchmarks.tree_ablation.page --check    # fails if it is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_ppd.atomic import write_bytes
+
+from .document import cells_of, read_document
+from .prediction import DEMO
+
+__all__ = ["PAGE", "page_with", "source_name", "write_page"]
+
+PAGE = Path(__file__).with_name("README.md")
+_RESULTS = PAGE.parents[1] / "results" / "tree_ablation.json"
+BEGIN, END = "<!-- tables: benchmarks/tree_ablation/page.py -->", "<!-- end -->"
+_NOT_RUN = "No results are committed yet."
+
+
+def source_name(conditioned: bool, suffix: bool) -> str:
+    """What guesses are made from, in words."""
+    more = ["successor table"] * conditioned + ["earlier matches"] * suffix
+    return " + ".join(["prompt rows", *more])
+
+
+def decoding_name(temperature: str) -> str:
+    return "greedy" if temperature == "0" else f"temperature {temperature}"
+
+
+def unique(cells: Sequence[Mapping[str, Any]], *keys: str) -> list[tuple[Any, ...]]:
+    """The different values of some keys, in order of appearance."""
+    return list(dict.fromkeys(tuple(cell[key] for key in keys) for cell in cells))
+
+
+def predicted_lines(results: Mapping[str, Any], statistics: str) -> list[str]:
+    """One table per model: a row per source and kind, a column per rows."""
+    cells = cells_of(results["predicted"], statistics=statistics)
+    rows = [count for (count,) in unique(cells, "rows")]
+    lines = [
+        "| guesses from | trees | " + " | ".join(f"{n} rows" for n in rows) + " |",
+        "|---" * (2 + len(rows)) + "|",
+    ]
+    for conditioned, suffix, kind in unique(cells, "conditioned", "suffix", "kind"):
+        found = cells_of(cells, conditioned=conditioned, suffix=suffix, kind=kind)
+        taus = {cell["rows"]: f"{cell['tau']:.3f}" for cell in found}
+        lines.append(
+            f"| {source_name(conditioned, suffix)} | {kind} | "
+            + " | ".join(taus.get(count, "-") for count in rows)
+            + " |"
+        )
+    return lines
+
+
+def measured_lines(results: Mapping[str, Any]) -> list[str]:
+    """A row per source, kind and rows, a column per temperature."""
+    cells = results["measured"]
+    temperatures = list(cells[0]["temperatures"])
+    lines = [
+        "| guesses from | trees | rows | predicted | "
+        + " | ".join(decoding_name(t) for t in temperatures)
+        + " |",
+        "|---" * (4 + len(temperatures)) + "|",
+    ]
+    for cell in cells:
+        figures = (cell["temperatures"][t] for t in temperatures)
+        shown = (
+            f"{f['tokens_per_step']:.3f} ± {f['half_width_95']:.3f}" for f in figures
+        )
+        lines.append(
+            f"| {source_name(cell['conditioned'], cell['suffix'])} | {cell['kind']} "
+            f"| {cell['rows']} | {cell['predicted_tau']:.3f} | "
+            + " | ".join(shown)
+            + " |"
+        )
+    return lines
+
+
+def chosen_lines(results: Mapping[str, Any]) -> list[str]:
+    """A row per machine and load, a column per source: gain (tokens, rows)."""
+    cells = results["chosen"]
+    sources = unique(cells, "conditioned", "suffix")
+    lines = [
+        "| machine | requests | " + " | ".join(source_name(*s) for s in sources) + " |",
+        "|---" * (2 + len(sources)) + "|",
+    ]
+    for machine, requests in unique(cells, "machine", "requests"):
+        shown = []
+        for conditioned, suffix in sources:
+            found = cells_of(
+                cells,
+                machine=machine,
+                requests=requests,
+                conditioned=conditioned,
+                suffix=suffix,
+            )
+            # Beyond the last tier everything is as in it: plain decoding.
+            text = "plain"
+            if found and found[0]["gain"] > 1:
+                text = "{gain:.2f}x ({tau:.2f}, {mean_rows:.1f})".format(**found[0])
+            shown.append(text)
+        lines.append(f"| {machine} | {requests} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def conditions(results: Mapping[str, Any]) -> list[str]:
+    machine, settings = results["environment"], results["settings"]
+    commit = (machine["git"]["commit"] or "unknown")[:7]
+    lines = [f"{settings['model']}, {settings['prompts']}; commit {commit}."]
+    if results["measured"]:
+        lines.append(
+            f"Measured with vLLM {settings['vllm']}, {settings['dtype']}: "
+            f"{settings['num_prompts']} prompts of {settings['prompt_length']} tokens, "
+            f"{settings['max_tokens']} new ones each; ± is half a 95 % interval."
+        )
+    return lines
+
+
+def section(results: Mapping[str, Any] | None) -> str:
+    """What stands between the page's markers."""
+    if results is None:
+        return "\n".join([BEGIN, _NOT_RUN, END])
+    lines = conditions(results)
+    if results["measured"]:
+        lines += ["", "### Measured on the demo model: tokens per step", ""]
+        lines += measured_lines(results)
+    for (statistics,) in unique(results["predicted"], "statistics"):
+        whose = "the demo model's evidence" if statistics == DEMO else statistics
+        lines += ["", f"### Predicted tokens per step: {whose}", ""]
+        lines += predicted_lines(results, statistics)
+    if results["chosen"]:
+        lines += ["", "### Our trees at the size that a machine chooses", ""]
+        lines += ["Expected speed of plain decoding (tokens, rows per step).", ""]
+        lines += chosen_lines(results)
+    return "\n".join([BEGIN, *lines, END])
+
+
+def page_with(text: str, results: Mapping[str, Any] | None) -> str:
+    """A page's text with its tables made anew; raises ValueError without markers."""
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"the page has no line {BEGIN!r} with an {END!r} after it")
+    return pattern.sub(lambda _: section(results), text)
+
+
+def write_page(page: Path, results: Mapping[str, Any] | None) -> None:
+    """Bring a page up to date."""
+    text = page.read_text(encoding="utf-8")
+    write_bytes(page, page_with(text, results).encode())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only compare")
+    args = parser.parse_args(argv)
+    results = read_document(_RESULTS) if _RESULTS.exists() else None
+    if not args.check:
+        write_page(PAGE, results)
+        return 0
+    text = PAGE.read_text(encoding="utf-8")
+    if page_with(text, results) != text:
+        print(f"{PAGE.name} does not show the committed results")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
