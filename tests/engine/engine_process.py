@@ -202,3 +202,26 @@ def compilations(llm: Any) -> dict[str, int]:
     counts["frames"] = len(torch._dynamo.utils.compilation_time_metrics)
     counts["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return {name: int(count) for name, count in counts.items()}
+
+
+def drafts_of_steps(
+    llm: Any, prompt: Any, params: Any, steps: int
+) -> list[dict[str, Any]]:
+    """One request's token ids, prompt included, and its drafts, after each step."""
+    engine = llm.llm_engine
+    engine.add_request("drafts", prompt, _sampling_params(params))
+    found: list[dict[str, Any]] = []
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        scheduler = engine.engine_core.engine_core.scheduler
+        for output in outputs:
+            # The only request, under an id that vLLM made up; none once it is done.
+            for request in scheduler.requests.values():
+                ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+                found.append({"ids": ids, "drafts": list(request.spec_token_ids)})
+        if len(found) == steps:
+            engine.abort_request(["drafts"])
+            break
+    while engine.has_unfinished_requests():
+        engine.step()
+    return found
