@@ -11,7 +11,7 @@ ENGINE_TESTS := $(wildcard tests/engine tests/e2e)
 .PHONY: help setup demo test test-unit test-v2 lint format clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: ## make .venv with vLLM (CUDA or CPU) and this project, once
 	@$(PYTHON) scripts/setup_env.py --device $(DEVICE)
