@@ -12,8 +12,9 @@ typical chances and a typical GPU's latencies:
 - best_plan: the same for every tier of load, what a start of the server does
   (`vllm_ppd/plan_search.py`). A plan serves at most 129 rows.
 
-Each is repeated for a while; the median of the processor's time is shown, which other
-programs disturb less than the clock. The last line printed is one JSON document.
+Each is repeated for a while, slow ones are run once; the median of the processor's time
+is shown, which other programs disturb less than the clock. The last line printed is one
+JSON document.
 """
 
 from __future__ import annotations
@@ -89,13 +90,11 @@ def searches(rows: int, m: int, ept: int) -> Iterator[tuple[str, Callable[[], An
 
 
 def timed(search: Callable[[], Any], seconds: float) -> dict[str, float]:
-    """Run it again and again for `seconds`, three times at least unless 0."""
+    """Run it again and again for `seconds`, once at least."""
     wall: list[float] = []
     cpu: list[float] = []
     begun = time.perf_counter()
-    while not wall or (
-        seconds and (len(wall) < 3 or time.perf_counter() - begun < seconds)
-    ):
+    while not wall or time.perf_counter() - begun < seconds:
         clock, used = time.perf_counter(), time.process_time()
         search()
         wall.append(time.perf_counter() - clock)
