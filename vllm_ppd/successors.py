@@ -28,7 +28,7 @@ from vllm_ppd.atomic import write_bytes
 __all__ = ["SUCCESSOR_FILE", "SuccessorCounts", "SuccessorError", "SuccessorTable"]
 
 SUCCESSOR_FILE = "successors.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SMOOTHING = 20.0
 
 
@@ -52,10 +52,12 @@ class SuccessorTable:
     """float32 [V], gain of every token that is not listed."""
     weights: tuple[float, ...]
     """[m] how much of the gain to add to the logits of prompt token d."""
+    base: np.ndarray
+    """float32 [V], share of each token in the text."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", np.ascontiguousarray(self.ids, np.int32))
-        for name in ("gains", "floor"):
+        for name in ("gains", "floor", "base"):
             value = np.ascontiguousarray(getattr(self, name), np.float32)
             object.__setattr__(self, name, value)
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
@@ -65,10 +67,12 @@ class SuccessorTable:
                 f"ids {list(self.ids.shape)} and gains {list(self.gains.shape)} of a "
                 "successor table must both be [vocabulary, n]"
             )
-        if len(self.ids) != vocabulary or not self.weights:
+        sizes = len(self.ids), len(self.base)
+        if sizes != (vocabulary, vocabulary) or not self.weights:
             raise SuccessorError(
-                f"the successor table has {len(self.ids)} rows of ids, {vocabulary} "
-                f"floors and {len(self.weights)} weights; it is damaged"
+                f"the successor table has {sizes[0]} rows of ids, {sizes[1]} base "
+                f"rates, {vocabulary} floors and {len(self.weights)} weights; it is "
+                "damaged"
             )
         if self.ids.min(initial=0) < 0 or self.ids.max(initial=0) >= vocabulary:
             raise SuccessorError(
@@ -78,6 +82,18 @@ class SuccessorTable:
         values = (self.gains, self.floor, np.array(self.weights))
         if not all(np.isfinite(value).all() for value in values):
             raise SuccessorError("the successor table holds NaN or infinite values")
+        if not (np.isfinite(self.base).all() and self.base.min(initial=1) > 0):
+            raise SuccessorError("base rates of a successor table must be above 0")
+
+    @classmethod
+    def empty(
+        cls, vocab_size: int, size: int, weights: tuple[float, ...]
+    ) -> SuccessorTable:
+        """A table that has seen nothing and changes no ranks."""
+        size = min(size, vocab_size)
+        ids = np.tile(np.arange(size, dtype=np.int32), (vocab_size, 1))
+        base = np.full(vocab_size, 1 / vocab_size)
+        return cls(ids, np.zeros(ids.shape), np.zeros(vocab_size), weights, base)
 
     @property
     def vocab_size(self) -> int:
@@ -86,7 +102,7 @@ class SuccessorTable:
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        return self.ids.nbytes + self.gains.nbytes + self.floor.nbytes
+        return sum(a.nbytes for a in (self.ids, self.gains, self.floor, self.base))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as safetensors, completely or not at all."""
@@ -94,6 +110,7 @@ class SuccessorTable:
             "ids": self.ids,
             "gains": self.gains.astype(np.float16),
             "floor": self.floor.astype(np.float16),
+            "base": self.base,
         }
         notes = {
             "format": "ppd_successors",
@@ -120,6 +137,7 @@ class SuccessorTable:
                     file.get_tensor("gains"),
                     file.get_tensor("floor"),
                     tuple(json.loads(notes["weights"])),
+                    file.get_tensor("base"),
                 )
         except (OSError, SafetensorError, SuccessorError, ValueError, KeyError) as why:
             raise SuccessorError(f"{path}: {why}") from why
@@ -179,4 +197,5 @@ class SuccessorCounts:
             table[row, len(own) :] = common[~np.isin(common, own)][: size - len(own)]
         table[rows, columns] = ids[kept]
         gains[rows, columns] = np.log(listed / (self._totals[rows] + smoothing))
-        return SuccessorTable(table, gains, floor, (1.0,) * num_prompt_tokens)
+        weights = (1.0,) * num_prompt_tokens
+        return SuccessorTable(table, gains, floor, weights, base)

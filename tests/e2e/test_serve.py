@@ -119,6 +119,10 @@ def test_metrics_count_accepted_guesses(server):
     }
     assert values["vllm:spec_decode_num_drafts_total"] > 50
     assert values["vllm:spec_decode_num_accepted_tokens_total"] > 5
+    ours = [line for line in lines if line.startswith("vllm:ppd_")]
+    assert any('model_name="demo"' in line for line in ours)
+    accepted = [line for line in ours if line.startswith("vllm:ppd_accepted_tokens_")]
+    assert sum(float(line.rsplit(" ", 1)[1]) for line in accepted) > 0
 
 
 def test_a_wrong_path_ends_the_server_with_one_sentence():

@@ -124,6 +124,15 @@ def spec_counters(llm: Any) -> dict[str, int]:
     }
 
 
+def metrics(llm: Any, prefix: str) -> dict[str, float]:
+    """Sums of the counters and gauges whose names begin so, over their labels."""
+    sums: dict[str, float] = {}
+    for metric in llm.get_metrics():
+        if metric.name.startswith(prefix) and hasattr(metric, "value"):
+            sums[metric.name] = sums.get(metric.name, 0.0) + metric.value
+    return sums
+
+
 def abort_midway(
     llm: Any, prompts: list[Any], params: Any, abort: list[int], after_steps: int
 ) -> dict[int, dict[str, Any]]:

@@ -157,6 +157,40 @@ def test_trees_follow_the_traffic(
     assert "tokens and" in report["line"]
 
 
+def accepted(ppd, engine) -> int:
+    return ppd.call("spec_counters", engine)["num_accepted_tokens"]
+
+
+def test_successors_are_learnt_where_there_is_no_table(
+    plain, ppd, plain_engine, ppd_engine, texts, tmp_path
+):
+    """The same trees, with nothing but prompt rows and with a table that starts empty:
+    prompt rows do not see the root, so knowing what follows it helps."""
+    folder = tmp_path / "prompts"
+    shutil.copytree(PROMPTS, folder)
+    (folder / "successors.safetensors").unlink()
+    policy = TreePolicy((ROOT, *[SparseTree((0, 0, 0), (0, 1, 2), (3, 2, 2, 2))] * 3))
+    tree = plan_file(tmp_path, Tier(None, (policy,)))
+    settings = {"model": str(folder), "tree": tree, "suffix": False}
+    prompts = mixed(texts, 8, first=80)
+    params = {**GREEDY, "max_tokens": 250}
+    expected = plain.generate(plain_engine, prompts, params)
+    gained = []
+    for more in ({"conditioned": False}, {}):
+        engine = engine_with(ppd_engine, **settings, **more)
+        before = accepted(ppd, engine)
+        same(expected, ppd.generate(engine, prompts, params))
+        gained.append(accepted(ppd, engine) - before)
+    assert gained[1] > 1.1 * gained[0]
+
+
+def test_metrics_of_our_own(ppd, ppd_engine, texts):
+    ppd.generate(ppd_engine, [texts[3][:200]], {**GREEDY, "max_tokens": 100})
+    found = ppd.call("metrics", ppd_engine, prefix="vllm:ppd_")
+    assert found["vllm:ppd_emitted_tokens"] > found["vllm:ppd_request_steps"] > 0
+    assert found["vllm:ppd_accepted_tokens"] > 0
+
+
 def test_the_acceptance_rate_counts_candidates():
     # Token ids of a vocabulary of 100, ids of prompt rows, and vLLM's own padding.
     drafts = {"a": [1, 99, 100, 103], "b": [5], "c": [-1, -1]}

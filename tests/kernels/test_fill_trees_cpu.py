@@ -22,7 +22,7 @@ def small_table(weights=(1.0,)):
     gains = np.full((6, 2), -1.0)
     ids[0], gains[0] = (3, 4), (3.0, 1.0)
     ids[3], gains[3] = (5, 2), (4.0, 0.5)
-    return SuccessorTable(ids, gains, np.full(6, -1.0), weights)
+    return SuccessorTable(ids, gains, np.full(6, -1.0), weights, np.full(6, 1 / 6))
 
 
 def test_children_follow_the_prompt_row_and_the_parent():
@@ -75,6 +75,7 @@ def random_case(seed, with_table=True):
             rng.normal(size=(vocabulary, 8)) * 2,
             rng.normal(size=vocabulary) - 3,
             tuple(rng.random(m)),
+            np.full(vocabulary, 1 / vocabulary),
         )
     batch = int(rng.integers(1, 6))
     trees = rng.integers(0, len(tables.num_rows), batch)

@@ -18,7 +18,8 @@ VOCABULARY, M, K, LENGTH = 12, 2, 5, 40
 def some_table(rng) -> SuccessorTable:
     ids = np.stack([rng.permutation(VOCABULARY)[:4] for _ in range(VOCABULARY)])
     gains = rng.normal(size=ids.shape) * 2
-    return SuccessorTable(ids, gains, np.full(VOCABULARY, -2.0), (1.0,) * M)
+    floor, base = np.full(VOCABULARY, -2.0), np.full(VOCABULARY, 1 / VOCABULARY)
+    return SuccessorTable(ids, gains, floor, (1.0,) * M, base)
 
 
 @pytest.mark.parametrize("with_table", [True, False])

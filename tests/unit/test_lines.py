@@ -6,7 +6,7 @@ import pytest
 
 from vllm_ppd.engine.v2.lines import line_policy, with_lines
 from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.tree import SparseTree, TreeError, TreePolicy, chain_tree
+from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
 
 
 def policy(rows: int, num_ept: int = 1) -> TreePolicy:
@@ -40,14 +40,8 @@ def test_as_many_rows_as_the_policy_and_guesses_wherever_a_step_ends(rows, num_e
         assert max(tree.prompts) - min(tree.prompts) <= 1
 
 
-def test_a_plan_gets_lines_beside_its_first_policies():
+def test_a_plan_gets_lines_as_its_last_match_class():
     small = TreePolicy((chain_tree(0, (1,)), chain_tree(1, (1, 1))))
     plan = with_lines(TreePlan((Tier(4, (small, small)), Tier(None))))
     assert plan.tiers[1].policies == ()
-    assert plan.tiers[0].policies == (small, line_policy(small))
-
-
-def test_trees_that_prompt_rows_cannot_fill_are_refused():
-    deep = TreePolicy((chain_tree(1, (1, 1)), chain_tree(1, (1, 1))))
-    with pytest.raises(TreeError, match="the tree of state 0 is 1 deep"):
-        with_lines(TreePlan.of(deep))
+    assert plan.tiers[0].policies == (small, small, line_policy(small))

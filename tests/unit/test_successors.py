@@ -55,6 +55,7 @@ def test_files(tmp_path):
     read = SuccessorTable.load(path, 6, 2)
     np.testing.assert_array_equal(read.ids, table.ids)
     np.testing.assert_allclose(read.gains, table.gains, atol=1e-2)
+    np.testing.assert_array_equal(read.base, table.base)
     with pytest.raises(SuccessorError, match="is for 6 tokens and 2 prompt tokens"):
         SuccessorTable.load(path, 7, 2)
     path.write_bytes(path.read_bytes()[:50])
@@ -72,6 +73,8 @@ def test_files(tmp_path):
         ({"gains": np.zeros((4, 3))}, "must both be"),
         ({"floor": np.zeros(5)}, "damaged"),
         ({"weights": ()}, "damaged"),
+        ({"base": np.ones(3)}, "damaged"),
+        ({"base": np.zeros(4)}, "base rates of a successor table must be above 0"),
     ],
 )
 def test_bad_tables(change, message):
@@ -80,6 +83,7 @@ def test_bad_tables(change, message):
         "gains": np.zeros((4, 2)),
         "floor": np.zeros(4),
         "weights": (1.0,),
+        "base": np.full(4, 0.25),
     }
     with pytest.raises(SuccessorError, match=message):
         SuccessorTable(**{**good, **change})

@@ -17,8 +17,13 @@ from vllm_ppd.plan import TreePlan
 from vllm_ppd.plan_choice import PlanSettings
 from vllm_ppd.profile import default_profile
 from vllm_ppd.prompts import PromptTokens
+from vllm_ppd.successor_learning import LiveSuccessors
 from vllm_ppd.successors import SUCCESSOR_FILE, SuccessorTable
 from vllm_ppd.tables import PolicyTables
+
+# A successor table that starts empty: next tokens listed, and how much of its gain to
+# add to prompt rows' logits, which calibration would have measured.
+_LEARNT_SIZE, _LEARNT_WEIGHT = 16, 0.8
 
 
 class PPDProposer:
@@ -39,13 +44,7 @@ class PPDProposer:
         self.device = torch.device(vllm_config.device_config.device)
         # Stands for the prompt rows' logits where no request has any.
         self.no_logits = torch.empty(0, self.vocab_size, device=self.device)
-        self.successors: SuccessorTable | None = None
-        if self.plan_settings.conditioned:
-            self.successors = SuccessorTable.load(
-                Path(self.plan_settings.path) / SUCCESSOR_FILE,
-                self.vocab_size,
-                self.prompts.num_prompt_tokens,
-            )
+        self._load_successors(settings["learn_successors"])
         self.profile_key = settings["profile_key"]
         profile = known_profile(settings["profile"], self.profile_key)
         self.profile = profile or default_profile(self.plan_settings.device)
@@ -58,6 +57,23 @@ class PPDProposer:
         )
         self.set_plan(self.plan_settings.choose(profile)[0])
 
+    def _load_successors(self, learn: bool) -> None:
+        """The table of the folder, or an empty one that will learn, or none."""
+        table, m = None, self.prompts.num_prompt_tokens
+        if self.plan_settings.conditioned:
+            path = Path(self.plan_settings.path) / SUCCESSOR_FILE
+            table = SuccessorTable.load(path, self.vocab_size, m)
+        elif learn:
+            weights = (_LEARNT_WEIGHT,) * m
+            table = SuccessorTable.empty(self.vocab_size, _LEARNT_SIZE, weights)
+        self.weights = table.weights if table is not None else (1.0,) * m
+        self.live_successors = None
+        if table is not None and learn:
+            self.live_successors = LiveSuccessors.of(table, self.device)
+            if self.device.type == "cpu":
+                table = self.live_successors.as_table(table)
+        self.successors = table
+
     def set_plan(self, plan: TreePlan) -> None:
         """Serve other trees; no request may have guesses pending."""
         self.plan = plan
@@ -69,16 +85,16 @@ class PPDProposer:
         self.tree_states = np.maximum(tree % self.num_states, 0)
         self.tree_classes = np.maximum(tree // self.num_states % self.num_classes, 0)
         self.tree_states[0] = self.tree_classes[0] = 0
-        weights = (1.0,) * self.prompts.num_prompt_tokens
-        if self.successors is not None:
-            weights = self.successors.weights
         if self.device.type == "cpu":
             from vllm_ppd.kernels.cpu import CpuTreeFiller
 
-            self.fill = CpuTreeFiller(self.tables, self.successors, weights).run
+            filler = CpuTreeFiller(self.tables, self.successors, self.weights)
+            self.fill = filler.run
             return
-        successors = None
-        if self.successors is not None:
+        successors, weights = None, self.weights
+        if self.live_successors is not None:
+            successors = self.live_successors.table
+        elif self.successors is not None:
             successors = Successors.of(self.successors, self.device)
 
         def fill(trees: np.ndarray, guesses: Guesses) -> np.ndarray:

@@ -16,16 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_ppd.candidates import Guesses
 from vllm_ppd.engine import step_context
 from vllm_ppd.engine.kv_move import KVMover
+from vllm_ppd.engine.metrics import counts_of
 from vllm_ppd.engine.online import OnlineTrees
 from vllm_ppd.engine.proposer import PPDProposer
 from vllm_ppd.engine.sampling import walk_trees
 from vllm_ppd.engine.step_log import StepLog
+from vllm_ppd.engine.table_learner import TableLearner
 from vllm_ppd.kernels.cpu import match_chains_cpu
 from vllm_ppd.step import TreeStep, ranges
 from vllm_ppd.suffix import MAX_CHAIN
@@ -75,7 +78,11 @@ class PPDRunnerMixin:
         self._ppd_all_logits = False
         self._ppd_logit_rows: np.ndarray | None = None
         self._ppd_online: OnlineTrees | None = None
-        self._ppd_log = StepLog()
+        self._ppd_table: TableLearner | None = None
+        config: Any = self.vllm_config  # type: ignore[attr-defined]
+        first = get_tensor_model_parallel_rank() == 0
+        counts = counts_of(config, self.drafter.num_states, publish=first)
+        self._ppd_log = StepLog(counts)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
@@ -83,6 +90,8 @@ class PPDRunnerMixin:
 
     def start_learning(self) -> None:
         """Follow the traffic from now on; what ran before was no traffic."""
+        if self.drafter.live_successors is not None:
+            self._ppd_table = TableLearner(self.drafter.live_successors)
         if self.drafter.online:
             config = self.vllm_config.parallel_config  # type: ignore[attr-defined]
             ranks = config.tensor_parallel_size
@@ -234,6 +243,8 @@ class PPDRunnerMixin:
         )
         if sources.size:
             self._ppd_mover.move(sources, targets)
+        if self._ppd_table is not None:
+            self._ppd_table.after_walk(step, self._ppd_walk, tokens, logits)
         return output
 
     def propose_draft_token_ids(
@@ -247,7 +258,8 @@ class PPDRunnerMixin:
     ) -> list[list[int]]:
         drafter, batch = self.drafter, len(sampled_token_ids)
         step, online = self._ppd_step, self._ppd_online
-        self._ppd_log.after_step(drafter, batch, step, self._ppd_walk)
+        changes = 0 if online is None else online.changes
+        self._ppd_log.after_step(drafter, batch, step, self._ppd_walk, changes)
         if online is not None and online.after_step(step, self._ppd_walk):
             # Guesses pending elsewhere were laid out for trees that are gone.
             self.ppd_trees = dict.fromkeys(self.ppd_trees, 0)
@@ -312,7 +324,7 @@ class PPDRunnerMixin:
         return {
             "plan": self.drafter.plan.to_dict(),
             "plan_changes": online.changes if online is not None else 0,
-            "line": self._ppd_log.line(self.drafter),
+            "line": self._ppd_log.line(),
         }
 
     def _has_grammar(self, request_id: str) -> bool:

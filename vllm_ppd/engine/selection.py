@@ -21,6 +21,7 @@ from vllm.platforms import CpuArchEnum, current_platform
 from vllm_ppd.config import PPDConfig, PPDConfigError
 from vllm_ppd.default_trees import row_limit
 from vllm_ppd.engine.known_profile import known_profile, profile_key
+from vllm_ppd.engine.metrics import publish_metrics
 from vllm_ppd.engine.refusals import refuse_unsupported
 from vllm_ppd.engine.v2.config import present_to_v2, runs_on_v2
 from vllm_ppd.engine.versions import require_supported_vllm
@@ -99,12 +100,14 @@ def create_ppd_config(
             "plan": settings.to_dict(),
             "profile": config.profile,
             "online": config.online,
+            "learn_successors": config.conditioned and config.online,
             "profile_key": profile_key(args, model, parallel, device),
             "vocab_size": model.get_vocab_size(),
             # Part of the compiled graph: the shape of the soft-token table.
             "soft_tokens": prompts.num_prompt_tokens * prompts.num_ept,
         },
     }
+    publish_metrics()
     if runs_on_v2(device):
         speculating = present_to_v2(args, settings, profile, model, parallel)
     else:

@@ -53,9 +53,10 @@ class V2EngineProcess(EngineProcess):
 def _serve(pipe: Any, asynchronous: bool) -> None:
     sys.path.insert(0, str(STUB))
     _look_up_builtins_once()
+    _sort_for_top_k()
+    _store_under_any_mask()
     if asynchronous:
         _schedule_ahead()
-    _present_ppd_to_v2()
     for function in OURS:
         setattr(engine_process, function.__name__, function)
     engine_process._serve(pipe)
@@ -79,6 +80,27 @@ def _look_up_builtins_once() -> None:
     interpreter._patch_builtin = patch_builtin
 
 
+def _sort_for_top_k() -> None:
+    """The interpreter cannot run vLLM's kernel for top-k and top-p; torch can."""
+    import vllm.v1.sample.ops.topk_topp_sampler as sampler
+
+    sampler.HAS_TRITON = False
+
+
+def _store_under_any_mask() -> None:
+    """Masks made of integers, as vLLM's kernel for grammars has, are no booleans to
+    the interpreter of Triton 3.9."""
+    from triton.runtime import interpreter
+
+    stock = interpreter.InterpreterBuilder.create_masked_store
+
+    def store(self: Any, ptrs: Any, value: Any, mask: Any, *more: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return stock(self, ptrs, value, mask, *more)
+
+    interpreter.InterpreterBuilder.create_masked_store = store
+
+
 def _schedule_ahead() -> None:
     """Undo the CPU platform's choice: vLLM's asynchronous scheduler needs no GPU."""
     from vllm.platforms.cpu import CpuPlatform
@@ -91,21 +113,6 @@ def _schedule_ahead() -> None:
         vllm_config.scheduler_config.async_scheduling = wanted
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
-
-
-def _present_ppd_to_v2() -> None:
-    import vllm_ppd.engine.selection as selection
-    from vllm_ppd.engine.v2.config import present_to_v2
-    from vllm_ppd.plan_choice import PlanSettings
-
-    stock = selection.create_ppd_config
-
-    def create_ppd_config(args: Any, ppd: Any, model: Any, parallel: Any) -> Any:
-        stock(args, ppd, model, parallel)
-        settings = PlanSettings(**args.additional_config[selection.KEY]["plan"])
-        return present_to_v2(args, settings, None, model, parallel)
-
-    selection.create_ppd_config = create_ppd_config
 
 
 def async_scheduling(llm: Any) -> bool:

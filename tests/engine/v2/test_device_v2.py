@@ -15,9 +15,9 @@ from vllm_ppd.tree import TreePolicy, chain_tree
 def test_the_host_reads_nothing_from_the_device(ppd, tiny_ppd):
     requests = prompts(3, seed=41)
     params = [
-        {**GREEDY, "max_tokens": 8},
-        {**GREEDY, "max_tokens": 8, "temperature": 1.0, "seed": 1, "logprobs": 2},
-        {**GREEDY, "max_tokens": 8, "presence_penalty": 0.5},
+        {**GREEDY, "max_tokens": 5},
+        {**GREEDY, "max_tokens": 5, "temperature": 1.0, "seed": 1, "logprobs": 2},
+        {**GREEDY, "max_tokens": 5, "presence_penalty": 0.5},
     ]
     found = ppd.call("host_reads", tiny_ppd, prompts=requests, params=params)
     # vLLM's upper bound of sequence lengths, which lives on the host.
@@ -44,7 +44,7 @@ def test_trees_follow_the_load(plain, ppd, tiny_engine, tiny_ppd, tiers):
         "speculative_config": {**tiny_ppd["speculative_config"], "tree": tiers},
     }
     requests = prompts(5, seed=43)
-    params = [{**GREEDY, "max_tokens": 6 + 8 * i} for i in range(5)]
+    params = [{**GREEDY, "max_tokens": 4 + 5 * i} for i in range(5)]
     same(
         plain.generate(tiny_engine, requests, params),
         ppd.generate(engine, requests, params),

@@ -26,8 +26,8 @@ def demo_engine() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def demo_ppd(demo_engine: dict[str, Any]) -> dict[str, Any]:
-    speculative = {"method": "ppd", "model": str(PROMPTS), "num_speculative_tokens": 12}
+def demo_ppd(demo_engine: dict[str, Any], trees: dict[str, str]) -> dict[str, Any]:
+    speculative = {"method": "ppd", "model": str(PROMPTS), "tree": trees["wide"]}
     return {**demo_engine, "speculative_config": speculative}
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.engine.test_sampling import _close
 from tests.engine.v2.test_exactness_v2 import accepted, prompts, same
 
-SAMPLED = {"ignore_eos": True, "detokenize": False, "max_tokens": 24}
+SAMPLED = {"ignore_eos": True, "detokenize": False, "max_tokens": 12}
 
 
 def compare(plain, ppd, engine, ppd_engine, params: list[dict[str, Any]]) -> int:
@@ -45,7 +45,7 @@ def test_a_batch_of_different_ways_to_sample(plain, ppd, tiny_engine, tiny_ppd):
     gained = compare(
         plain, ppd, tiny_engine, tiny_ppd, [{**SAMPLED, **p} for p in params]
     )
-    assert gained > 10
+    assert gained > 2
 
 
 def test_scores_of_emitted_prompt_and_chosen_tokens(plain, ppd, tiny_engine, tiny_ppd):
@@ -58,7 +58,7 @@ def test_scores_of_emitted_prompt_and_chosen_tokens(plain, ppd, tiny_engine, tin
     gained = compare(
         plain, ppd, tiny_engine, tiny_ppd, [{**SAMPLED, **p} for p in params]
     )
-    assert gained > 4
+    assert gained > 2
 
 
 def test_what_depends_on_the_history(plain, ppd, tiny_engine, tiny_ppd):
@@ -73,7 +73,7 @@ def test_what_depends_on_the_history(plain, ppd, tiny_engine, tiny_ppd):
     gained = compare(
         plain, ppd, tiny_engine, tiny_ppd, [{**SAMPLED, **p} for p in params]
     )
-    assert gained > 4
+    assert gained > 2
 
 
 def test_requests_that_want_no_guesses(plain, ppd, tiny_engine, tiny_ppd):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import vllm.config.vllm as vllm_config_module
@@ -61,18 +60,12 @@ def present_to_v2(
 
     Args:
         args: vLLM's EngineArgs; on a GPU their attention backend becomes PPD's.
-        settings: what the trees are chosen by. V2 does not know successor tables and
-            earlier matches yet, so trees are chosen that need neither.
+        settings: what the trees are chosen by.
         profile: the machine's LatencyProfile, or None for a typical one.
         model: the target's ModelConfig.
         parallel: the target's ParallelConfig; its worker class becomes PPD's.
-
-    Raises:
-        TreeError: the user's own trees reach deeper than prompt rows guess.
     """
-    plan, _ = replace(settings, conditioned=False, suffix=False).choose(profile)
-    for tier in plan.speculating:
-        tier.policies[0].require_prompted()
+    plan, _ = settings.choose(profile)
     parallel.worker_cls = WORKERS[settings.device]
     if settings.device == "cuda":
         _prepare_cuda(args)
@@ -98,7 +91,7 @@ def _prepare_cuda(args: Any) -> None:
 
 
 def _rows(tier: Tier) -> int:
-    return tier.policies[0].max_rows if tier.policies else 1
+    return max((policy.max_rows for policy in tier.policies), default=1)
 
 
 def _schedule(plan: TreePlan, max_requests: int) -> list[tuple[int, int, int]] | None:

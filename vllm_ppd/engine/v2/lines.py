@@ -12,27 +12,23 @@ from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
 
 
 def with_lines(plan: TreePlan) -> TreePlan:
-    """The plan with two policies in each tier that speculates: trees and lines.
-
-    Raises:
-        TreeError: a tree that reaches deeper than prompt rows guess.
-    """
-    tiers = []
-    for tier in plan.tiers:
-        if tier.policies:
-            policy = tier.policies[0]
-            policy.require_prompted()
-            tier = Tier(tier.max_requests, (policy, line_policy(policy)))
-        tiers.append(tier)
-    return TreePlan(tuple(tiers))
+    """The plan with one more match class in each tier that speculates: lines."""
+    return TreePlan(
+        tuple(
+            Tier(tier.max_requests, (*tier.policies, line_policy(tier.policies[0])))
+            if tier.policies
+            else tier
+            for tier in plan.tiers
+        )
+    )
 
 
 def line_policy(policy: TreePolicy) -> TreePolicy:
     """For each state a line in the place of the policy's tree.
 
     It has at most the rows of the policy's largest tree, at most as many candidates
-    as the state fills, and as many prompt tokens as fit, the first ones of every node
-    first, so that the next step has guesses wherever this one ends.
+    as prompt rows guess, and as many prompt tokens as fit, the first ones of every
+    node first, so that the next step has guesses wherever this one ends.
     """
     return TreePolicy(
         tuple(

@@ -15,12 +15,11 @@ import vllm.v1.worker.gpu.model_runner as model_runner
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_ppd.engine.embedding import add_soft_tokens
-from vllm_ppd.engine.selection import KEY
 from vllm_ppd.engine.v2.drafts import WordDraftsHandler
 from vllm_ppd.engine.v2.kv_move import PathMover
 from vllm_ppd.engine.v2.model_state import with_trees
 from vllm_ppd.engine.v2.sampling import TreeSampler
-from vllm_ppd.engine.v2.speculator import PPDSpeculator
+from vllm_ppd.engine.v2.speculator import KEY, PPDSpeculator
 from vllm_ppd.prompts import PromptTokens
 
 # Methods of vLLM's runner that the mixin overrides; their contract is tested.

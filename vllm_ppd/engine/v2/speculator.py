@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,11 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_ppd.engine.v2.trees import DeviceTrees
 from vllm_ppd.plan import TreePlan
+from vllm_ppd.plan_choice import PlanSettings
+from vllm_ppd.successors import SUCCESSOR_FILE, SuccessorTable
+
+# Where the front end puts PPD's settings in vLLM's additional_config.
+KEY = "ppd"
 
 
 class PPDSpeculator(BaseSpeculator):
@@ -30,11 +36,22 @@ class PPDSpeculator(BaseSpeculator):
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, requests: RequestState
     ):
+        speculative: Any = vllm_config.speculative_config
+        settings = PlanSettings(**vllm_config.additional_config[KEY]["plan"])
+        vocab_size = vllm_config.model_config.get_vocab_size()
+        successors = None
+        if settings.conditioned:
+            successors = SuccessorTable.load(
+                Path(settings.path) / SUCCESSOR_FILE,
+                vocab_size,
+                settings.num_prompt_tokens,
+            )
         self.trees = DeviceTrees(
-            TreePlan.from_dict(vllm_config.speculative_config.plan),  # type: ignore
-            first_soft_id=vllm_config.model_config.get_vocab_size(),
-            num_drafts=requests.num_speculative_steps,
-            requests=requests,
+            TreePlan.from_dict(speculative.plan),
+            vocab_size,
+            requests.num_speculative_steps,
+            requests,
+            successors,
         )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -62,20 +79,14 @@ class PPDSpeculator(BaseSpeculator):
             if is_profile:
                 self._use_as_much_memory_as_a_step(requests, last_hidden_states)
             return trees.no_drafts(requests)
-        best = None
-        if trees.walk is not None:
+        logits = None
+        if trees.walk is not None and tables.num_prompt_tokens:
             rows = trees.walk.prompt_rows.flatten()
-            best = self._best(last_hidden_states[rows])
-            best = best.view(requests, tables.num_prompt_tokens, -1)
-        return trees.grow(input_batch, best)
-
-    def _best(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[rows / EPTs, k] best tokens; the EPTs of a prompt token vote by mean."""
-        logits = self.model.compute_logits(hidden)
-        ept = self.trees.tables.num_ept
-        if ept > 1:
-            logits = logits.unflatten(0, (-1, ept)).mean(1)
-        return logits.topk(self.trees.max_candidates).indices
+            logits = self.model.compute_logits(last_hidden_states[rows])
+            logits = logits.view(requests, tables.num_prompt_tokens, tables.num_ept, -1)
+            # The EPTs of a prompt token vote by mean.
+            logits = logits.mean(2) if tables.num_ept > 1 else logits[:, :, 0]
+        return trees.grow(input_batch, logits)
 
     def _use_as_much_memory_as_a_step(
         self, requests: int, hidden: torch.Tensor

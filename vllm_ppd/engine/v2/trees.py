@@ -7,6 +7,7 @@ batch's trees lie in persistent buffers, so that CUDA graphs find them again.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,15 +18,16 @@ import vllm.utils.torch_utils as torch_utils
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_ppd.engine.v2.guesser import Guesser
 from vllm_ppd.engine.v2.guessing import Guessing
 from vllm_ppd.engine.v2.lines import with_lines
 from vllm_ppd.kernels.tree_attention import TreeBatch
 from vllm_ppd.kernels.tree_tables import TreeTables
 from vllm_ppd.kernels.tree_walk import Walk
-from vllm_ppd.kernels.triton.fill_tree import fill_tree
 from vllm_ppd.kernels.triton.place_tree import place_tree
 from vllm_ppd.plan import TreePlan
 from vllm_ppd.step import ranges
+from vllm_ppd.successors import SuccessorTable
 from vllm_ppd.tables import PolicyTables
 
 # Far below any tree's id.
@@ -36,13 +38,15 @@ class DeviceTrees:
     """Which tree every request runs, and where the trees of the step lie.
 
     Args:
-        plan: the trees by load and state.
-        first_soft_id: id of the first prompt token's embedding.
+        plan: the trees by load, evidence and state.
+        vocab_size: the ids of prompt tokens' embeddings start here.
         num_drafts: K, rows besides the root that vLLM schedules at most.
         requests: vLLM's state of all requests.
+        successors: the successor table, if there is one.
 
     Attributes:
         tables: the trees as tensors on the device.
+        max_nodes: most nodes of any tree.
         walk: where this step's verification ended; None before it, and in steps in
             which no request has a tree.
         row_ends: int32 [B + 1] how many tree rows there are before each request.
@@ -51,23 +55,40 @@ class DeviceTrees:
     def __init__(
         self,
         plan: TreePlan,
-        first_soft_id: int,
+        vocab_size: int,
         num_drafts: int,
         requests: RequestState,
+        successors: SuccessorTable | None = None,
     ):
         device = requests.device
         self._requests = requests
         self._plan = with_lines(plan)
-        host = PolicyTables(self._plan, first_soft_id, num_rows=num_drafts + 1)
+        host = PolicyTables(self._plan, vocab_size, num_rows=num_drafts + 1)
         self.tables = tables = TreeTables.on(device, host)
+        self.guesser = Guesser(
+            tables,
+            host.max_candidates,
+            vocab_size,
+            plan.num_classes,
+            requests,
+            successors,
+        )
         self.max_nodes = int(host.num_nodes.max())
-        self.max_candidates = host.max_candidates
-        # A tier's lines come right after its trees, state by state.
-        self._line_offset = plan.num_prompt_tokens + 1
+        self._row_bounds = sorted(
+            {num_drafts + 1}
+            | {policy.max_rows for tier in plan.speculating for policy in tier.policies}
+        )
+        self._num_states = plan.num_prompt_tokens + 1
+        # What a request adds to the id of its load's first tree. Lines are the last
+        # match class.
+        self._offset_of = {
+            Guessing.TREES: 0,
+            Guessing.LINES: self._num_states * plan.num_classes,
+            Guessing.NOTHING: _NO_TREE,
+        }
 
         most = requests.max_num_reqs
-        # By slot: the tree of the pending guesses, and what a request adds to the id
-        # of a tier's first tree: 0, the way to its lines, or far less for no tree.
+        # By slot: the tree of the pending guesses, and the offset.
         self._tree_ids = torch.zeros(most, dtype=torch.int64, device=device)
         self._offsets = torch.zeros(most, dtype=torch.int64, device=device)
         # By batch order.
@@ -87,34 +108,60 @@ class DeviceTrees:
         self._max_rows = 1
 
     def admit(self, slots: list[int], kinds: list[Guessing]) -> None:
-        """New requests: state 0, the root and its prompt tokens.
+        """New requests get a tree of state 0, guessed from their prompts alone.
 
         Their first step may come padded with guesses that nobody made (a request whose
-        prompt is cached but for one token): it finds state 0's tree in them.
+        prompt is cached but for one token): it finds these.
         """
-        offset_of = {
-            Guessing.TREES: 0,
-            Guessing.LINES: self._line_offset,
-            Guessing.NOTHING: _NO_TREE,
-        }
         index, offsets = torch_utils.async_tensor_h2d(
-            [slots, [offset_of[kind] for kind in kinds]],
+            [slots, [self._offset_of[kind] for kind in kinds]],
             device=self._requests.device,
             dtype=torch.int64,
         )
         self._offsets[index] = offsets
-        trees = self._first_trees(offsets, running=1)
         drafts = torch.empty_like(self._drafts[: len(slots)])
-        fill_tree(self.tables, trees, self._nothing(len(slots)), drafts)
-        self._tree_ids[index] = trees
+        self._grow(index, 1, None, None, drafts)
         self._requests.draft_tokens[index] = drafts
 
-    def _first_trees(self, offsets: torch.Tensor, running: int) -> torch.Tensor:
-        """[B] the state-0 tree of requests at this load; 0, the bare root, for none."""
+    def grow(self, batch: InputBatch, logits: torch.Tensor | None) -> torch.Tensor:
+        """The next step's trees, filled.
+
+        Args:
+            logits: float [B, M, V] of each prompt token of the end nodes; None where
+                no request has any.
+
+        Returns:
+            int64 [B, K] draft ids, in a buffer that the next call overwrites.
+        """
+        states = None if self.walk is None else self.walk.states
+        drafts = self._drafts[: batch.num_reqs]
+        self._grow(batch.idx_mapping, batch.num_reqs, states, logits, drafts)
+        return drafts
+
+    def _grow(
+        self,
+        slots: torch.Tensor,  # int64 [B]
+        running: int,
+        states: torch.Tensor | None,  # int [B]; None: all 0
+        logits: torch.Tensor | None,
+        drafts: torch.Tensor,  # int64 [B, K]: written
+    ) -> None:
         first = self._plan.first_trees[self._plan.tier_index(running)]
         if not first:
-            return torch.zeros_like(offsets)
-        return (offsets + first).clamp_(min=0)
+            # The bare root: what vLLM schedules all the same are fillers.
+            self._tree_ids[slots] = 0
+            drafts.zero_()
+            return
+        evidence = self.guesser.match(slots)
+        offsets = self._offsets[slots]
+        trees = torch.where(
+            offsets == 0, evidence.classes * self._num_states, offsets
+        ).add_(first)
+        if states is not None:
+            trees += states
+        trees.clamp_(min=0)
+        self._tree_ids[slots] = trees
+        self.guesser.fill(trees, evidence, states, logits, drafts)
 
     def place(self, batch: InputBatch) -> None:
         """Lay the batch's trees out: positions, masks, and where each tree lies."""
@@ -130,7 +177,9 @@ class DeviceTrees:
         torch.sub(starts[1:], starts[:-1], out=rows)
         self.num_rows[requests:] = 0
         self._only_trees = int(batch.cu_num_logits_np[-1]) == batch.num_tokens
-        self._max_rows = int(np.diff(batch.cu_num_logits_np).max())
+        # Few different bounds, so that few variants of the attention kernel exist.
+        most = int(np.diff(batch.cu_num_logits_np).max())
+        self._max_rows = self._row_bounds[bisect_left(self._row_bounds, most)]
         # A request without guesses is a tree cut down to its root.
         place_tree(
             self.tables,
@@ -208,35 +257,9 @@ class DeviceTrees:
             expanded_local_pos=batch.expanded_local_pos[index],
         )
 
-    def grow(self, batch: InputBatch, best: torch.Tensor | None) -> torch.Tensor:
-        """The next step's trees, filled.
-
-        Args:
-            best: int [B, M, k] best tokens after each prompt token of the end nodes,
-                best first; None where no request has any.
-
-        Returns:
-            int64 [B, K] draft ids, in a buffer that the next call overwrites.
-        """
-        requests = batch.num_reqs
-        trees = self._first_trees(self._offsets[batch.idx_mapping], requests)
-        if best is None or self.walk is None:
-            best = self._nothing(requests)
-        else:
-            trees = torch.where(trees > 0, trees + self.walk.states, trees)
-        self._tree_ids[batch.idx_mapping] = trees
-        drafts = self._drafts[:requests]
-        fill_tree(self.tables, trees, best, drafts)
-        return drafts
-
     def no_drafts(self, requests: int) -> torch.Tensor:
         """What `grow` returns, for runs that decode nothing."""
         return self._drafts[:requests]
-
-    def _nothing(self, requests: int) -> torch.Tensor:
-        """[B, M, k] tokens that no tree of state 0 looks at."""
-        shape = requests, self.tables.num_prompt_tokens, self.max_candidates
-        return self._drafts.new_zeros(shape)
 
 
 # The trees for which attention metadata are being built: vLLM calls the builders with

@@ -24,7 +24,8 @@ def source() -> str:
     """The C++ source of all kernels as one translation unit."""
     text = ""
     for name in (
-        *("tree_attention.cpp", "kv_compact.cpp", "fill_trees.cpp", "walk_trees.cpp"),
+        *("tree_attention.cpp", "kv_compact.cpp", "fill_trees.cpp"),
+        *("learn_successors.cpp", "walk_trees.cpp"),
     ):
         text += (_FOLDER / name).read_text()
     # Headers are inlined, so that the cache key covers them too.
@@ -71,6 +72,12 @@ def _declare(library: ctypes.CDLL) -> None:
         *(pointer, pointer, integer, pointer),
     ]
     fill.restype = None
+    learn = library.ppd_learn_successors
+    learn.argtypes = [
+        *(pointer, integer, pointer, pointer, integer),
+        *(ctypes.c_float, ctypes.c_float),
+    ]
+    learn.restype = None
     walk = library.ppd_walk_trees
     walk.argtypes = [
         *(pointer, integer, integer, *[pointer] * 6, integer),

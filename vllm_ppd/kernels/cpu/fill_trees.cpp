@@ -1,5 +1,6 @@
 // Guesses of a batch: see vllm_ppd/candidates.py, of which this is the fast form.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <vector>

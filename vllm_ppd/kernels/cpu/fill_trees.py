@@ -56,7 +56,6 @@ class CpuTreeFiller:
         self._tables = tables
         self._weights = np.array(weights, dtype=np.float64)
         self._successors = successors
-        self._on_device = None if successors is None else Successors.of(successors)
         arrays = [
             np.ascontiguousarray(array, np.int64)
             for array in (
@@ -93,9 +92,11 @@ class CpuTreeFiller:
     def run(self, trees: np.ndarray, guesses: Guesses) -> np.ndarray:
         """int64 [B, Q - 1], see `candidates.fill_trees`."""
         if self._kernel is None:
-            return fill_trees(
-                self._tables, trees, guesses, self._on_device, self._weights
+            # Made anew, because the table may be learning.
+            table = (
+                None if self._successors is None else Successors.of(self._successors)
             )
+            return fill_trees(self._tables, trees, guesses, table, self._weights)
         logits = guesses.logits.contiguous()
         chains = guesses.chains
         out = np.empty((len(trees), self._tables.soft_ids.shape[1] - 1), np.int64)
