@@ -8,7 +8,7 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 UNIT_TESTS := $(wildcard tests/unit tests/kernels)
 ENGINE_TESTS := $(wildcard tests/engine tests/e2e)
 
-.PHONY: help setup demo test test-unit test-v2 lint format clean
+.PHONY: help setup demo test test-unit lint format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -21,14 +21,11 @@ demo: setup ## decode with a small trained model, plain against PPD
 
 test: test-unit ## all tests; those that need a GPU are skipped without one
 ifneq ($(ENGINE_TESTS),)
-	@$(RUN) python -m pytest $(ENGINE_TESTS) --ignore=tests/engine/v2
+	@$(RUN) python -m pytest $(ENGINE_TESTS)
 endif
 
 test-unit: setup ## tests that start no engine
 	@$(RUN) python -m pytest $(UNIT_TESTS)
-
-test-v2: setup ## vLLM's V2 runner, interpreted on a CPU; slow
-	@$(RUN) python -m pytest tests/engine/v2
 
 lint: setup ## ruff and mypy, changing nothing
 	@$(RUN) ruff check .

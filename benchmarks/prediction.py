@@ -6,9 +6,10 @@
 Trees are found from the prompt tokens' acceptance.json. Their acceptance length
 (tokens per step) and speed are predicted, then measured in vLLM:
 
-- predicted: `vllm_ppd.policy_value` with acceptance.json for greedy decoding, and with
-  a table measured here for each temperature. Speed divides by the time of a plain step
-  with as many rows, measured with plain vLLM decoding that many requests at once;
+- predicted: `vllm_ppd.policy_value` with acceptance.json for the temperature that it
+  was measured at, and with a table measured here for any other. Speed divides by the
+  time of a plain step with as many rows, measured with plain vLLM decoding that many
+  requests at once;
 - walked: the same trees followed over the model's own continuations, place by place.
   It knows how distances depend on each other, which the prediction does not; where
   walked and measured agree but predicted does not, the independence is what is wrong;
@@ -300,9 +301,10 @@ def follow(
         )
         for temperature in args.temperature
     }
+    known = (stats.source or {}).get("settings", {}).get("temperature", 0.0)
     tables = {
         temperature: stats
-        if temperature == 0
+        if temperature == known
         else AcceptanceStats(places.acceptance(stats.num_ranks))
         for temperature, places in found.items()
     }

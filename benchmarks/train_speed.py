@@ -4,15 +4,15 @@
     python benchmarks/train_speed.py --out benchmarks/results/train_speed.json
 
 The paper inserts its prompt tokens at one place of each training sequence. Here the
-same trainer does that (`points = 1`) and inserts at many places, with equal text per
-batch, in turn on the same machine:
+same trainer does that (`points = 1`) and inserts at many places, in turn on the same
+machine:
 
 - speed: supervised predictions per second, for several numbers of points and two
-  lengths of sequence, medians over rounds with their spread;
+  lengths of sequence, with equal text per batch, medians over rounds with their spread;
 - quality over time: trainings of several lengths from start to end (each with its own
   learning-rate schedule, as nobody stops in the middle of one), judged after their
-  clock has stopped. One point per sequence gets the better of several learning rates;
-  many points get the trainer's default.
+  clock has stopped. One point per sequence gets the best of several learning rates and
+  batch sizes; many points get the trainer's defaults.
 
 Finished trainings are kept in the work folder, and the same command goes on from them.
 """
@@ -48,7 +48,8 @@ from vllm_ppd.train.trainer import Interrupted
 ONE_SHARES = tuple(Fraction(1, n) for n in (16, 8, 4, 2, 1))
 MANY_SHARES = tuple(Fraction(1, n) for n in (80, 40, 20, 10, 5))
 TUNED_AT = Fraction(1, 4)
-RATE_FACTORS = (1.0, 0.5, 0.25)
+# Learning rate over the default, and sequences per batch.
+ONE_CHOICES = ((1.0, 8), (0.5, 8), (0.25, 8), (0.5, 2), (0.25, 2))
 # Quality is tokens per step of the best trees with so many rows, a middling number.
 ROWS = 16
 
@@ -65,7 +66,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--held-out", nargs="+", default=[str(held_out)], help="text to judge by")
     add("--max-tokens", type=int, default=4_000_000, help="leave further text unread")
     add("--batch-tokens", type=int, default=2048, help="text per step")
-    add("--points", type=int, default=64, help="per sequence, for quality over time")
+    points, own = TrainSettings.points, TrainSettings.batch_size
+    add("--points", type=int, default=points, help="per sequence, quality over time")
+    add("--batch-size", type=int, default=own, help="sequences, for many points")
     add("--length", type=int, default=256, help="of sequences, for quality over time")
     add("--seconds", type=float, default=240.0, help="longest one-point training")
     add("--speed-points", type=int, nargs="+", default=[1, 16, 64, 128, 256])
@@ -146,14 +149,16 @@ def speed_cell(
     }
 
 
-def one_point(share: Fraction, factor: float) -> Run:
-    name = f"one,rate={factor:g},{share.numerator}_{share.denominator}"
-    return Run(name, {"points": 1}, share=share, rate_factor=factor)
+def one_point(share: Fraction, factor: float, batch_size: int) -> Run:
+    part = f"{share.numerator}_{share.denominator}"
+    name = f"one,rate={factor:g},batch={batch_size},{part}"
+    settings = {"points": 1, "batch_size": batch_size}
+    return Run(name, settings, share=share, rate_factor=factor)
 
 
-def many_points(share: Fraction, points: int) -> Run:
-    name = f"many={points},{share.numerator}_{share.denominator}"
-    return Run(name, {"points": points}, share=share)
+def many_points(share: Fraction, points: int, batch_size: int) -> Run:
+    name = f"many={points},batch={batch_size},{share.numerator}_{share.denominator}"
+    return Run(name, {"points": points, "batch_size": batch_size}, share=share)
 
 
 def quality(record: Mapping[str, Any]) -> float:
@@ -172,6 +177,7 @@ def curve_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "top10": record["acceptance"]["top10"],
             "positions": record["cost"]["positions"],
             "learning_rate": record["cost"]["learning_rate"],
+            "batch_size": record["settings"]["batch_size"],
         }
         for record in records
     ]
@@ -218,7 +224,7 @@ def measure_quality(
         },
     )
     folder.open()
-    shares = [*ONE_SHARES, *MANY_SHARES, *(TUNED_AT,) * (len(RATE_FACTORS) - 1)]
+    shares = [*ONE_SHARES, *MANY_SHARES, *(TUNED_AT,) * (len(ONE_CHOICES) - 1)]
     progress = Progress([float(share) * args.seconds for share in shares], args.quiet)
 
     def record(run: Run) -> dict[str, Any]:
@@ -226,30 +232,28 @@ def measure_quality(
             return folder.record(run, 0) or folder.finish(
                 run,
                 0,
-                run.train_settings(
-                    args.seconds,
-                    args.length,
-                    bench.learning_rate,
-                    batch_size=batch_of(args, args.length),
-                ),
+                run.train_settings(args.seconds, args.length, bench.learning_rate),
                 bench,
                 examination,
                 {"git": git_state()},
             )
 
     try:
-        tuned = {factor: record(one_point(TUNED_AT, factor)) for factor in RATE_FACTORS}
-        best = max(tuned, key=lambda factor: quality(tuned[factor]))
+        tuned = {how: record(one_point(TUNED_AT, *how)) for how in ONE_CHOICES}
+        best = max(tuned, key=lambda how: quality(tuned[how]))
         one = [
-            tuned[best] if share == TUNED_AT else record(one_point(share, best))
+            tuned[best] if share == TUNED_AT else record(one_point(share, *best))
             for share in ONE_SHARES
         ]
-        many = [record(many_points(share, args.points)) for share in MANY_SHARES]
+        many = [
+            record(many_points(share, args.points, args.batch_size))
+            for share in MANY_SHARES
+        ]
     finally:
         progress.close()
     curves = {"one": curve_of(one), "many": curve_of(many)}
     return {
-        "one_point_rates": curve_of(list(tuned.values())),
+        "one_point_choices": curve_of(list(tuned.values())),
         "curves": curves,
         "comparison": compared(curves["one"], curves["many"]),
     }
@@ -269,7 +273,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     speeds = measure_speeds(bench, args)
     shown = {
         name: getattr(args, name)
-        for name in ("batch_tokens", "points", "length", "seconds", "threads")
+        for name in (
+            *("batch_tokens", "batch_size", "points", "length", "seconds", "threads"),
+        )
     }
     return {
         "format": "ppd_benchmark",

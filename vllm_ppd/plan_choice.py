@@ -42,6 +42,8 @@ class PlanSettings:
     """A successor table is used."""
     suffix: bool = True
     """Earlier matches are looked for."""
+    measured: bool = True
+    """The engine gives up speculation where it measures that it does not pay."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -95,4 +97,5 @@ class PlanSettings:
             self.max_rows,
             self.num_ept,
             self.max_requests,
+            self.measured,
         )

@@ -17,9 +17,9 @@ __all__ = ["PlannedTier", "best_plan", "shared_curve"]
 # Running requests up to which tiers are told apart; half-open powers of two.
 _LIMITS = (1, 2, 4, 8, 16, 32, 64, 128)
 # What a tier must promise to speculate at all. Predictions for one request err by a few
-# per cent; those for requests that share their steps were up to a quarter too high
-# (benchmarks/results/demo_model.json: 1.09 promised, 0.85 measured).
-_LEAST_GAIN, _LEAST_GAIN_SHARED = 1.05, 1.3
+# per cent; those for requests that share their steps were up to a quarter too high, so
+# where nobody measures whether they come true, they have to promise more.
+_LEAST_GAIN, _LEAST_GAIN_UNMEASURED = 1.05, 1.3
 # Repetitions of a tier's search, and when the mean rows have settled.
 _ROUNDS, _CLOSE = 6, 0.1
 
@@ -32,15 +32,17 @@ class PlannedTier:
         requests: the load it was searched for, the tier's limit.
         found: the best policy.
         gain: tokens per second relative to plain decoding at that load.
+        least_gain: for which the tier speculates.
     """
 
     requests: int
     found: EvidencePolicy
     gain: float
+    least_gain: float = _LEAST_GAIN
 
     @property
     def speculates(self) -> bool:
-        return self.gain >= (_LEAST_GAIN if self.requests == 1 else _LEAST_GAIN_SHARED)
+        return self.gain >= self.least_gain
 
 
 def best_plan(
@@ -49,6 +51,7 @@ def best_plan(
     max_rows: int,
     num_ept: int = 1,
     max_requests: int = _LIMITS[-1],
+    measured: bool = True,
 ) -> tuple[TreePlan, list[PlannedTier]]:
     """Search every tier of load.
 
@@ -58,6 +61,7 @@ def best_plan(
         max_rows: most rows per request and step, root included.
         num_ept: rows per prompt token.
         max_requests: the server's own limit; no tiers beyond it.
+        measured: whether a `LoadGuard` will give up tiers that do not pay.
 
     Returns:
         the plan, whose last tier serves every larger load, and per tier (equal ones
@@ -70,7 +74,11 @@ def best_plan(
             evidence, profile.curve(requests), requests, max_rows, num_ept, found
         )
         plain = 1 / float(profile.curve(requests).seconds[0])
-        planned.append(PlannedTier(requests, found, found.tokens_per_second / plain))
+        least = _LEAST_GAIN
+        if requests > 1 and not measured:
+            least = _LEAST_GAIN_UNMEASURED
+        gain = found.tokens_per_second / plain
+        planned.append(PlannedTier(requests, found, gain, least))
         # What does not pay at some load does not pay at a higher one.
         if requests >= max_requests or not planned[-1].speculates:
             break

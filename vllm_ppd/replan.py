@@ -40,12 +40,15 @@ def better_plan(
     max_rows: int,
     num_ept: int,
     max_requests: int,
+    measured: bool = True,
 ) -> TreePlan | None:
     """The best plan for new evidence, if it is enough better than the current one.
 
-    The last three arguments are those of `best_plan`.
+    The last four arguments are those of `best_plan`.
     """
-    plan, tiers = best_plan(evidence, profile, max_rows, num_ept, max_requests)
+    plan, tiers = best_plan(
+        evidence, profile, max_rows, num_ept, max_requests, measured
+    )
     for tier in tiers:
         curve = profile.curve(tier.requests)
         plain = here = 1 / float(curve.seconds[0])

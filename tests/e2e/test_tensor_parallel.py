@@ -1,4 +1,7 @@
-"""Two ranks: the same trees on both, and the output of plain vLLM on two ranks."""
+"""Two ranks: the same trees on both, and the output of plain vLLM on two ranks.
+
+Started by vLLM's multiprocess executor and by Ray.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,25 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
 # Run in a process of its own: vLLM starts its workers from there.
 SCRIPT = """
-import json, sys
+import json, os, sys
 from vllm import LLM, SamplingParams
 
 def main():
     engine, prompts = json.loads(sys.argv[1])
+    if engine["distributed_executor_backend"] == "ray":
+        import ray
+        ray.init(num_gpus=2, num_cpus=2, include_dashboard=False, log_to_driver=False)
+        # vLLM's engine core is another process and joins this cluster.
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     llm = LLM(**engine)
     found = []
     for temperature in (0.0, 1.0):
@@ -38,7 +49,7 @@ if __name__ == "__main__":
 """
 
 
-def run(folder: Path, engine: dict, prompts: list[str]) -> list:
+def run(folder: Path, engine: dict, prompts: list[str], more: dict[str, str]) -> list:
     script = folder / "two_ranks.py"
     script.write_text(SCRIPT)
     done = subprocess.run(
@@ -50,6 +61,7 @@ def run(folder: Path, engine: dict, prompts: list[str]) -> list:
             # A machine may have fewer NUMA nodes than ranks.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_LOGGING_LEVEL": "WARNING",
+            **more,
         },
         capture_output=True,
         text=True,
@@ -60,7 +72,17 @@ def run(folder: Path, engine: dict, prompts: list[str]) -> list:
     return json.loads(lines[0].removeprefix("FOUND "))
 
 
-def test_two_ranks_decode_as_without_ppd(tmp_path):
+@pytest.mark.parametrize("backend", ["mp", "ray"])
+def test_two_ranks_decode_as_without_ppd(tmp_path, backend):
+    more = {}
+    if backend == "ray":
+        if find_spec("ray") is None:
+            pytest.skip("ray is not installed (pip install ray)")
+        stub = str(ROOT / "tests" / "ray_cpu_stub")
+        more["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [stub, os.environ.get("PYTHONPATH")])
+        )
+        more["RAY_USAGE_STATS_ENABLED"] = "0"
     engine = {
         "model": str(ROOT / "demo_model" / "model"),
         "dtype": "float32",
@@ -68,14 +90,16 @@ def test_two_ranks_decode_as_without_ppd(tmp_path):
         "max_num_seqs": 8,
         "enforce_eager": True,
         "tensor_parallel_size": 2,
+        "distributed_executor_backend": backend,
         "disable_log_stats": False,
     }
     prompts = ["def f(x):", "import os\n", "class A:\n    def __init__(self"]
     prompts_folder = str(ROOT / "trained_prompts" / "demo")
     speculative = {"method": "ppd", "model": prompts_folder, "profile": "none"}
-    expected, _ = run(tmp_path, engine, prompts)
-    found, drafts = run(
-        tmp_path, {**engine, "speculative_config": speculative}, prompts
-    )
+    # Ray changes nothing about plain decoding, so that one start is saved.
+    stock = {**engine, "distributed_executor_backend": "mp"}
+    expected, _ = run(tmp_path, stock, prompts, {})
+    with_ppd = {**engine, "speculative_config": speculative}
+    found, drafts = run(tmp_path, with_ppd, prompts, more)
     assert found == expected
     assert drafts[0] > 0

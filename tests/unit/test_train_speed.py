@@ -71,8 +71,9 @@ def test_a_quick_run(tmp_path: Path, capsys) -> None:
     assert set(results["cells"][0]["points"]) == {"1", "4"}
     curves = results["quality"]["curves"]
     assert len(curves["one"]) == len(curves["many"]) == 5
-    # The longest one-point training has the learning rate found best for it.
-    rates = {p["learning_rate"]: p for p in results["quality"]["one_point_rates"]}
-    best = max(rates.values(), key=lambda p: p["tokens_per_step"])
-    assert curves["one"][-1]["learning_rate"] == best["learning_rate"]
+    # The longest one-point training has what was found best for it.
+    choices = results["quality"]["one_point_choices"]
+    best = max(choices, key=lambda p: p["tokens_per_step"])
+    for name in ("learning_rate", "batch_size"):
+        assert curves["one"][-1][name] == best[name]
     assert str(tmp_path) not in json.dumps(results)

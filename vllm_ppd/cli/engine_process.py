@@ -11,6 +11,7 @@ decoder has a process that sleeps while another is measured. The conversation wi
     {"command": "generate", "prompts",     {"event": "progress", "steps"}, any number,
      "params", "stream"}                    {"event": "done", "wall_s", "requests", ...}
     {"command": "score", "ids"}            {"event": "scores", "top"}
+    {"command": "report"}                  {"event": "report", "report"}
     {"command": "quit"}
     (at any time)                          {"event": "error", "invalid", "message"}
 
@@ -196,6 +197,11 @@ class EngineProcess:
         """(id, log probability, text) of the two likeliest tokens after `ids`."""
         self._write({"command": "score", "ids": list(ids)})
         return [(i, p, text) for i, p, text in self._wait("scores")["top"]]
+
+    def report(self) -> dict[str, Any]:
+        """What PPD's trees do now, see `PPDRunnerMixin.ppd_report`."""
+        self._write({"command": "report"})
+        return self._wait("report")["report"]
 
     def close(self) -> None:
         """End the engine and every process it started."""

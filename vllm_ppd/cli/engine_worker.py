@@ -188,6 +188,9 @@ def serve(settings: dict[str, Any], commands: Any, send: Any) -> None:
             send({"event": "done", **engine.generate(**message, send=send)})
         elif command == "score":
             send({"event": "scores", "top": engine.score(message["ids"])})
+        elif command == "report":
+            report = engine.llm.collective_rpc("ppd_report")[0]
+            send({"event": "report", "report": report})
         else:
             raise RuntimeError(f"unknown command {command}")
 

@@ -131,6 +131,8 @@ def plan_settings(args: argparse.Namespace, folder: Path) -> PlanSettings:
         tree=args.tree,
         conditioned=not args.no_conditioned and (folder / SUCCESSOR_FILE).exists(),
         suffix=not args.no_suffix,
+        # vLLM's V2 runner, which serves on GPUs, does not compare speeds.
+        measured=device == "cpu",
     )
 
 

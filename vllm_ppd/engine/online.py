@@ -1,7 +1,8 @@
 """Trees that follow the traffic: count what came true, change the plan when it pays.
 
-Deterministic in the tokens alone, so that the ranks of a tensor-parallel group, which
-see the same tokens, change their trees in the same step.
+Counts and plans depend on the tokens alone, so that the ranks of a tensor-parallel
+group, which see the same tokens, change their trees in the same step. Only a rank that
+is alone also goes by the clock.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import numpy as np
 from vllm.logger import init_logger
 
 from vllm_ppd.engine.proposer import PPDProposer
+from vllm_ppd.evidence import Evidence
 from vllm_ppd.learning import EvidenceLearner
+from vllm_ppd.load_guard import LoadGuard
 from vllm_ppd.replan import Replanner
 from vllm_ppd.step import TreeStep
 from vllm_ppd.verify import TreeWalk
@@ -39,6 +42,7 @@ class OnlineTrees:
     def __init__(self, drafter: PPDProposer, ranks: int):
         self._drafter = drafter
         self._alone = ranks == 1
+        self._guard = LoadGuard() if self._alone else None
         self._learner = EvidenceLearner(drafter.plan_settings.evidence())
         self._replanner = Replanner()
         self.changes = 0
@@ -59,6 +63,27 @@ class OnlineTrees:
             classes = drafter.tree_classes[step.states]
             self._learner.observe_walk(step, walk, states, classes)
         return self._steps % _ASK_EVERY == 0 and self._replan()
+
+    def pays(
+        self, step: TreeStep | None, emitted: list[list[int]], all_rows: int
+    ) -> bool:
+        """Whether the next step should have guesses at this load, by the clock.
+
+        Args:
+            step, emitted: of the step that ends.
+            all_rows: scheduled in it, of prompts too.
+        """
+        if self._guard is None:
+            return True
+        running = len(emitted)
+        rows = running if step is None else int(step.num_rows.sum())
+        tokens = sum(map(len, emitted))
+        return self._guard.next_step(running, tokens, rows == all_rows)
+
+    @property
+    def evidence(self) -> Evidence:
+        """What is believed now."""
+        return self._learner.evidence()
 
     @property
     def counts_now(self) -> bool:
@@ -124,6 +149,8 @@ class OnlineTrees:
             self._enough = _ENOUGH
             drafter.set_plan(plan)
             self.changes += 1
+            if self._guard is not None:
+                self._guard.forget()
             logger.debug("PPD changed its trees to what the traffic accepts")
             return True
         if self._learner.observations >= self._enough:
@@ -135,6 +162,7 @@ class OnlineTrees:
                 max_rows=min(settings.max_rows, drafter.num_rows),
                 num_ept=settings.num_ept,
                 max_requests=settings.max_requests,
+                measured=settings.measured,
             )
             self._learner.forget()
             self._asked_at = self._steps

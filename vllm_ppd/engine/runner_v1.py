@@ -25,6 +25,7 @@ from vllm_ppd.engine import step_context
 from vllm_ppd.engine.kv_move import KVMover
 from vllm_ppd.engine.metrics import counts_of
 from vllm_ppd.engine.online import OnlineTrees
+from vllm_ppd.engine.opt_out import opts_out
 from vllm_ppd.engine.proposer import PPDProposer
 from vllm_ppd.engine.sampling import walk_trees
 from vllm_ppd.engine.step_log import StepLog
@@ -48,15 +49,6 @@ OVERRIDDEN = (
 # Tokens of a request's context in which an earlier match is looked for.
 _MATCHED = 4096
 _NO_CHAINS = np.full((1, MAX_CHAIN), -1)
-
-
-def opts_out(extra_args: dict[str, Any] | None) -> bool:
-    """Whether a request asks not to be speculated for: ``extra_args={"ppd": False}``.
-
-    Also set through ``vllm_xargs`` in the OpenAI API, which knows no booleans.
-    """
-    wish = (extra_args or {}).get("ppd")
-    return wish is not None and str(wish).lower() in ("false", "0", "off", "no")
 
 
 class PPDRunnerMixin:
@@ -264,6 +256,10 @@ class PPDRunnerMixin:
             # Guesses pending elsewhere were laid out for trees that are gone.
             self.ppd_trees = dict.fromkeys(self.ppd_trees, 0)
         first_tree = drafter.first_tree(batch)
+        if first_tree and online is not None:
+            rows = scheduler_output.total_num_scheduled_tokens
+            if not online.pays(step, sampled_token_ids, rows):
+                first_tree = 0
         if not first_tree:
             if online is not None and online.glances_now:
                 self._match(batch)
@@ -319,10 +315,14 @@ class PPDRunnerMixin:
         return classes, chains
 
     def ppd_report(self) -> dict[str, Any]:
-        """The plan that is served, how often it changed, and the log's next line."""
-        online = self._ppd_online
+        """The plan that is served and what it was found from, how often it changed,
+        and the log's next line."""
+        drafter, online = self.drafter, self._ppd_online
+        evidence = online.evidence if online else drafter.plan_settings.evidence()
         return {
-            "plan": self.drafter.plan.to_dict(),
+            "plan": drafter.plan.to_dict(),
+            "evidence": evidence.to_dict(),
+            "profile": drafter.profile.to_dict(),
             "plan_changes": online.changes if online is not None else 0,
             "line": self._ppd_log.line(),
         }

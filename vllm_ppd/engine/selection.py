@@ -214,6 +214,7 @@ def _plan_settings(
         tree=config.tree and str(Path(config.tree).resolve()),
         conditioned=conditioned,
         suffix=config.suffix,
+        measured=config.online and args.tensor_parallel_size == 1,
     )
 
 

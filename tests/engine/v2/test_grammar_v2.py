@@ -44,7 +44,7 @@ def requests() -> tuple[list[str], list[dict[str, Any]]]:
         {"temperature": 0.0, "bad_words": ["self", " name", "import os"]},
         {"temperature": 0.0},
     ]
-    return texts, [{**p, "max_tokens": 24} for p in params]
+    return texts, [{**p, "max_tokens": 12} for p in params]
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

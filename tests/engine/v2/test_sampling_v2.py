@@ -39,7 +39,7 @@ def test_a_batch_of_different_ways_to_sample(plain, ppd, tiny_engine, tiny_ppd):
         {"temperature": 0.7, "seed": 2, "top_k": 12},
         {"temperature": 1.2, "seed": 3, "top_p": 0.8, "logprobs": 2},
         {"temperature": 0.0, "logprobs": 3},
-        {"temperature": 1.0, "seed": 5, "min_tokens": 20, "stop_token_ids": [3, 4]},
+        {"temperature": 1.0, "seed": 5, "min_tokens": 8, "stop_token_ids": [3, 4]},
         {"temperature": 1.0, "seed": 6, "allowed_token_ids": list(range(5, 15))},
     ]
     gained = compare(

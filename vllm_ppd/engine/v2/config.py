@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import vllm.config.vllm as vllm_config_module
@@ -65,7 +66,8 @@ def present_to_v2(
         model: the target's ModelConfig.
         parallel: the target's ParallelConfig; its worker class becomes PPD's.
     """
-    plan, _ = settings.choose(profile)
+    # Nobody compares speeds on V2.
+    plan, _ = replace(settings, measured=False).choose(profile)
     parallel.worker_cls = WORKERS[settings.device]
     if settings.device == "cuda":
         _prepare_cuda(args)

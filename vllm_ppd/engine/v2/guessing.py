@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from vllm_ppd.engine.runner_v1 import opts_out
+from vllm_ppd.engine.opt_out import opts_out
 
 
 class Guessing(Enum):

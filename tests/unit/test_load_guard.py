@@ -1,0 +1,71 @@
+"""Speculation is given up where it does not pay, and taken up again where it does."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from vllm_ppd.load_guard import LoadGuard
+
+
+class World:
+    """An engine whose steps take some time and bring some tokens."""
+
+    def __init__(self, gain: float, seed: int = 0):
+        self.now, self.gain = 0.0, gain
+        self.guard = LoadGuard(clock=lambda: self.now)
+        self._random = random.Random(seed)
+        self._guessing = False
+
+    def run(self, steps: int, running: int = 4, pure: bool = True) -> float:
+        """Share of the steps that had guesses."""
+        guessed = 0
+        for _ in range(steps):
+            guessing = self._guessing
+            guessed += guessing
+            tokens = running * (self._random.choice([1, 2, 3]) if guessing else 1)
+            # Guesses bring two tokens in the mean.
+            self.now += 2 / self.gain if guessing else 1.0
+            if self._random.random() < 0.05:
+                self.now += 10.0
+            self._guessing = self.guard.next_step(running, tokens, pure)
+        return guessed / steps
+
+
+@pytest.mark.parametrize(("gain", "least", "most"), [(1.3, 0.9, 1.0), (0.8, 0.0, 0.15)])
+def test_what_pays_is_done(gain, least, most):
+    for seed in range(5):
+        world = World(gain, seed)
+        world.run(1000)
+        assert least <= world.run(4000) <= most
+
+
+def test_probes_grow_rare():
+    world = World(1.5)
+    early = 1 - world.run(1500)
+    world.run(20_000)
+    assert 1 - world.run(8000) < 0.01 < early < 0.2
+
+
+def test_it_comes_back_when_the_text_changes():
+    world = World(0.8)
+    world.run(1000)
+    world.gain = 1.6
+    world.run(12_000)
+    assert world.run(2000) > 0.9
+
+
+def test_loads_are_told_apart():
+    world = World(0.8)
+    world.run(2000, running=16)
+    assert world.run(500, running=20) < 0.2
+    assert world.run(40, running=1) > 0.9
+    assert world.run(40, running=40) > 0.9
+    world.guard.forget()
+    assert world.run(40, running=16) > 0.9
+
+
+def test_steps_with_prefill_are_not_compared():
+    world = World(0.5)
+    assert world.run(3000, pure=False) > 0.99

@@ -1,0 +1,117 @@
+"""Whether speculation really pays at this load: measured, not predicted.
+
+Plans come from a profile and from chances, and both can be off, most of all where many
+requests share a step. So a serving engine compares: it speculates, now and then decodes
+plainly for a few steps, and stays with what brought more tokens per second. A wrong
+plan then costs the probes, a few per cent for a while and less and less.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import fmean, median
+
+__all__ = ["LoadGuard"]
+
+# Steps that a comparison looks at, with guesses and without. Tokens per step vary more
+# with guesses, so that side looks longer.
+_GUESSING, _PLAIN = 48, 16
+# Steps after a switch that are not counted: guesses have to be built up first.
+_SETTLING = 2
+# Steps between comparisons: as many again each time that the answer stays the same.
+_FIRST_WAIT, _LONGEST_WAIT = 256, 8192
+# Speculation has to be this much worse to be given up, so that noise does not decide.
+_TOLERANCE = 0.98
+
+
+@dataclass
+class _Load:
+    """One range of running requests."""
+
+    speculating: bool = True
+    probing: bool = False
+    # Steps until the next change of phase, counted down.
+    left: int = _GUESSING + _SETTLING
+    settling: int = _SETTLING
+    wait: int = _FIRST_WAIT
+    # Seconds and tokens of the phase's last steps.
+    steps: deque[tuple[float, int]] = field(
+        default_factory=lambda: deque(maxlen=_GUESSING)
+    )
+    # Tokens per second with guesses and without, as last seen.
+    speeds: dict[bool, float] = field(default_factory=dict)
+
+    @property
+    def guessing(self) -> bool:
+        """Whether steps may have guesses in this phase."""
+        return self.speculating != self.probing
+
+
+class LoadGuard:
+    """Decides for each range of load; ranges are powers of two of running requests.
+
+    Not for ranks that must agree: each would believe its own clock.
+
+    Args:
+        clock: seconds; for tests.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._loads: dict[int, _Load] = {}
+        # When the last step ended, and its requests, if it only decoded.
+        self._last: tuple[float, int] | None = None
+        # Whether the step under way may have guesses.
+        self._mode = True
+
+    def forget(self) -> None:
+        """Start over: the plan has changed."""
+        self._loads.clear()
+
+    def next_step(self, running: int, tokens: int, pure: bool) -> bool:
+        """Count a step; True if the next one may have guesses.
+
+        Args:
+            running: requests in it.
+            tokens: that it emitted.
+            pure: whether it only decoded; other steps are not compared.
+        """
+        now = self._clock()
+        before, self._last = self._last, (now, running) if pure else None
+        load = self._loads.setdefault(running.bit_length(), _Load())
+        if pure and before is not None and before[1] == running:
+            load.left -= 1
+            if self._mode == load.guessing:
+                if load.settling:
+                    load.settling -= 1
+                else:
+                    load.steps.append((now - before[0], tokens))
+            if load.left <= 0:
+                self._change_phase(load)
+        self._mode = load.guessing
+        return self._mode
+
+    def _change_phase(self, load: _Load) -> None:
+        mode = load.guessing
+        enough = (_GUESSING if mode else _PLAIN) // 2
+        # The median of the times: a step now and then waits for something else.
+        if len(load.steps) >= enough:
+            per_step = fmean(tokens for _, tokens in load.steps)
+            load.speeds[mode] = per_step / median(seconds for seconds, _ in load.steps)
+        load.steps.clear()
+        load.settling = _SETTLING
+        if not load.probing:
+            # Look at the other way to decode.
+            load.probing = True
+            load.left = _SETTLING + (_PLAIN if load.speculating else _GUESSING)
+            return
+        load.probing = False
+        if len(load.speeds) == 2:
+            better = load.speeds[True] >= _TOLERANCE * load.speeds[False]
+            same = better == load.speculating
+            load.wait = min(2 * load.wait, _LONGEST_WAIT) if same else _FIRST_WAIT
+            load.speculating = better
+        load.left = load.wait
