@@ -42,7 +42,11 @@ class Decoder(Protocol):
     """What is measured; an EngineProcess, or a fake in tests."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: dict[str, Any]
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: dict[str, Any],
+        *,
+        at_once: int | None = None,
     ) -> Batch: ...
 
 
@@ -144,7 +148,7 @@ def encode_prompts(
 
 
 def figures(batches: Sequence[Batch]) -> dict[str, float]:
-    """The figures of one round: all prompts, in batches one after the other."""
+    """The figures of one round."""
     requests = [request for batch in batches for request in batch.requests]
     wall = sum(batch.wall_s for batch in batches)
     decoded = sum(len(r.ids) - len(r.steps[0].ids) for r in requests)
@@ -167,16 +171,14 @@ def run_prompts(
     cell: Cell,
     max_tokens: int,
 ) -> list[Batch]:
-    """All prompts once, `cell.batch` at a time; every request to full length."""
+    """All prompts once, `cell.batch` in flight until none is left to start; every
+    request to full length."""
     params = {
         "temperature": cell.temperature,
         "max_tokens": max_tokens,
         "ignore_eos": True,
     }
-    return [
-        engine.generate(prompts[at : at + cell.batch], params)
-        for at in range(0, len(prompts), cell.batch)
-    ]
+    return [engine.generate(prompts, params, at_once=cell.batch)]
 
 
 def measure_cell(

@@ -66,8 +66,8 @@ class FakeDecoder:
     def __init__(self, name: str, per_step: int, step_s: float, log: list[str]):
         self.name, self.per_step, self.step_s, self.log = name, per_step, step_s, log
 
-    def generate(self, prompts, params) -> Batch:
-        self.log.append(f"{self.name}{len(prompts)}")
+    def generate(self, prompts, params, *, at_once=None) -> Batch:
+        self.log.append(f"{self.name}{len(prompts)}/{at_once}")
         assert params["ignore_eos"]
         sizes, left = [1], params["max_tokens"] - 1
         while left > 0:
@@ -79,8 +79,9 @@ class FakeDecoder:
             steps.append(Step(number * self.step_s, ids, "", "x"))
             at += size
         request = Generation(tuple(steps))
-        wall = len(sizes) * self.step_s
-        return Batch(wall, len(sizes), (request,) * len(prompts))
+        steps_of_all = len(sizes) * -(-len(prompts) // at_once)
+        wall = steps_of_all * self.step_s
+        return Batch(wall, steps_of_all, (request,) * len(prompts))
 
 
 def cell(batch: int = 2, temperature: float = 0.0) -> tuple[dict, list[str]]:
@@ -99,8 +100,8 @@ def cell(batch: int = 2, temperature: float = 0.0) -> tuple[dict, list[str]]:
 
 def test_measure_cell_alternates_and_counts() -> None:
     found, log = cell()
-    warm_up = ["pause", "plain2", "pause", "ppd2"]
-    turn = ["pause", "plain2", "plain2", "pause", "ppd2", "ppd2"]
+    warm_up = ["pause", "plain2/2", "pause", "ppd2/2"]
+    turn = ["pause", "plain4/2", "pause", "ppd4/2"]
     assert log == warm_up + 3 * turn
     plain, ppd = found["decoders"]["plain"], found["decoders"]["ppd"]
     assert plain["tokens"]["median"] == ppd["tokens"]["median"] == 36

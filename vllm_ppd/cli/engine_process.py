@@ -9,7 +9,7 @@ decoder has a process that sleeps while another is measured. The conversation wi
     {"command": "start"}                   {"event": "ready", "card"}
     {"command": "encode", "texts"}         {"event": "ids", "ids"}
     {"command": "generate", "prompts",     {"event": "progress", "steps"}, any number,
-     "params", "stream"}                    {"event": "done", "wall_s", "requests", ...}
+     "params", "stream", "at_once"}         {"event": "done", "wall_s", "requests", ...}
     {"command": "score", "ids"}            {"event": "scores", "top"}
     {"command": "report"}                  {"event": "report", "report"}
     {"command": "quit"}
@@ -179,16 +179,24 @@ class EngineProcess:
         prompts: Sequence[Sequence[int]],
         params: dict[str, Any],
         on_progress: Callable[[list[Any]], None] | None = None,
+        at_once: int | None = None,
     ) -> Batch:
-        """Run the prompts as one batch and wait for the end.
+        """Run the prompts and wait for the end.
 
         params: those of `vllm.SamplingParams`.
+        at_once: most requests in the engine at a time (None: all of them); the next
+            one comes when one has finished.
         on_progress: called about ten times a second with [request, *step] lists;
             without it the engine sends nothing until it has finished.
         """
-        message = {"prompts": [list(p) for p in prompts], "params": params}
         stream = on_progress is not None
-        self._write({"command": "generate", "stream": stream, **message})
+        message = {
+            "prompts": [list(p) for p in prompts],
+            "params": params,
+            "stream": stream,
+            "at_once": at_once,
+        }
+        self._write({"command": "generate", **message})
         done = self._wait("done", on_progress=on_progress)
         requests = tuple(Generation.of(records) for records in done["requests"])
         return Batch(done["wall_s"], done["engine_steps"], requests)

@@ -15,6 +15,7 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,14 @@ class Engine:
         prompts: list[list[int]],
         params: dict[str, Any],
         stream: bool = False,
+        at_once: int | None = None,
         send: Any = None,
     ) -> dict[str, Any]:
-        """Run all prompts as one batch.
+        """Run all prompts, `at_once` at a time: the next one when one has finished.
 
-        The clock runs from before the first request is added to the last token. The
-        recording in between is a list append per request and step.
+        The clock runs from before the first request is added to the last token, that
+        of a request's steps from when it is added. The recording in between is a list
+        append per request and step.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -125,16 +128,26 @@ class Engine:
         events: list[tuple[int, float, Sequence[int], str]] = []
         sent, steps = 0, 0
         start = last = time.perf_counter()
-        for name, ids in zip(index, prompts, strict=True):
-            engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+        added: list[float] = []
+        waiting = zip(index, prompts, strict=True)
+
+        def add_requests(count: int | None) -> None:
+            for name, ids in islice(waiting, count):
+                added.append(time.perf_counter())
+                engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+
+        add_requests(at_once)
         while engine.has_unfinished_requests():
             outputs = engine.step()
             now = time.perf_counter()
             steps += bool(outputs)
+            finished = 0
             for output in outputs:
                 new = output.outputs[0]
                 place = index[output.request_id]
-                events.append((place, now - start, new.token_ids, new.text))
+                events.append((place, now - added[place], new.token_ids, new.text))
+                finished += output.finished
+            add_requests(finished)
             if stream and now - last > STREAM_INTERVAL_S:
                 last = now
                 send({"event": "progress", "steps": self._records(events[sent:])})

@@ -7,6 +7,8 @@ is alone also goes by the clock.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 from vllm.logger import init_logger
 
@@ -27,6 +29,8 @@ _COUNT_EVERY, _ASK_EVERY, _GLANCE_EVERY = 4, 64, 16
 # Tokens counted before another plan is searched: twice as many each time that none was
 # found to be better, because the search takes a core for seconds.
 _ENOUGH, _MOST = 600.0, 100_000.0
+# A rank that is alone rests so many times as long as its last search took.
+_REST = 10.0
 # With several ranks the answer is waited for, so many steps after the question.
 _PATIENCE = 2048
 
@@ -47,6 +51,7 @@ class OnlineTrees:
         self._replanner = Replanner()
         self.changes = 0
         self._steps = self._asked_at = 0
+        self._asked_s = self._rested_s = 0.0
         self._enough = _ENOUGH
         # request -> (tokens before the chain, match class, chain)
         self._chains: dict[str, tuple[int, int, np.ndarray]] = {}
@@ -143,6 +148,8 @@ class OnlineTrees:
                 plan = replanner.take(wait=True)
             if replanner.busy:
                 return False
+            now = time.monotonic()
+            self._rested_s = now + _REST * (now - self._asked_s)
             self._enough = min(2 * self._enough, _MOST)
             if plan is None:
                 return False
@@ -153,6 +160,8 @@ class OnlineTrees:
                 self._guard.forget()
             logger.debug("PPD changed its trees to what the traffic accepts")
             return True
+        if self._alone and time.monotonic() < self._rested_s:
+            return False
         if self._learner.observations >= self._enough:
             settings = drafter.plan_settings
             replanner.submit(
@@ -165,7 +174,7 @@ class OnlineTrees:
                 measured=settings.measured,
             )
             self._learner.forget()
-            self._asked_at = self._steps
+            self._asked_at, self._asked_s = self._steps, time.monotonic()
         return False
 
     def close(self) -> None:
