@@ -1,16 +1,16 @@
 """Whether speculation really pays at this load: measured, not predicted.
 
 Plans come from a profile and from chances, and both can be off, most of all where many
-requests share a step. So a serving engine compares: it speculates, now and then decodes
-plainly for a few steps, and stays with what brought more tokens per second. A wrong
-plan then costs the probes, a few per cent for a while and less and less.
+requests share a step. So a serving engine compares: it speculates, now and then
+decodes plainly for a few dozen steps, and stays with what brought more tokens per
+second. A wrong plan then costs the probes, a few per cent for a while, then less.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
@@ -18,13 +18,16 @@ __all__ = ["LoadGuard"]
 
 # Steps that a comparison looks at, with guesses and without. Tokens per step vary more
 # with guesses, so that side looks longer.
-_GUESSING, _PLAIN = 48, 16
+_GUESSING, _PLAIN = 64, 32
 # Steps after a switch that are not counted: guesses have to be built up first.
 _SETTLING = 2
 # Steps between comparisons: as many again each time that the answer stays the same.
 _FIRST_WAIT, _LONGEST_WAIT = 256, 8192
-# Speculation has to be this much worse to be given up, so that noise does not decide.
-_TOLERANCE = 0.98
+# How much faster guessing has to look to go on, and to begin again: noise should not
+# decide, and at equal speed plain decoding is the simpler way.
+_STAY, _RETURN = 0.99, 1.03
+# A step now and then waits for something else: it counts at most so many medians.
+_OUTLIER = 4.0
 
 
 @dataclass
@@ -97,10 +100,9 @@ class LoadGuard:
     def _change_phase(self, load: _Load) -> None:
         mode = load.guessing
         enough = (_GUESSING if mode else _PLAIN) // 2
-        # The median of the times: a step now and then waits for something else.
         if len(load.steps) >= enough:
-            per_step = fmean(tokens for _, tokens in load.steps)
-            load.speeds[mode] = per_step / median(seconds for seconds, _ in load.steps)
+            speed = _speed(load.steps)
+            load.speeds[mode] = (load.speeds.get(mode, speed) + speed) / 2
         load.steps.clear()
         load.settling = _SETTLING
         if not load.probing:
@@ -110,8 +112,20 @@ class LoadGuard:
             return
         load.probing = False
         if len(load.speeds) == 2:
-            better = load.speeds[True] >= _TOLERANCE * load.speeds[False]
+            least = _STAY if load.speculating else _RETURN
+            better = load.speeds[True] >= least * load.speeds[False]
             same = better == load.speculating
             load.wait = min(2 * load.wait, _LONGEST_WAIT) if same else _FIRST_WAIT
             load.speculating = better
         load.left = load.wait
+
+
+def _speed(steps: Iterable[tuple[float, int]]) -> float:
+    """Tokens per second of (seconds, tokens).
+
+    The mean time, not the median: where only some steps have guesses, those are the
+    long ones.
+    """
+    seconds, tokens = zip(*steps, strict=True)
+    most = _OUTLIER * median(seconds)
+    return fmean(tokens) / fmean(min(each, most) for each in seconds)

@@ -41,6 +41,19 @@ def test_what_pays_is_done(gain, least, most):
         assert least <= world.run(4000) <= most
 
 
+def test_rare_guesses_are_judged_by_what_they_cost():
+    """One step in four has guesses, takes three times as long and brings one token
+    more: the median step is a plain one and would show nothing but the gain."""
+    now, guessing, share = 0.0, True, []
+    guard = LoadGuard(clock=lambda: now)
+    for step in range(6000):
+        dear = guessing and step % 4 == 0
+        now += 3.0 if dear else 1.0
+        share.append(guessing)
+        guessing = guard.next_step(2, 2 + 2 * dear, True)
+    assert sum(share[2000:]) < 0.15 * 4000
+
+
 def test_probes_grow_rare():
     world = World(1.5)
     early = 1 - world.run(1500)
