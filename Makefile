@@ -25,7 +25,7 @@ ifneq ($(ENGINE_TESTS),)
 endif
 
 test-unit: setup ## tests that start no engine
-	@$(RUN) python -m pytest $(UNIT_TESTS)
+	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 $(UNIT_TESTS)
 
 lint: setup ## ruff and mypy, changing nothing
 	@$(RUN) ruff check .

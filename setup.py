@@ -46,7 +46,10 @@ setup(
         # triton: without a GPU the kernel tests run in its interpreter. peft: the
         # authors' checkpoints are compared with what it writes and reads. ray: one of
         # vLLM's ways to start tensor-parallel ranks.
-        "dev": ["pytest", "ruff", "mypy", "scipy", "openai", "triton", "peft", "ray"],
+        "dev": [
+            *("pytest", "pytest-xdist", "ruff", "mypy", "scipy", "openai"),
+            *("triton", "peft", "ray"),
+        ],
     },
     entry_points={
         "vllm.general_plugins": ["ppd = vllm_ppd.plugin:register"],

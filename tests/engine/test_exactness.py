@@ -124,7 +124,8 @@ def test_aborted_neighbours(plain, ppd, plain_engine, ppd_engine, texts):
         "prompts": mixed(texts, 8, first=40),
         "params": {**GREEDY, "max_tokens": 90},
         "abort": [1, 2, 6],
-        "after_steps": 25,
+        # Early: with guesses, requests may be done in two dozen steps.
+        "after_steps": 8,
     }
     expected = plain.call("abort_midway", plain_engine, **arguments)
     actual = ppd.call("abort_midway", ppd_engine, **arguments)
