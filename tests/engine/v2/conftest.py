@@ -103,6 +103,8 @@ def tiny_ppd(
             "method": "ppd",
             "model": tiny_prompts,
             "tree": tiny_trees,
+            # V1 would learn which tokens follow which, and guess better than V2.
+            "online": False,
         },
     }
 
