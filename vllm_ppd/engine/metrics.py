@@ -24,6 +24,7 @@ __all__ = ["counts_of", "publish_metrics"]
 
 # Processes that this one starts find the folder by it.
 _FOLDER = "PPD_METRICS_FOLDER"
+_published = False
 _SAMPLED = " One step in eight counts."
 _HELP = {
     "request_steps": "Steps of requests, with guesses and without." + _SAMPLED,
@@ -63,11 +64,13 @@ class _PPDCollector(Collector):
 def publish_metrics() -> None:
     """In the front end, before the workers start: make the folder and its reader.
 
-    Once per process; engines that it starts later share both.
+    Once per process; engines that it starts later share both. A folder that the
+    environment names already is that of a process which started this one.
     """
-    folder = os.environ.get(_FOLDER)
-    if folder is not None and os.path.isdir(folder):
+    global _published
+    if _published:
         return
+    _published = True
     folder = tempfile.mkdtemp(prefix="vllm_ppd_metrics_")
     os.environ[_FOLDER] = folder
     REGISTRY.register(_PPDCollector(folder))
