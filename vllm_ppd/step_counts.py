@@ -105,7 +105,7 @@ class StepCounts:
     def set_plan(self, tier_max_requests: int | None, changes: int) -> None:
         """The tier that serves now (None: any number of requests), and how often the
         traffic has changed the plan."""
-        self.values[_TIER] = tier_max_requests or np.inf
+        self.values[_TIER] = tier_max_requests or 0
         self.values[_CHANGES] = changes
 
     def line(self, since: np.ndarray) -> str:
@@ -113,7 +113,7 @@ class StepCounts:
         seen = self.values - since
         requests = max(1.0, seen[_SPECULATING] + seen[_PLAIN])
         tier = self.values[_TIER]
-        limit = f"<= {tier:.0f}" if np.isfinite(tier) else "any number of"
+        limit = f"<= {tier:.0f}" if tier else "any number of"
         text = (
             f"PPD: {seen[_TOKENS] / requests:.2f} tokens and "
             f"{seen[_ROWS] / requests:.1f} rows per request and step; guesses in "

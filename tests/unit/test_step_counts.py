@@ -114,4 +114,4 @@ def test_prometheus_shows_them(tmp_path):
     text = generate_latest(registry).decode()
     source = 'engine="0",model_name="m",source="earlier_text"'
     assert f"vllm:ppd_accepted_tokens_total{{{source}}} 2.0" in text
-    assert 'vllm:ppd_tier_max_requests{engine="0",model_name="m"} +Inf' in text
+    assert 'vllm:ppd_tier_max_requests{engine="0",model_name="m"} 0.0' in text

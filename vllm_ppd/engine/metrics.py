@@ -38,7 +38,9 @@ _HELP = {
     "plan_changes": "How often the trees have changed to follow the traffic.",
 }
 _TIER = "tier_max_requests"
-_TIER_HELP = "The trees that serve now are for up to so many running requests."
+_TIER_HELP = (
+    "The trees that serve now are for up to so many running requests; 0 is no limit."
+)
 
 
 class _PPDCollector(Collector):
