@@ -141,10 +141,12 @@ class Replanner:
 
 
 def _main(question: str, answer: str) -> None:
-    # The server's process may be bound to cores that it needs for itself.
+    # The server's worker may be bound to cores, which it needs for itself.
     with contextlib.suppress(AttributeError, OSError):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
-        os.nice(10)
+        others = set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0)
+        if others:
+            os.sched_setaffinity(0, others)
+        os.nice(19)
     asked: dict[str, Any] = json.loads(Path(question).read_text())
     plan = better_plan(
         Evidence.from_dict(asked["evidence"]),
