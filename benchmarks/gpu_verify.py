@@ -1,7 +1,7 @@
 """What PPD adds to a step after the forward pass, kernel by kernel.
 
 The walk along the sampled tokens, the KV compaction in all layers, and before the next
-step the candidates and the tree layout. The times are those of the GPU, within a CUDA
+step the guesses and the tree layout. The times are those of the GPU, within a CUDA
 graph; the walk and the compaction together should stay below 30 microseconds.
 
     python benchmarks/gpu_verify.py --out benchmarks/results/NAME.json
@@ -24,6 +24,8 @@ from gpu_timing import choose_device, gpu_card, microseconds
 from stats import Spread
 
 from vllm_ppd.atomic import write_json
+from vllm_ppd.candidates import POOL, Successors
+from vllm_ppd.kernels.guess_tree import DeviceGuesses
 from vllm_ppd.kernels.tree_tables import TreeTables
 from vllm_ppd.tables import PolicyTables
 from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
@@ -54,7 +56,7 @@ def kernel_calls(
     shape: tuple[int, int, int], batch: int, rows: int, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
     """What a step of `batch` trees runs; three tokens of every tree are accepted."""
-    from vllm_ppd.kernels.triton.fill_tree import fill_tree
+    from vllm_ppd.kernels.triton.guess_tree import guess_tree
     from vllm_ppd.kernels.triton.kv_compact import KVCompactor
     from vllm_ppd.kernels.triton.place_tree import place_tree
     from vllm_ppd.kernels.triton.tree_walk import tree_walk
@@ -91,7 +93,14 @@ def kernel_calls(
     ]
     compactor = KVCompactor(caches)
     slots = torch.arange(tokens, device=device) + size
-    best = torch.randint(VOCABULARY, (batch, 3, tables.parents.shape[1]), device=device)
+    logits = torch.randn(batch, 3, VOCABULARY, dtype=torch.bfloat16, device=device)
+    scores, pool = logits.topk(max(POOL, tables.parents.shape[1]))
+    chains = ints(-1).expand(batch, 1).contiguous()
+    guesses = DeviceGuesses(ints(*[3] * batch), logits, pool, scores, trees, chains)
+    listed = torch.randint(VOCABULARY, (VOCABULARY, 32), device=device)
+    gains = torch.randn(VOCABULARY, 32, device=device)
+    table = Successors(listed, gains, gains[:, 0].contiguous())
+    weights = torch.ones(3, device=device)
     drafts = torch.zeros(batch, rows - 1, dtype=torch.int64, device=device)
     positions = torch.arange(tokens, device=device)
     ancestors = torch.zeros(
@@ -112,8 +121,8 @@ def kernel_calls(
         again = walk_again()
         compactor.run(slots, starts[:-1], again.paths, again.num_sampled)
 
-    def fill() -> None:
-        fill_tree(tables, trees, best, drafts)
+    def guess() -> None:
+        guess_tree(tables, trees, guesses, table, weights, drafts)
 
     def place() -> None:
         place_tree(
@@ -124,7 +133,7 @@ def kernel_calls(
         "walk": walk_again,
         "compact": compact,
         "walk and compact": both,
-        "fill": fill,
+        "guess": guess,
         "place": place,
     }
 

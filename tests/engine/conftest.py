@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.engine_process import EngineProcess
+from tests.engine.engine_process import GPU_MEMORY, ON_GPU, EngineProcess
 from vllm_ppd.prompts import PromptTokens
 from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "demo_model" / "model"
 PROMPTS = ROOT / "trained_prompts" / "demo"
+# Tests that look into the V1 runner, or need several devices or none.
+cpu_only = pytest.mark.skipif(ON_GPU, reason="about engines on a CPU")
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +89,7 @@ def plain_engine() -> dict[str, Any]:
         "max_model_len": 512,
         "enforce_eager": True,
         "seed": 0,
+        **GPU_MEMORY,
     }
 
 

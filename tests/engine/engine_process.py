@@ -13,6 +13,10 @@ import os
 import traceback
 from typing import Any
 
+import torch
+
+ON_GPU = torch.cuda.is_available()
+
 # One process: the tests look into the model runner, and steps are countable.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -20,7 +24,13 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # The model is tiny: a second thread would mostly wait for the first.
     "OMP_NUM_THREADS": "1",
+    # Where vLLM has float32 attended to by Triton, it would multiply in TF32.
+    "TRITON_F32_DEFAULT": "ieee",
 }
+# Several engines hold memory at once; a fixed cache needs no look at what is free.
+GPU_MEMORY = (
+    {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.1} if ON_GPU else {}
+)
 
 
 class EngineFailure(Exception):

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from tests.authors_checkpoint import write_authors_checkpoint
-from tests.engine.conftest import MODEL, PROMPTS
+from tests.engine.conftest import MODEL, PROMPTS, cpu_only
 from vllm_ppd.convert import convert
 from vllm_ppd.prompts import PromptTokens
 from vllm_ppd.train.insertion import Insertion
 from vllm_ppd.train.model import FrozenModel
 from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+
+pytestmark = cpu_only
 
 PARAMS = [{"temperature": 0.0, "ignore_eos": True, "max_tokens": n} for n in (90, 120)]
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.engine.conftest import cpu_only
+
+pytestmark = cpu_only
+
 
 @pytest.mark.parametrize("tree", [None, "wide"])
 @pytest.mark.parametrize("tokens", [40, 95])

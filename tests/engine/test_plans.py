@@ -9,12 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.engine.conftest import PROMPTS
+from tests.engine.conftest import PROMPTS, cpu_only
 from tests.engine.test_exactness import GREEDY, mixed, same
 from vllm_ppd.engine.executor import count_other_rows
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+
+pytestmark = cpu_only
 
 ROOT = chain_tree(0, (3,))
 BUSHY = SparseTree((0, 0, 1, 1, 3), (0, 1, 0, 1, 0), (3, 2, 1, 3, 0, 2))

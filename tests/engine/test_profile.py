@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.engine.conftest import PROMPTS
+from tests.engine.conftest import PROMPTS, cpu_only
 from tests.engine.engine_process import EngineProcess
 from tests.engine.test_exactness import GREEDY, mixed, same
 from vllm_ppd.profile import LatencyProfile, cache_file
+
+pytestmark = cpu_only
 
 
 def test_a_machine_is_measured_once(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +222,33 @@ def test_unsupported_vllm_is_refused_only_with_ppd(monkeypatch):
     configure(None)
     with pytest.raises(ValueError, match=r"works with vLLM 0.32 and 0.33"):
         configure(PPD)
+
+
+FORKED = """
+import os, sys, torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+
+load_general_plugins()
+ppd = {"method": "ppd", "model": sys.argv[2], "profile": "none"}
+EngineArgs(model=sys.argv[1], speculative_config=ppd).create_engine_config()
+assert torch.get_num_threads() == 2
+child = os.fork()
+if not child:
+    torch.ones(10**7).sum()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("both ended well")
+"""
+
+
+def test_an_engine_that_is_forked_from_the_front_end_can_use_threads():
+    """As vLLM does on CUDA: threads that torch had started here would be missing."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(MODEL), str(PROMPTS)],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "both ended well" in done.stdout, done.stderr[-2000:]

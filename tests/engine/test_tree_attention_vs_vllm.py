@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.engine.conftest import cpu_only
 from vllm_ppd.kernels.cpu import CpuTreeAttention, load_library
 from vllm_ppd.kernels.tree_attention import TreeBatch
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, cpu_only]
 
 # vLLM's kernel sums in another order; for bfloat16 it also rounds the softmax
 # weights to bfloat16, half a unit in the last place (2^-8 relative).

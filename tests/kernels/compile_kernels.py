@@ -19,9 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import vllm_ppd.kernels.triton.fill_tree as fill_module
 import vllm_ppd.kernels.triton.guess_tree as guess_module
 import vllm_ppd.kernels.triton.kv_compact as compact_module
+import vllm_ppd.kernels.triton.match_chains as match_module
 import vllm_ppd.kernels.triton.place_tree as place_module
 import vllm_ppd.kernels.triton.tree_attention as attention_module
 import vllm_ppd.kernels.triton.tree_walk as walk_module
@@ -62,6 +62,7 @@ class CompileOnly:
                 "kernel": self.kernel.__name__,
                 "capability": self.capability,
                 "shared": compiled.metadata.shared,
+                "undefined": undefined_values(compiled.asm["llir"]),
                 **registers(compiled),
             }
             self.reports.append(report)
@@ -89,6 +90,16 @@ class CompileOnly:
             if divisible:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         return signature, constants, attributes
+
+
+def undefined_values(llir: str) -> list[str]:
+    """Loads that leave garbage where their mask is off.
+
+    A constant that its type cannot hold, minus infinity for an integer, say, compiles
+    to whatever is in the register; interpreted, it is some number.
+    """
+    lines = (line.strip() for line in llir.splitlines())
+    return [line for line in lines if "asm sideeffect" in line and "poison" in line]
 
 
 def registers(compiled) -> dict[str, int]:
@@ -125,9 +136,7 @@ def launch_small_kernels(cache_dtype):
     tables = TreeTables.on("cpu", tables_of(random_policy(), num_rows=64))
     trees, longs = ints(4), ints(128, dtype=torch.int64)
     walk = walk_module.tree_walk(tables, trees, trees, trees, ints(128), longs, trees)
-    best = ints(4, 3, 8, dtype=torch.int64)
     drafts = ints(4, 63, dtype=torch.int64)
-    fill_module.fill_tree(tables, trees, best, drafts)
     guesses = DeviceGuesses(
         trees, torch.zeros(4, 3, 99, dtype=torch.bfloat16),
         ints(4, 3, 32, dtype=torch.int64), torch.zeros(4, 3, 32), trees, ints(4, 8),
@@ -135,7 +144,10 @@ def launch_small_kernels(cache_dtype):
     table = Successors(
         ints(99, 16, dtype=torch.int64), torch.ones(99, 16), torch.ones(99)
     )
-    guess_module.guess_tree(tables, trees, guesses, table, torch.ones(3), drafts)
+    for kind in (torch.bfloat16, torch.float32):
+        guesses = guesses._replace(scores=guesses.scores.to(kind))
+        guess_module.guess_tree(tables, trees, guesses, table, torch.ones(3), drafts)
+    match_module.match_chains(longs.view(2, 64), longs[:2], ints(2), 64)
     place_module.place_tree(
         tables, trees, trees, ints(5), trees, longs, ints(128, 1, dtype=torch.int64),
         ints(128), trees, trees,
@@ -148,8 +160,8 @@ def launch_small_kernels(cache_dtype):
 def main() -> None:
     reports: list[dict] = []
     modules = (
-        attention_module, compact_module, fill_module, guess_module, place_module,
-        walk_module,
+        attention_module, compact_module, guess_module, match_module,
+        place_module, walk_module,
     )  # fmt: skip
     kernels = {
         (module, name): kernel
@@ -172,6 +184,7 @@ def main() -> None:
         launch_attention(torch.float16, None, 256, 2, 2, 64, 4096, 1)
         if capability >= 90:
             launch_attention(torch.bfloat16, None, 128, 8, 4, 64, 0, None)
+            launch_attention(torch.bfloat16, None, 128, 264, 4, 64, 0, None)
             fp8 = torch.float8_e4m3fn
             launch_attention(torch.bfloat16, fp8, 128, 8, 1, 64, 0, 1)
             launch_attention(torch.float32, None, 128, 2, 2, 64, 0, 1)

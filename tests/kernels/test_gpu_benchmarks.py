@@ -38,7 +38,13 @@ def test_tree_attention(run, tmp_path):
 
 def test_verification(run):
     (cell,) = run("gpu_verify.py", "--dry-run")["cells"]
-    assert cell["us"].keys() == {"walk", "compact", "walk and compact", "fill", "place"}
+    assert cell["us"].keys() == {
+        "walk",
+        "compact",
+        "walk and compact",
+        "guess",
+        "place",
+    }
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
@@ -46,3 +52,10 @@ def test_verification(run):
 def test_without_a_gpu_one_sentence(run, script):
     with pytest.raises(SystemExit, match=r"no GPU was found.*--dry-run"):
         run(script)
+
+
+def test_tile_sweep(run):
+    (cell,) = run("gpu_tile_sweep.py", "--dry-run")["cells"]
+    assert len(cell["tree"]) == 3
+    assert {one["shape"]["tile"] for one in cell["tree"]} >= {32}
+    assert all(one["us"] > 0 for one in cell["tree"])

@@ -8,9 +8,12 @@ the hash that keys compiled graphs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import vllm
 import vllm.envs as envs
 from huggingface_hub import snapshot_download
@@ -75,6 +78,28 @@ def create_ppd_config(
     Raises:
         ValueError: one sentence naming what is wrong and what to do.
     """
+    with _one_thread():
+        return _create_ppd_config(args, speculative, model, parallel)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch from starting threads, which would not survive a fork.
+
+    On CUDA vLLM forks its engine from this process. A child of a process whose OpenMP
+    threads exist waits for them for ever at its first parallel operation.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _create_ppd_config(
+    args: Any, speculative: dict[str, Any], model: Any, parallel: Any
+) -> SpeculativeConfig:
     require_supported_vllm(vllm.__version__)
     config = PPDConfig.from_speculative(speculative)
     device = current_platform.device_type

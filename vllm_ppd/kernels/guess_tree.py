@@ -13,7 +13,6 @@ import torch
 
 from vllm_ppd.candidates import Successors
 
-from .fill_tree import lay_out_rows
 from .tree_tables import TreeTables
 
 __all__ = ["DeviceGuesses", "guess_tree_reference"]
@@ -45,8 +44,9 @@ def guess_tree_reference(
 ) -> None:
     """Write the rows after the root of each request's tree.
 
-    Layout, fillers and cut trees are those of ``fill_tree``. A candidate about which
-    nothing is known gets token 0.
+    Prompt rows get their soft ids. Columns past the tree's end get `filler`, and a
+    tree that is longer than K is cut, which leaves a valid smaller one. A candidate
+    about which nothing is known gets token 0.
     """
     trees = trees.long()
     parents = tables.parents[trees].long()  # [B, N]
@@ -74,7 +74,7 @@ def guess_tree_reference(
         found = ids.gather(-1, wanted.clamp(max=ids.shape[-1] - 1)[..., None])[..., 0]
         found = torch.where(rank < 0, chain, torch.where(known, found, 0))
         tokens = torch.where(candidate & (depths == depth), found, tokens)
-    lay_out_rows(tables, trees, tokens, drafts, filler)
+    _lay_out_rows(tables, trees, tokens, drafts, filler)
 
 
 def _score(
@@ -106,3 +106,22 @@ def _score(
     if successors is None:
         return pool, scores
     return torch.cat([pool, own], -1), torch.cat([scores, more], -1)
+
+
+def _lay_out_rows(
+    tables: TreeTables,
+    trees: torch.Tensor,  # int64 [B]
+    tokens: torch.Tensor,  # int64 [B, N]: of the candidates; others are not read
+    drafts: torch.Tensor,  # int [B, K]: written
+    filler: int,
+) -> None:
+    """Write candidates, prompt rows' soft ids, and `filler` past the tree's end."""
+    rows, nodes = tables.soft_ids.shape[1], tables.parents.shape[1]
+    count = min(rows - 1, drafts.shape[1])
+    ids = tables.soft_ids[trees]  # [B, Q]
+    is_candidate = tables.parents[trees] >= 0
+    ids[:, :nodes] = torch.where(is_candidate, tokens, ids[:, :nodes])
+    row = torch.arange(rows, device=trees.device)
+    ids = torch.where(row < tables.num_rows[trees][:, None], ids, filler)
+    drafts.fill_(filler)
+    drafts[:, :count] = ids[:, 1 : count + 1].to(drafts.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.engine_process import EngineProcess
+from tests.engine.engine_process import GPU_MEMORY, ON_GPU, EngineProcess
 from tests.engine.v2.engine import HAS_TRITON, V2EngineProcess
 from vllm_ppd.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompts import PromptTokens
@@ -90,6 +90,7 @@ def tiny_engine(tiny_model: str) -> dict[str, Any]:
         "seed": 0,
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
+        **GPU_MEMORY,
     }
 
 
@@ -111,6 +112,8 @@ def tiny_ppd(
 
 @pytest.fixture(scope="session")
 def v1() -> Iterator[EngineProcess]:
+    if ON_GPU:
+        pytest.skip("on a GPU the V1 runner serves 16-bit models only")
     process = EngineProcess()
     yield process
     process.stop()

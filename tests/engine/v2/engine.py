@@ -1,7 +1,7 @@
-"""A vLLM engine on its V2 runner without a GPU, driven as in tests/engine.
+"""A vLLM engine on its V2 runner, also without a GPU, driven as in tests/engine.
 
-Triton's interpreter runs the kernels on CPU tensors. It needs Triton, and a backend
-for it (tests/triton_cpu_stub), which only the processes started here see.
+Without one Triton's interpreter runs the kernels on CPU tensors. It needs Triton, and
+a backend for it (tests/triton_cpu_stub), which only the processes started here see.
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine import engine_process
-from tests.engine.engine_process import ENVIRONMENT, EngineProcess, _sampling_params
+from tests.engine.engine_process import (
+    ENVIRONMENT,
+    ON_GPU,
+    EngineProcess,
+    _sampling_params,
+)
 
 STUB = Path(__file__).parents[2] / "triton_cpu_stub"
 HAS_TRITON = find_spec("triton") is not None
-V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+if not ON_GPU:
+    V2["TRITON_INTERPRET"] = "1"
 
 
 class V2EngineProcess(EngineProcess):
@@ -51,11 +58,12 @@ class V2EngineProcess(EngineProcess):
 
 
 def _serve(pipe: Any, asynchronous: bool) -> None:
-    sys.path.insert(0, str(STUB))
-    _look_up_builtins_once()
-    _sort_for_top_k()
-    _store_under_any_mask()
-    if asynchronous:
+    if not ON_GPU:
+        sys.path.insert(0, str(STUB))
+        _look_up_builtins_once()
+        _sort_for_top_k()
+        _store_under_any_mask()
+    if asynchronous and not ON_GPU:
         _schedule_ahead()
     for function in OURS:
         setattr(engine_process, function.__name__, function)
@@ -168,10 +176,12 @@ def host_reads(llm: Any, prompts: Any, params: Any) -> list[str]:
     Everything is on the CPU here, but a read of a tensor's value is a read.
     """
     import torch
+    import vllm
     from torch.utils._python_dispatch import TorchDispatchMode
 
     reading = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
     seen: set[str] = set()
+    theirs = f"{Path(vllm.__file__).parent}/"
 
     def note(what: str) -> None:
         frames = inspect.stack(context=0)[2:]
@@ -182,7 +192,7 @@ def host_reads(llm: Any, prompts: Any, params: Any) -> list[str]:
             if "vllm_ppd/engine/v2" in frame.filename:
                 seen.add(f"{Path(frame.filename).name}:{frame.function}:{what}")
                 return
-            if "site-packages/vllm/" in frame.filename:
+            if frame.filename.startswith(theirs):
                 return  # vLLM's own doing
 
     class Watch(TorchDispatchMode):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.conftest import cpu_only
 from tests.engine.v2.engine import V2EngineProcess
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
@@ -156,6 +157,7 @@ def test_small_prefill_chunks_and_preemption(plain, ppd, tiny_engine, tiny_ppd):
     assert ppd.call("preemptions", {**tiny_ppd, **tight}) > 0
 
 
+@cpu_only
 def test_without_scheduling_ahead(plain, tiny_engine, tiny_ppd):
     process = V2EngineProcess()
     try:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import pickle
+import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import vllm
 import vllm.config.vllm as vllm_config
 import vllm.v1.worker.gpu.model_runner as model_runner
 from vllm.config import SpeculativeConfig
@@ -26,6 +29,9 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_ppd.plan import Tier, TreePlan
+from vllm_ppd.tree import TreePolicy, chain_tree
 
 
 def parameters(function: Any) -> list[str]:
@@ -198,8 +204,37 @@ def test_the_method_is_none_that_vllm_keeps_off_v2():
 def test_the_speculative_settings_pickle():
     from vllm_ppd.engine.v2.config import PPDSpeculativeConfig, is_v2_config
 
-    settings = PPDSpeculativeConfig(num_speculative_tokens=7, plan={"a": 1})
+    policy = TreePolicy((chain_tree(0, (1,)), chain_tree(1, (1, 1))))
+    plan = TreePlan((Tier(None, (policy,)),)).to_dict()
+    settings = PPDSpeculativeConfig(num_speculative_tokens=7, plan=plan)
     copy = pickle.loads(pickle.dumps(settings))
-    assert is_v2_config(copy) and copy.plan == {"a": 1} and copy.method == "ppd"
+    assert is_v2_config(copy) and copy.plan == plan and copy.method == "ppd"
     assert not copy.use_eagle() and not copy.use_ngram()
     assert copy.max_num_new_slots_for_drafting == 0
+    # vLLM logs its configuration, and a plan is long.
+    assert len(repr(copy)) < 80
+
+
+def test_earlier_matches_are_looked_for_in_device_memory():
+    from vllm_ppd.engine.v2.config import PPDSpeculativeConfig
+
+    policy = TreePolicy((chain_tree(0, (1,)), chain_tree(1, (1, 1))))
+    plan = TreePlan((Tier(None, (policy, policy)),)).to_dict()
+    settings = PPDSpeculativeConfig(num_speculative_tokens=7, plan=plan)
+    assert settings.use_ngram()
+    # What vLLM asks it for, and nothing else on this runner but the speculator.
+    source = inspect.getsource(GPUModelRunner.__init__)
+    assert re.search(
+        r"use_dense_all_token_ids = \(\s+self.speculative_config is not None and "
+        r"self.speculative_config.use_ngram\(\)",
+        source,
+    )
+    asked = [
+        str(path.relative_to(Path(vllm.__file__).parent))
+        for path in Path(vllm.__file__).parent.rglob("*.py")
+        if ".use_ngram()" in path.read_text()
+    ]
+    assert sorted(asked) == [
+        "v1/worker/gpu/model_runner.py",
+        "v1/worker/gpu/spec_decode/__init__.py",
+    ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from tests.engine.conftest import cpu_only
 from tests.engine.v2.engine import V2EngineProcess
 from tests.engine.v2.test_exactness_v2 import GREEDY, accepted, prompts, same
 
 
+@cpu_only
 def test_two_ranks(plain, tiny_engine, tiny_ppd):
     requests = prompts(3, seed=51)
     params = [

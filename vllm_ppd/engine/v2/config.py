@@ -42,6 +42,15 @@ class PPDSpeculativeConfig(SpeculativeConfig):
         self.draft_model_config = self.target_model_config
         self.draft_parallel_config = self.target_parallel_config
 
+    def use_ngram(self) -> bool:
+        # Asked by vLLM's V2 runner alone: whether all token ids shall be in device
+        # memory, where earlier matches are looked for, or in the host's.
+        return self.plan is not None and TreePlan.from_dict(self.plan).num_classes > 1
+
+    def __repr__(self) -> str:
+        # vLLM logs its whole configuration; a plan is pages long.
+        return f"SpeculativeConfig(method='ppd', drafts={self.num_speculative_tokens})"
+
 
 def runs_on_v2(device_type: str) -> bool:
     """Whether vLLM will choose its V2 runner, before it has a whole configuration.

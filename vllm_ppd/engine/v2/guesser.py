@@ -61,6 +61,7 @@ class Guesser:
         self._no_pool = torch.zeros(
             1, prompts, self._pool, dtype=torch.int64, device=device
         )
+        self._no_scores = torch.zeros(1, prompts, self._pool, device=device)
         self._successors: Successors | None = None
         weights: tuple[float, ...] = (1.0,) * prompts
         if successors is not None:
@@ -91,7 +92,7 @@ class Guesser:
         """Guess the rows after the root of each request's tree."""
         if logits is None or counts is None:
             counts, logits = self._zeros[: len(trees)], self._no_logits
-            pool, scores = self._no_pool, self._no_pool
+            pool, scores = self._no_pool, self._no_scores
         else:
             scores, pool = logits.topk(self._pool)
         guess_tree(

@@ -41,8 +41,8 @@ def _ranked_child(
     place = tl.arange(0, BLOCK_P)
     in_pool = place < tl.where(prompted, pool_size, 0)
     ids = tl.load(pool_ptr + place, mask=in_pool, other=-1)
-    scores = tl.load(scores_ptr + place, mask=in_pool, other=float("-inf"))
-    scores = scores.to(tl.float32)
+    scores = tl.load(scores_ptr + place, mask=in_pool, other=0).to(tl.float32)
+    scores = tl.where(in_pool, scores, float("-inf"))
     index = tl.arange(0, BLOCK_S)
     own = tl.full([BLOCK_S], -2, dtype=tl.int64)
     more = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
@@ -107,7 +107,7 @@ def _guess_tree_kernel(
     row_width,  # Q
     node_width,  # N
     num_prompts,  # M
-    vocabulary,  # V
+    logits_stride,  # of a prompt token's row
     pool_size,  # P
     num_successors,  # n
     chain_length,  # L
@@ -168,7 +168,7 @@ def _guess_tree_kernel(
             weight,
             pool_ptr + row * pool_size,
             scores_ptr + row * pool_size,
-            logits_ptr + row * vocabulary,
+            logits_ptr + row * logits_stride,
             pool_size,
             successor_ids_ptr,
             gains_ptr,
@@ -192,11 +192,12 @@ def guess_tree(
     drafts: torch.Tensor,
     filler: int = 0,
 ) -> None:
-    """As :func:`vllm_ppd.kernels.guess_tree.guess_tree_reference`; all contiguous."""
+    """As :func:`vllm_ppd.kernels.guess_tree.guess_tree_reference`; all contiguous, but
+    for rows of logits, which may be cut out of longer ones."""
     batch, num_drafts = drafts.shape
     if batch == 0:
         return
-    num_prompts, vocabulary = guesses.logits.shape[1:]
+    num_prompts = guesses.logits.shape[1]
     pool_size = guesses.pool.shape[2]
     num_successors = 1 if successors is None else successors.ids.shape[1]
     nodes = tables.parents.shape[1]
@@ -219,7 +220,7 @@ def guess_tree(
         tables.soft_ids.shape[1],
         nodes,
         num_prompts,
-        vocabulary,
+        guesses.logits.stride(1),
         pool_size,
         num_successors,
         guesses.chains.shape[1],

@@ -66,13 +66,24 @@ def _choose_shape(
         most, tile = 64 if hopper else 32, max(16, 8192 // padded)
     members = max_rows * group
     block_m = max(16, min(most, triton.next_power_of_2(members)))
+
+    def splits_of(block_m: int) -> int:
+        # Two programs for each multiprocessor, in one wave.
+        tiles = triton.cdiv(members, block_m)
+        wanted = 2 * multiprocessors // (requests * tiles * kv_heads)
+        return 1 << max(0, min(wanted, _MAX_SPLITS).bit_length() - 1)
+
+    if hopper and item_size < 4 and padded == 128 and members > 64:
+        # Grouped heads: measured, benchmarks/gpu_tile_sweep.py.
+        if splits_of(block_m) > 1:
+            block_m = 64
+        else:
+            tile = 128
     if item_size < 4 and block_m <= 64 and padded <= 128:
         num_warps = 4
     row_tiles = triton.cdiv(members, block_m)
     if splits is None:
-        # Two programs for each multiprocessor, in one wave.
-        wanted = 2 * multiprocessors // (requests * row_tiles * kv_heads)
-        splits = 1 << max(0, min(wanted, _MAX_SPLITS).bit_length() - 1)
+        splits = splits_of(block_m)
     num_stages = 3 if hopper else 2
     return _Shape(block_m, row_tiles, tile, padded, splits, num_warps, num_stages)
 
