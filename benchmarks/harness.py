@@ -8,7 +8,6 @@ for all decoders alike; steps are the engine's steps that brought output.
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import shutil
 import tempfile
@@ -253,15 +252,3 @@ def document(
         "settings": dict(settings),
         "cells": list(cells),
     }
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """A results file; raises ValueError for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    kind = content.get("format") if isinstance(content, dict) else None
-    if kind != "ppd_benchmark" or content.get("format_version") != 1:
-        raise ValueError(f"{path} is no results file of this version")
-    return content

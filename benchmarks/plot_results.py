@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import read_results
+from result_file import read_results
 
 COLOURS = {"ppd": "#2a9d8f", "ngram": "#e9a23b"}
 LABELS = {"ppd": "PPD", "ngram": "n-gram"}

@@ -70,9 +70,19 @@ class LoadGuard:
         # Whether the step under way may have guesses.
         self._mode = True
 
-    def forget(self) -> None:
-        """Start over: the plan has changed."""
-        self._loads.clear()
+    def renew(self) -> None:
+        """The plan has changed: what is known of steps with guesses is out of date.
+
+        A load that has given up speculation keeps to that until it has looked again,
+        soon: plans change more often than answers do.
+        """
+        for load in self._loads.values():
+            load.speeds.pop(True, None)
+            load.wait = _FIRST_WAIT
+            load.left = min(load.left, _FIRST_WAIT)
+            if load.guessing:
+                load.steps.clear()
+                load.settling = _SETTLING
 
     def next_step(self, running: int, tokens: int, pure: bool) -> bool:
         """Count a step; True if the next one may have guesses.

@@ -143,10 +143,11 @@ class Replanner:
 def _main(question: str, answer: str) -> None:
     # The server's worker may be bound to cores, which it needs for itself.
     with contextlib.suppress(AttributeError, OSError):
+        os.nice(19)
+    with contextlib.suppress(AttributeError, OSError):
         others = set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0)
         if others:
             os.sched_setaffinity(0, others)
-        os.nice(19)
     asked: dict[str, Any] = json.loads(Path(question).read_text())
     plan = better_plan(
         Evidence.from_dict(asked["evidence"]),

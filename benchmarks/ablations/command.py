@@ -25,7 +25,7 @@ from vllm_ppd.train.trainer import Interrupted
 
 from .document import ablations_document
 from .examination import Examination
-from .page import PAGE, write_page
+from .page import PAGE
 from .plan import chosen_tables, runs_of
 from .plot import draw
 from .progress import Progress
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         write_json(args.out, results)
         draw(results, args.out.with_suffix(".png"))
         if args.out == RESULTS:
-            write_page(PAGE, results)
+            PAGE.write(results)
     except (Interrupted, KeyboardInterrupt):
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.result_file import read_results
 
 from .plan import Table
 
@@ -56,20 +57,7 @@ def _without_table(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_document(path: Path) -> dict[str, Any]:
     """A results file of this script; raises ValueError for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict) or (
-        content.get("format"),
-        content.get("format_version"),
-        content.get("script"),
-    ) != ("ppd_benchmark", 1, _SCRIPT):
-        raise ValueError(
-            f"{path} is no results file of the ablations; make one with "
-            "python -m benchmarks.ablations"
-        )
-    return content
+    return read_results(path, _SCRIPT)
 
 
 def values(results: Mapping[str, Any], run: str, *keys: str) -> list[Any]:

@@ -6,23 +6,16 @@ python -m benchmarks.ablations.page --check    # fails if it is out of date
 
 from __future__ import annotations
 
-import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vllm_ppd.atomic import write_bytes
+from benchmarks.pages import ResultsPage
 
 from .document import read_document, values
 
-__all__ = ["PAGE", "page_with", "write_page"]
-
-PAGE = Path(__file__).with_name("README.md")
-_RESULTS = PAGE.parents[1] / "results" / "ablations.json"
-BEGIN, END = "<!-- tables: benchmarks/ablations/page.py -->", "<!-- end -->"
-_NOT_RUN = "No results are committed yet."
+__all__ = ["PAGE"]
 
 
 def rates(seeds: Sequence[Sequence[float]]) -> str:
@@ -99,44 +92,22 @@ def conditions(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def section(results: dict[str, Any] | None) -> str:
-    """What stands between the page's markers."""
-    lines = [_NOT_RUN]
-    if results is not None:
-        lines = conditions(results)
-        for table in results["tables"]:
-            lines += ["", *table_lines(results, table)]
-    return "\n".join([BEGIN, *lines, END])
+def lines(results: dict[str, Any]) -> list[str]:
+    """What stands in the page's section."""
+    found = conditions(results)
+    for table in results["tables"]:
+        found += ["", *table_lines(results, table)]
+    return found
 
 
-def page_with(text: str, results: dict[str, Any] | None) -> str:
-    """A page's text with its tables made anew; raises ValueError without markers."""
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"the page has no line {BEGIN!r} with an {END!r} after it")
-    return pattern.sub(lambda _: section(results), text)
-
-
-def write_page(page: Path, results: dict[str, Any] | None) -> None:
-    """Bring a page up to date."""
-    text = page.read_text(encoding="utf-8")
-    write_bytes(page, page_with(text, results).encode())
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only compare")
-    args = parser.parse_args(argv)
-    results = read_document(_RESULTS) if _RESULTS.exists() else None
-    if not args.check:
-        write_page(PAGE, results)
-        return 0
-    text = PAGE.read_text(encoding="utf-8")
-    if page_with(text, results) != text:
-        print(f"{PAGE.name} does not show the committed results")
-        return 1
-    return 0
-
+_FILE = Path(__file__).with_name("README.md")
+PAGE = ResultsPage(
+    page=_FILE,
+    begin="<!-- tables: benchmarks/ablations/page.py -->",
+    results=_FILE.parents[1] / "results" / "ablations.json",
+    read=read_document,
+    lines=lines,
+)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(PAGE.command(__doc__ or ""))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.result_file import open_work_folder
 from vllm_ppd.atomic import write_json
 from vllm_ppd.prompts import TENSOR_FILE, PromptTokens
 from vllm_ppd.train.settings import TrainSettings
@@ -18,7 +19,6 @@ from .workbench import Workbench
 
 __all__ = ["RunFolder"]
 
-_IDENTITY = "settings.json"
 _COST = "cost.json"
 
 
@@ -39,29 +39,7 @@ class RunFolder:
 
         Raises ValueError when it holds others, or cannot be written.
         """
-        file = self.folder / _IDENTITY
-        conditions = json.loads(json.dumps(dict(self.conditions)))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not file.exists():
-                write_json(file, conditions)
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{file} cannot be read or written ({error}); choose another --work"
-            ) from error
-        differing = sorted(
-            key
-            for key in {*conditions, *found}
-            if conditions.get(key) != found.get(key)
-        )
-        if differing:
-            key = differing[0]
-            raise ValueError(
-                f"{self.folder} holds runs with {key} {found.get(key)!r} instead of "
-                f"{conditions.get(key)!r}; give the same arguments, or choose another "
-                "folder with --work"
-            )
+        open_work_folder(self.folder, self.conditions)
 
     def record(self, run: Run, seed: int) -> dict[str, Any] | None:
         """The figures of a finished run; None while it is not."""

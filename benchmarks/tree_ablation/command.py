@@ -32,7 +32,7 @@ from vllm_ppd.successors import SUCCESSOR_FILE
 from .document import tree_document
 from .kinds import KINDS, Trees, Variant, plan_of
 from .measurement import Work, measure_plan, running
-from .page import PAGE, write_page
+from .page import PAGE
 from .plot import draw
 from .prediction import chosen_sizes, predict, predict_published
 from .records import RecordFolder, plan_name
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         write_json(args.out, results)
         draw(results, args.out.with_suffix(".png"))
         if args.out == RESULTS:
-            write_page(PAGE, results)
+            PAGE.write(results)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

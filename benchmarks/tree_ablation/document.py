@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.result_file import read_results
 
 __all__ = ["cells_of", "read_document", "tree_document"]
 
@@ -36,20 +37,7 @@ def tree_document(
 
 def read_document(path: Path) -> dict[str, Any]:
     """A results file of this script; raises ValueError for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict) or (
-        content.get("format"),
-        content.get("format_version"),
-        content.get("script"),
-    ) != ("ppd_benchmark", 1, _SCRIPT):
-        raise ValueError(
-            f"{path} is no results file of the tree ablation; make one with "
-            "python -m benchmarks.tree_ablation"
-        )
-    return content
+    return read_results(path, _SCRIPT)
 
 
 def cells_of(cells: Sequence[Mapping[str, Any]], **wanted: Any) -> list[dict[str, Any]]:

@@ -6,23 +6,16 @@ python -m benchmarks.tree_ablation.page --check    # fails if it is out of date
 
 from __future__ import annotations
 
-import argparse
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_ppd.atomic import write_bytes
+from benchmarks.pages import ResultsPage
 
 from .document import cells_of, read_document
 from .prediction import DEMO
 
-__all__ = ["PAGE", "page_with", "source_name", "write_page"]
-
-PAGE = Path(__file__).with_name("README.md")
-_RESULTS = PAGE.parents[1] / "results" / "tree_ablation.json"
-BEGIN, END = "<!-- tables: benchmarks/tree_ablation/page.py -->", "<!-- end -->"
-_NOT_RUN = "No results are committed yet."
+__all__ = ["PAGE", "source_name"]
 
 
 def source_name(conditioned: bool, suffix: bool) -> str:
@@ -123,53 +116,31 @@ def conditions(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def section(results: Mapping[str, Any] | None) -> str:
-    """What stands between the page's markers."""
-    if results is None:
-        return "\n".join([BEGIN, _NOT_RUN, END])
-    lines = conditions(results)
+def lines(results: Mapping[str, Any]) -> list[str]:
+    """What stands in the page's section."""
+    found = conditions(results)
     if results["measured"]:
-        lines += ["", "### Measured on the demo model: tokens per step", ""]
-        lines += measured_lines(results)
+        found += ["", "### Measured on the demo model: tokens per step", ""]
+        found += measured_lines(results)
     for (statistics,) in unique(results["predicted"], "statistics"):
         whose = "the demo model's evidence" if statistics == DEMO else statistics
-        lines += ["", f"### Predicted tokens per step: {whose}", ""]
-        lines += predicted_lines(results, statistics)
+        found += ["", f"### Predicted tokens per step: {whose}", ""]
+        found += predicted_lines(results, statistics)
     if results["chosen"]:
-        lines += ["", "### Our trees at the size that a machine chooses", ""]
-        lines += ["Expected speed of plain decoding (tokens, rows per step).", ""]
-        lines += chosen_lines(results)
-    return "\n".join([BEGIN, *lines, END])
+        found += ["", "### Our trees at the size that a machine chooses", ""]
+        found += ["Expected speed of plain decoding (tokens, rows per step).", ""]
+        found += chosen_lines(results)
+    return found
 
 
-def page_with(text: str, results: Mapping[str, Any] | None) -> str:
-    """A page's text with its tables made anew; raises ValueError without markers."""
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"the page has no line {BEGIN!r} with an {END!r} after it")
-    return pattern.sub(lambda _: section(results), text)
-
-
-def write_page(page: Path, results: Mapping[str, Any] | None) -> None:
-    """Bring a page up to date."""
-    text = page.read_text(encoding="utf-8")
-    write_bytes(page, page_with(text, results).encode())
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only compare")
-    args = parser.parse_args(argv)
-    results = read_document(_RESULTS) if _RESULTS.exists() else None
-    if not args.check:
-        write_page(PAGE, results)
-        return 0
-    text = PAGE.read_text(encoding="utf-8")
-    if page_with(text, results) != text:
-        print(f"{PAGE.name} does not show the committed results")
-        return 1
-    return 0
-
+_FILE = Path(__file__).with_name("README.md")
+PAGE = ResultsPage(
+    page=_FILE,
+    begin="<!-- tables: benchmarks/tree_ablation/page.py -->",
+    results=_FILE.parents[1] / "results" / "tree_ablation.json",
+    read=read_document,
+    lines=lines,
+)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(PAGE.command(__doc__ or ""))

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.result_file import open_work_folder
 from vllm_ppd.atomic import write_json
 from vllm_ppd.plan import TreePlan
 
 __all__ = ["RecordFolder", "plan_name"]
-
-_IDENTITY = "settings.json"
 
 
 def plan_name(plan: TreePlan, conditioned: bool) -> str:
@@ -39,24 +38,7 @@ class RecordFolder:
 
         Raises ValueError when it holds others, or cannot be written.
         """
-        file = self.folder / _IDENTITY
-        conditions = json.loads(json.dumps(dict(self.conditions)))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not file.exists():
-                write_json(file, conditions)
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{file} cannot be read or written ({error}); choose another --work"
-            ) from error
-        for key in sorted({*conditions, *found}):
-            if conditions.get(key) != found.get(key):
-                raise ValueError(
-                    f"{self.folder} holds measurements with {key} {found.get(key)!r} "
-                    f"instead of {conditions.get(key)!r}; give the same arguments, or "
-                    "choose another folder with --work"
-                )
+        open_work_folder(self.folder, self.conditions)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The record of a plan; None while it is not measured."""

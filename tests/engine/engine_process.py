@@ -66,6 +66,10 @@ class EngineProcess:
     ) -> list[dict[str, Any]]:
         return self.call("generate", engine, prompts=prompts, params=params, **more)
 
+    def accepted(self, engine: dict[str, Any]) -> int:
+        """Guesses that came true so far, by vLLM's count."""
+        return self.call("spec_counters", engine)["num_accepted_tokens"]
+
     def stop(self) -> None:
         self._pipe.send(None)
         self._process.join(20)
@@ -127,11 +131,9 @@ def generate(llm: Any, prompts: list[Any], params: Any) -> list[dict[str, Any]]:
 
 def spec_counters(llm: Any) -> dict[str, int]:
     """vLLM's own speculation counters."""
-    return {
-        metric.name.removeprefix("vllm:spec_decode_"): metric.value
-        for metric in llm.get_metrics()
-        if metric.name.startswith("vllm:spec_decode_") and hasattr(metric, "value")
-    }
+    prefix = "vllm:spec_decode_"
+    found = metrics(llm, prefix)
+    return {name.removeprefix(prefix): int(value) for name, value in found.items()}
 
 
 def metrics(llm: Any, prefix: str) -> dict[str, float]:

@@ -159,10 +159,6 @@ def test_trees_follow_the_traffic(
     assert "tokens and" in report["line"]
 
 
-def accepted(ppd, engine) -> int:
-    return ppd.call("spec_counters", engine)["num_accepted_tokens"]
-
-
 def test_successors_are_learnt_where_there_is_no_table(
     plain, ppd, plain_engine, ppd_engine, texts, tmp_path
 ):
@@ -180,9 +176,9 @@ def test_successors_are_learnt_where_there_is_no_table(
     gained = []
     for more in ({"conditioned": False}, {}):
         engine = engine_with(ppd_engine, **settings, **more)
-        before = accepted(ppd, engine)
+        before = ppd.accepted(engine)
         same(expected, ppd.generate(engine, prompts, params))
-        gained.append(accepted(ppd, engine) - before)
+        gained.append(ppd.accepted(engine) - before)
     assert gained[1] > 1.1 * gained[0]
 
 

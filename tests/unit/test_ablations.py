@@ -166,10 +166,10 @@ def test_a_stopped_command_goes_on(base: Path, ablate, monkeypatch, capsys) -> N
 
 
 def test_page(results: dict, tmp_path: Path) -> None:
-    text = f"# Title\n\n{page.BEGIN}\nold\n{page.END}\n\nreading\n"
-    new = page.page_with(text, results)
+    text = f"# Title\n\n{page.PAGE.begin}\nold\n<!-- end -->\n\nreading\n"
+    new = page.PAGE.text_with(text, results)
     assert "old" not in new and new.endswith("reading\n")
-    assert page.page_with(new, results) == new
+    assert page.PAGE.text_with(new, results) == new
     for table in results["tables"]:
         assert f"### {table['title']}" in new
         for row in table["rows"]:
@@ -177,11 +177,11 @@ def test_page(results: dict, tmp_path: Path) -> None:
     widths = {line.count("|") for line in new.splitlines() if line.startswith("|")}
     assert len(widths) == 1
     with pytest.raises(ValueError, match="has no line"):
-        page.page_with("# Title", results)
+        page.PAGE.text_with("# Title", results)
 
 
 def test_the_committed_page_shows_the_committed_results() -> None:
-    assert page.main(["--check"]) == 0
+    assert page.PAGE.command("", ["--check"]) == 0
 
 
 def test_progress_counts_what_is_left() -> None:
@@ -197,7 +197,7 @@ def test_progress_counts_what_is_left() -> None:
 def test_other_files_are_no_results(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     file.write_text('{"format": "ppd_benchmark", "format_version": 1}')
-    with pytest.raises(ValueError, match="no results file of the ablations"):
+    with pytest.raises(ValueError, match="no results file of ablations"):
         read_document(file)
 
 

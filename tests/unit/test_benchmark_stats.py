@@ -15,6 +15,7 @@ from vllm_ppd.cli.generation import Batch, Generation, Step
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # The scripts import each other as siblings, as they do when run.
 sys.path.insert(0, str(BENCHMARKS))
+result_file: Any = importlib.import_module("result_file")
 stats: Any = importlib.import_module("stats")
 harness: Any = importlib.import_module("harness")
 environment: Any = importlib.import_module("environment")
@@ -138,7 +139,7 @@ def results(tmp_path: Path) -> tuple[dict, Path]:
 
 def test_results_file(tmp_path: Path) -> None:
     content, file = results(tmp_path)
-    assert harness.read_results(file) == json.loads(json.dumps(content))
+    assert result_file.read_results(file) == json.loads(json.dumps(content))
     assert set(content) == {
         "format",
         "format_version",
@@ -154,7 +155,7 @@ def test_results_file(tmp_path: Path) -> None:
     assert str(BENCHMARKS.parent) not in json.dumps(content)
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="no results file"):
-        harness.read_results(tmp_path / "other.json")
+        result_file.read_results(tmp_path / "other.json")
 
 
 def test_table_is_markdown() -> None:

@@ -75,8 +75,23 @@ def test_loads_are_told_apart():
     assert world.run(500, running=20) < 0.2
     assert world.run(40, running=1) > 0.9
     assert world.run(40, running=40) > 0.9
-    world.guard.forget()
-    assert world.run(40, running=16) > 0.9
+
+
+def test_a_new_plan_is_tried_soon_and_not_at_once():
+    world = World(0.8)
+    world.run(9000)
+    # What does not pay stays off, however often the plan changes ...
+    guessed = []
+    for _ in range(20):
+        world.guard.renew()
+        guessed.append(world.run(600))
+    assert sum(guessed) / len(guessed) < 0.2
+    # ... and what pays with the new one is taken up within a few hundred steps.
+    world.gain = 1.5
+    world.guard.renew()
+    assert world.run(100) < 0.1
+    world.run(1000)
+    assert world.run(1000) > 0.9
 
 
 def test_steps_with_prefill_are_not_compared():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_ppd.plan import Tier, TreePlan
@@ -105,7 +104,8 @@ def test_without_a_folder_counts_stay_here(tmp_path):
 
 
 def test_prometheus_shows_them(tmp_path):
-    metrics = pytest.importorskip("vllm_ppd.engine.metrics")
+    from vllm_ppd.engine import metrics  # imports vLLM
+
     counts = StepCounts(2, tmp_path, {"model_name": "m", "engine": "0"})
     counts.add(*step_and_walk([[1, 2]]), np.array([1]))
     counts.set_plan(None, 0)

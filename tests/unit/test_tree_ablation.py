@@ -234,10 +234,10 @@ def test_results_and_page(ablate, tmp_path: Path) -> None:
     # There four rows cost nine plain steps.
     assert {c["gain"] for c in results["chosen"] if c["machine"] == "slow"} == {1.0}
     assert str(tmp_path) not in json.dumps(results)
-    text = f"# Title\n\n{page.BEGIN}\nold\n{page.END}\n\nreading\n"
-    new = page.page_with(text, results)
+    text = f"# Title\n\n{page.PAGE.begin}\nold\n<!-- end -->\n\nreading\n"
+    new = page.PAGE.text_with(text, results)
     assert "old" not in new and new.endswith("reading\n")
-    assert page.page_with(new, results) == new
+    assert page.PAGE.text_with(new, results) == new
     for part in (
         "### Measured on the demo model",
         "| prompt rows + successor table + earlier matches | ours | 8 |",
@@ -246,7 +246,7 @@ def test_results_and_page(ablate, tmp_path: Path) -> None:
     ):
         assert part in new
     with pytest.raises(ValueError, match="has no line"):
-        page.page_with("# Title", results)
+        page.PAGE.text_with("# Title", results)
 
 
 def test_predictions_alone_start_no_engine(ablate, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_predictions_alone_start_no_engine(ablate, tmp_path: Path) -> None:
     assert (status, engines) == (0, [])
     results = read_document(tmp_path / "work" / "results.json")
     assert results["measured"] == [] and results["predicted"]
-    assert "### Measured" not in page.section(results)
+    assert "### Measured" not in "\n".join(page.lines(results))
 
 
 def test_bad_arguments(ablate, folder: Path, tmp_path: Path, capsys) -> None:
@@ -274,7 +274,7 @@ def test_bad_arguments(ablate, folder: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_the_committed_page_shows_the_committed_results() -> None:
-    assert page.main(["--check"]) == 0
+    assert page.PAGE.command("", ["--check"]) == 0
 
 
 def test_results_never_replace_the_committed_ones_by_a_trial() -> None:

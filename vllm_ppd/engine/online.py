@@ -157,7 +157,7 @@ class OnlineTrees:
             drafter.set_plan(plan)
             self.changes += 1
             if self._guard is not None:
-                self._guard.forget()
+                self._guard.renew()
             logger.debug("PPD changed its trees to what the traffic accepts")
             return True
         if self._alone and time.monotonic() < self._rested_s:

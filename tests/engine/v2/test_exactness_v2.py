@@ -37,10 +37,6 @@ def same(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> None:
             assert b[key] == a[key], f"request {index} differs in {key}"
 
 
-def accepted(process: Any, engine: dict[str, Any]) -> int:
-    return process.call("spec_counters", engine)["num_accepted_tokens"]
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 def test_both_runners_same_tokens_from_the_same_trees(
     v1, plain, ppd, tiny_engine, tiny_ppd, batch
@@ -48,11 +44,11 @@ def test_both_runners_same_tokens_from_the_same_trees(
     requests = prompts(batch, seed=batch)
     params = {**GREEDY, "max_tokens": 24}
     expected = plain.generate(tiny_engine, requests, params)
-    before = [accepted(process, tiny_ppd) for process in (v1, ppd)]
+    before = [process.accepted(tiny_ppd) for process in (v1, ppd)]
     same(expected, v1.generate(tiny_ppd, requests, params))
     same(expected, ppd.generate(tiny_ppd, requests, params))
     gained = [
-        accepted(process, tiny_ppd) - a
+        process.accepted(tiny_ppd) - a
         for process, a in zip((v1, ppd), before, strict=True)
     ]
     assert gained[0] == gained[1] > 2
@@ -168,6 +164,6 @@ def test_without_scheduling_ahead(plain, tiny_engine, tiny_ppd):
             plain.generate(tiny_engine, requests, params),
             process.generate(tiny_ppd, requests, params),
         )
-        assert accepted(process, tiny_ppd) > 1
+        assert process.accepted(tiny_ppd) > 1
     finally:
         process.stop()

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import MODEL, PROMPTS
+from tests.engine.engine_process import GPU_MEMORY
 from tests.engine.v2.engine import V2EngineProcess
-from tests.engine.v2.test_exactness_v2 import accepted, same
+from tests.engine.v2.test_exactness_v2 import same
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,7 @@ def demo_engine() -> dict[str, Any]:
         "enforce_eager": True,
         "seed": 0,
         "disable_log_stats": False,
+        **GPU_MEMORY,
     }
 
 
@@ -55,10 +57,10 @@ def test_grammars_and_bad_words(plain, ppd, demo_engine, demo_ppd, asynchronous)
     process = ppd if asynchronous else V2EngineProcess()
     try:
         same(expected, process.generate(demo_ppd, texts, params))
-        before = accepted(process, demo_ppd)
+        before = process.accepted(demo_ppd)
         # Alone, a grammar's own guesses show: only scheduling ahead keeps them all.
         same(expected[:1], process.generate(demo_ppd, texts[:1], params[:1]))
-        assert accepted(process, demo_ppd) > before or not asynchronous
+        assert process.accepted(demo_ppd) > before or not asynchronous
     finally:
         if not asynchronous:
             process.stop()

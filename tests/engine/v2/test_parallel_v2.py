@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.engine.conftest import cpu_only
 from tests.engine.v2.engine import V2EngineProcess
-from tests.engine.v2.test_exactness_v2 import GREEDY, accepted, prompts, same
+from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
 
 
 @cpu_only
@@ -24,6 +24,6 @@ def test_two_ranks(plain, tiny_engine, tiny_ppd):
     process = V2EngineProcess(asynchronous=True, VLLM_CPU_OMP_THREADS_BIND="nobind")
     try:
         same(expected, process.generate(parallel, requests, params))
-        assert accepted(process, parallel) > 4
+        assert process.accepted(parallel) > 4
     finally:
         process.stop()

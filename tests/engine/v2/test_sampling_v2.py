@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.engine.test_sampling import _close
-from tests.engine.v2.test_exactness_v2 import accepted, prompts, same
+from tests.engine.v2.test_exactness_v2 import prompts, same
 
 SAMPLED = {"ignore_eos": True, "detokenize": False, "max_tokens": 12}
 
@@ -19,7 +19,7 @@ SAMPLED = {"ignore_eos": True, "detokenize": False, "max_tokens": 12}
 def compare(plain, ppd, engine, ppd_engine, params: list[dict[str, Any]]) -> int:
     """Decode the same requests in both; return the guesses that were accepted."""
     requests = prompts(len(params), seed=31)
-    before = accepted(ppd, ppd_engine)
+    before = ppd.accepted(ppd_engine)
     expected = plain.generate(engine, requests, params)
     actual = ppd.generate(ppd_engine, requests, params)
     same(expected, actual)
@@ -30,7 +30,7 @@ def compare(plain, ppd, engine, ppd_engine, params: list[dict[str, Any]]) -> int
             assert (ours is None) == (theirs is None)
             if theirs is not None:
                 _close(theirs, ours)
-    return accepted(ppd, ppd_engine) - before
+    return ppd.accepted(ppd_engine) - before
 
 
 def test_a_batch_of_different_ways_to_sample(plain, ppd, tiny_engine, tiny_ppd):
