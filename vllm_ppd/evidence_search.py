@@ -218,14 +218,23 @@ class _Growth:
             chances = evidence.chances(state, match_class, depth + 1, on)
             # The chain's child first, then by falling chance; ranks may not fall.
             order = np.argsort(-chances, kind="stable").tolist()
+            # By kind of child: what a subtree is worth, and at which sizes that rises.
+            worths = {
+                kind: np.maximum(1 - self._h[:, None] + node, 0)[None]
+                for kind, node in deeper.items()
+            }
+            rising = {
+                kind: np.flatnonzero(
+                    (worth[..., 1:] > worth[..., :-1] + 1e-15).any(axis=(0, 1))
+                )
+                + 1
+                for kind, worth in worths.items()
+            }
             for rank in order[: self._max_rows - 1]:
                 if chances[rank] < _LEAST_CHANCE:
                     continue
-                node = deeper[on and rank == 0]
-                worth = np.maximum(1 - self._h[:, None] + node, 0)
-                extra = chances[rank] * worth[None]
-                rises = (extra[..., 1:] > extra[..., :-1] + 1e-15).any(axis=(0, 1))
-                sizes = np.flatnonzero(rises) + 1
+                kind = on and rank == 0
+                extra, sizes = chances[rank] * worths[kind], rising[kind]
                 # Siblings of one kind: the likelier never has the smaller subtree.
                 equal = sum(1 for r in ranks if (on and r == 0) == (on and rank == 0))
                 sizes = sizes[sizes <= self._max_rows // (equal + 1)]

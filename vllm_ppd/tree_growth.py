@@ -22,7 +22,6 @@ tokens are worth. The tables take both into account.
 from __future__ import annotations
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from vllm_ppd.plain_tree import PlainTree, arrange, path_probabilities
 
@@ -152,16 +151,22 @@ class BestTrees:
 def share_rows(others: np.ndarray, extra: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """[depths, m + 1, rows] max over j in {0, *sizes} of others[n - j] + extra[j]."""
     best = others.copy()
-    width = others.shape[-1]
+    *outer, width = others.shape
     largest = int(sizes[-1])
-    before = np.full((*others.shape[:-1], largest), -np.inf)
-    padded = np.concatenate([before, others], axis=-1)
-    # [largest + 1, depths, m + 1, rows]: entry i is `others` moved by largest - i.
-    moved = np.moveaxis(sliding_window_view(padded, width, axis=-1), -2, 0)
+    padded = np.full((*outer, largest + width), -np.inf)
+    padded[..., largest:] = others
+    # [largest + 1, depths, m + 1, rows]: entry i is `others` moved by largest - i. (A
+    # sliding_window_view, which takes longer to make than the sums take.)
+    item = padded.itemsize
+    strides = (item, *padded.strides[:-1], item)
+    moved = np.ndarray(
+        (largest + 1, *outer, width), padded.dtype, padded, strides=strides
+    )
+    gains = extra.transpose(2, 0, 1)
     step = max(1, _BLOCK // others.size)
     for start in range(0, len(sizes), step):
         block = sizes[start : start + step]
         sums = moved[largest - block]
-        sums += np.moveaxis(extra[..., block], -1, 0)[..., None]
+        sums += gains[block][..., None]
         np.maximum(best, sums.max(axis=0), out=best)
     return best
