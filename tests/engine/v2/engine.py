@@ -23,6 +23,7 @@ from tests.engine.engine_process import (
 )
 
 STUB = Path(__file__).parents[2] / "triton_cpu_stub"
+RAY_STUB = Path(__file__).parents[2] / "ray_cpu_stub"
 HAS_TRITON = find_spec("triton") is not None
 V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 if not ON_GPU:
@@ -34,19 +35,26 @@ class V2EngineProcess(EngineProcess):
 
     Args:
         asynchronous: schedule ahead of the device, as vLLM does on GPUs.
+        ray: start a Ray cluster of two imaginary GPUs for vLLM to find.
         more: further environment variables.
     """
 
-    def __init__(self, asynchronous: bool = False, **more: str) -> None:
+    def __init__(
+        self, asynchronous: bool = False, ray: bool = False, **more: str
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         environment = {**ENVIRONMENT, **V2, **more}
+        if ray:
+            # Ray's workers are started anew and find modules by this.
+            environment["PYTHONPATH"] = f"{STUB}{os.pathsep}{RAY_STUB}"
+            environment["RAY_USAGE_STATS_ENABLED"] = "0"
         saved = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
         self._process = context.Process(
             # No daemon: those may not have workers of their own.
             target=_serve,
-            args=(theirs, asynchronous),
+            args=(theirs, asynchronous, ray),
             daemon=False,
         )
         self._process.start()
@@ -57,12 +65,19 @@ class V2EngineProcess(EngineProcess):
                 os.environ[name] = value
 
 
-def _serve(pipe: Any, asynchronous: bool) -> None:
+def _serve(pipe: Any, asynchronous: bool, with_ray: bool) -> None:
+    if with_ray:
+        # Before vLLM is imported, which then chooses its platform.
+        sys.path.insert(0, str(RAY_STUB))
     if not ON_GPU:
         sys.path.insert(0, str(STUB))
         _look_up_builtins_once()
         _sort_for_top_k()
         _store_under_any_mask()
+    if with_ray:
+        import ray
+
+        ray.init(num_gpus=2, num_cpus=2, include_dashboard=False, log_to_driver=False)
     if asynchronous and not ON_GPU:
         _schedule_ahead()
     for function in OURS:

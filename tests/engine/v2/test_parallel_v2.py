@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+import pytest
+
 from tests.engine.conftest import cpu_only
 from tests.engine.v2.engine import V2EngineProcess
 from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
 
 
 @cpu_only
-def test_two_ranks(plain, tiny_engine, tiny_ppd):
+@pytest.mark.parametrize("backend", ["mp", "ray"])
+def test_two_ranks(plain, tiny_engine, tiny_ppd, backend):
+    if backend == "ray" and find_spec("ray") is None:
+        pytest.skip("ray is not installed (pip install ray)")
     requests = prompts(3, seed=51)
     params = [
         {**GREEDY, "max_tokens": 16},
@@ -19,9 +26,11 @@ def test_two_ranks(plain, tiny_engine, tiny_ppd):
     parallel = {
         **tiny_ppd,
         "tensor_parallel_size": 2,
-        "distributed_executor_backend": "mp",
+        "distributed_executor_backend": backend,
     }
-    process = V2EngineProcess(asynchronous=True, VLLM_CPU_OMP_THREADS_BIND="nobind")
+    process = V2EngineProcess(
+        asynchronous=True, ray=backend == "ray", VLLM_CPU_OMP_THREADS_BIND="nobind"
+    )
     try:
         same(expected, process.generate(parallel, requests, params))
         assert process.accepted(parallel) > 4
