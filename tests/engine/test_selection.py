@@ -36,6 +36,12 @@ def from_cli(*flags: str) -> Any:
     return EngineArgs.from_cli_args(parsed).create_engine_config()
 
 
+def test_a_profiles_key_holds_plain_values():
+    """It travels in messages between vLLM's processes, which take nothing else."""
+    key = configure(PPD).additional_config[KEY]["profile_key"]
+    assert {type(value) for value in key.values()} <= {str, int, bool, type(None)}
+
+
 def is_ppd(config: Any) -> bool:
     settings = (config.additional_config or {}).get(KEY, {"plan": {}})
     return (

@@ -13,6 +13,9 @@ from tests.kernels.implementations import DEVICE, needs_triton
 
 pytestmark = needs_triton
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = sorted(
+    path.name for path in BENCHMARKS.glob("gpu_*.py") if "__main__" in path.read_text()
+)
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def test_verification(run):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
-@pytest.mark.parametrize("script", ["gpu_tree_attention.py", "gpu_verify.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_without_a_gpu_one_sentence(run, script):
     with pytest.raises(SystemExit, match=r"no GPU was found.*--dry-run"):
         run(script)

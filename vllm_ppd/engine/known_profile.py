@@ -44,7 +44,8 @@ def profile_key(args: Any, model: Any, parallel: Any, device: str) -> dict[str, 
         "attention_backend": str(args.attention_backend),
         "vllm": vllm.__version__,
         "vllm_ppd": vllm_ppd.__version__,
-        "torch": torch.__version__,
+        # A plain string: vLLM's messages between processes take no other kind.
+        "torch": str(torch.__version__),
     }
 
 
