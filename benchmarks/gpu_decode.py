@@ -22,19 +22,18 @@ The last line printed is one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from environment import ROOT, environment_card
+from environment import ROOT
 from gpu_engine import TimedEngine
+from gpu_timing import choose_device, finish
 from stats import summarise
 
 from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.atomic import write_json
 from vllm_ppd.latency import LatencyCurve
 from vllm_ppd.tree_search import optimal_policy
 
@@ -50,7 +49,6 @@ SHAPES = {
 # vLLM's V2 runner on a CPU needs Triton's interpreter and a backend for it.
 INTERPRETED = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "TRITON_INTERPRET": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "OMP_NUM_THREADS": "1",
 }
@@ -220,19 +218,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    import torch
-
     args = parse_args()
-    args.on_cpu = not torch.cuda.is_available()
-    if args.on_cpu and not args.dry_run:
-        raise SystemExit(
-            "no GPU was found, and without one there is nothing to measure: use a "
-            "machine with an NVIDIA GPU, or add --dry-run to see that the script runs"
-        )
+    device = choose_device(args.dry_run)
     if args.dry_run:
         args.shapes, args.batches, args.contexts, args.rows = ["tiny"], [2], [8], [6]
         args.tokens, args.rounds, args.dtype = 6, 1, "float32"
-    if args.on_cpu:
+    if device.type == "cpu":
         # The engines' processes start with this one's path and environment.
         sys.path.insert(0, str(ROOT / "tests" / "triton_cpu_stub"))
         os.environ.update(INTERPRETED)
@@ -244,23 +235,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:
             cells += measure_shape(shape, stats, args, Path(folder))
-    card = {"torch": torch.__version__, "gpu": "none: a dry run"}
-    if not args.on_cpu:
-        card["gpu"] = torch.cuda.get_device_name()
-    from importlib.metadata import version
-
-    card["vllm"] = version("vllm")
-    hidden = ("out", "on_cpu", "table")
-    settings = {k: v for k, v in vars(args).items() if k not in hidden}
-    document = {
-        "format": "ppd_gpu_decode",
-        "environment": environment_card() | card,
-        "settings": {**settings, "acceptance": args.table.stem},
-        "cells": cells,
-    }
-    if args.out:
-        write_json(args.out, document)
-    print(json.dumps(document))
+    finish("ppd_gpu_decode", args, device, cells=cells)
 
 
 if __name__ == "__main__":

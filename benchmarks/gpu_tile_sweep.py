@@ -13,7 +13,6 @@ The last line printed is one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from environment import environment_card
-from gpu_timing import choose_device, gpu_card, microseconds
+from gpu_timing import choose_device, finish, microseconds
 from gpu_tree_attention import (
     SHAPES,
     Cell,
@@ -31,8 +29,6 @@ from gpu_tree_attention import (
     run_reference,
     run_tree,
 )
-
-from vllm_ppd.atomic import write_json
 
 ROWS = 64
 # model, batch, context
@@ -139,14 +135,7 @@ def main() -> None:
                 "tree": tried,
             }
         )
-    document = {
-        "format": "ppd_gpu_tile_sweep",
-        "environment": environment_card() | gpu_card(device),
-        "cells": cells,
-    }
-    if args.out:
-        write_json(args.out, document)
-    print(json.dumps(document))
+    finish("ppd_gpu_tile_sweep", args, device, cells=cells)
 
 
 if __name__ == "__main__":

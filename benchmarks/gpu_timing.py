@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
+from environment import environment_card
+
+from vllm_ppd.atomic import write_json
 
 
 def choose_device(dry_run: bool) -> torch.device:
@@ -66,11 +74,33 @@ def microseconds(
     return times
 
 
+def finish(
+    kind: str, settings: argparse.Namespace, device: torch.device, **found: Any
+) -> None:
+    """Write a results document to `settings.out`, if given, and print it last."""
+    shown = {
+        key: value.stem if isinstance(value, Path) else value
+        for key, value in vars(settings).items()
+        if key != "out"
+    }
+    document = {
+        "format": kind,
+        "environment": environment_card() | gpu_card(device),
+        "settings": shown,
+        **found,
+    }
+    if settings.out:
+        write_json(settings.out, document)
+    print(json.dumps(document))
+
+
 def gpu_card(device: torch.device) -> dict[str, Any]:
     """Which GPU, and the versions of what runs on it."""
     import triton
 
     card = {"torch": torch.__version__, "triton": triton.__version__}
+    with suppress(PackageNotFoundError):
+        card["vllm"] = version("vllm")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         card["gpu"] = properties.name

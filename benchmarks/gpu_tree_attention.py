@@ -13,7 +13,6 @@ The last line printed is one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,11 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from environment import environment_card
-from gpu_timing import choose_device, gpu_card, microseconds
+from gpu_timing import choose_device, finish, microseconds
 from stats import Spread
 
-from vllm_ppd.atomic import write_json
 from vllm_ppd.kernels.tree_attention import TreeBatch, tree_attention_reference
 from vllm_ppd.tables import pack_mask
 
@@ -250,18 +247,8 @@ def main() -> None:
                         f"{found['largest_difference']:12.2g}",
                         flush=True,
                     )
-    settings = {key: value for key, value in vars(args).items() if key != "out"}
-    on_gpu = device.type == "cuda"
-    document = {
-        "format": "ppd_gpu_tree_attention",
-        "environment": environment_card() | gpu_card(device),
-        "settings": settings,
-        "flash": "vLLM's FlashAttention" if on_gpu else "a torch stand-in",
-        "cells": cells,
-    }
-    if args.out:
-        write_json(args.out, document)
-    print(json.dumps(document))
+    flash = "vLLM's FlashAttention" if device.type == "cuda" else "a torch stand-in"
+    finish("ppd_gpu_tree_attention", args, device, flash=flash, cells=cells)
 
 
 if __name__ == "__main__":

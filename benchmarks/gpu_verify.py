@@ -13,17 +13,14 @@ The last line printed is one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from environment import environment_card
-from gpu_timing import choose_device, gpu_card, microseconds
+from gpu_timing import choose_device, finish, microseconds
 from stats import Spread
 
-from vllm_ppd.atomic import write_json
 from vllm_ppd.candidates import POOL, Successors
 from vllm_ppd.kernels.guess_tree import DeviceGuesses
 from vllm_ppd.kernels.tree_tables import TreeTables
@@ -177,16 +174,7 @@ def main() -> None:
                     for kernel, found in figures.items()
                 )
                 print(f"{name} batch {batch} rows {rows}, us: {shown}", flush=True)
-    settings = {key: value for key, value in vars(args).items() if key != "out"}
-    document = {
-        "format": "ppd_gpu_verify",
-        "environment": environment_card() | gpu_card(device),
-        "settings": settings,
-        "cells": cells,
-    }
-    if args.out:
-        write_json(args.out, document)
-    print(json.dumps(document))
+    finish("ppd_gpu_verify", args, device, cells=cells)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,20 @@ class ResultsPage:
     read: Callable[[Path], dict[str, Any]]
     lines: Callable[[dict[str, Any]], list[str]]
 
+    @classmethod
+    def beside(
+        cls,
+        program: str,
+        name: str,
+        read: Callable[[Path], dict[str, Any]],
+        lines: Callable[[dict[str, Any]], list[str]],
+    ) -> ResultsPage:
+        """The README.md beside a program of benchmarks/`name`/, for its results."""
+        page = Path(program).with_name("README.md")
+        results = page.parents[1] / "results" / f"{name}.json"
+        begin = f"<!-- tables: benchmarks/{name}/page.py -->"
+        return cls(page, begin, results, read, lines)
+
     def text_with(self, text: str, results: dict[str, Any] | None) -> str:
         """The page's text with its section anew; raises ValueError without markers."""
         pattern = re.compile(re.escape(self.begin) + ".*?" + re.escape(_END), re.DOTALL)

@@ -236,7 +236,7 @@ class _Growth:
                 kind = on and rank == 0
                 extra, sizes = chances[rank] * worths[kind], rising[kind]
                 # Siblings of one kind: the likelier never has the smaller subtree.
-                equal = sum(1 for r in ranks if (on and r == 0) == (on and rank == 0))
+                equal = sum((on and r == 0) == kind for r in ranks)
                 sizes = sizes[sizes <= self._max_rows // (equal + 1)]
                 if not len(sizes):
                     continue

@@ -156,7 +156,7 @@ def share_rows(others: np.ndarray, extra: np.ndarray, sizes: np.ndarray) -> np.n
     padded = np.full((*outer, largest + width), -np.inf)
     padded[..., largest:] = others
     # [largest + 1, depths, m + 1, rows]: entry i is `others` moved by largest - i. (A
-    # sliding_window_view, which takes longer to make than the sums take.)
+    # sliding_window_view, which is slow to make for so few numbers.)
     item = padded.itemsize
     strides = (item, *padded.strides[:-1], item)
     moved = np.ndarray(

@@ -7,7 +7,6 @@ python -m benchmarks.ablations.page --check    # fails if it is out of date
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -100,14 +99,7 @@ def lines(results: dict[str, Any]) -> list[str]:
     return found
 
 
-_FILE = Path(__file__).with_name("README.md")
-PAGE = ResultsPage(
-    page=_FILE,
-    begin="<!-- tables: benchmarks/ablations/page.py -->",
-    results=_FILE.parents[1] / "results" / "ablations.json",
-    read=read_document,
-    lines=lines,
-)
+PAGE = ResultsPage.beside(__file__, "ablations", read_document, lines)
 
 if __name__ == "__main__":
     raise SystemExit(PAGE.command(__doc__ or ""))

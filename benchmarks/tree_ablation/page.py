@@ -7,7 +7,6 @@ python -m benchmarks.tree_ablation.page --check    # fails if it is out of date
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.pages import ResultsPage
@@ -133,14 +132,7 @@ def lines(results: Mapping[str, Any]) -> list[str]:
     return found
 
 
-_FILE = Path(__file__).with_name("README.md")
-PAGE = ResultsPage(
-    page=_FILE,
-    begin="<!-- tables: benchmarks/tree_ablation/page.py -->",
-    results=_FILE.parents[1] / "results" / "tree_ablation.json",
-    read=read_document,
-    lines=lines,
-)
+PAGE = ResultsPage.beside(__file__, "tree_ablation", read_document, lines)
 
 if __name__ == "__main__":
     raise SystemExit(PAGE.command(__doc__ or ""))

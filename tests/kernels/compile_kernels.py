@@ -144,7 +144,7 @@ def launch_small_kernels(cache_dtype):
     table = Successors(
         ints(99, 16, dtype=torch.int64), torch.ones(99, 16), torch.ones(99)
     )
-    for kind in (torch.bfloat16, torch.float32):
+    for kind in (torch.bfloat16, torch.float32, torch.int64):
         guesses = guesses._replace(scores=guesses.scores.to(kind))
         guess_module.guess_tree(tables, trees, guesses, table, torch.ones(3), drafts)
     match_module.match_chains(longs.view(2, 64), longs[:2], ints(2), 64)

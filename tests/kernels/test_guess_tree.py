@@ -27,7 +27,9 @@ def guess(request):
 def on_device(guesses, num_prompts, pool):
     """The pure core's guesses, a row for every prompt token; absent ones are nan."""
     batch, vocabulary = len(guesses.counts), guesses.logits.shape[1]
-    logits = torch.full((batch, num_prompts, vocabulary), torch.nan)
+    # vLLM pads vocabularies: rows may be cut out of longer ones.
+    logits = torch.full((batch, num_prompts, vocabulary + 3), torch.nan)
+    logits = logits[..., :vocabulary]
     logits[torch.arange(num_prompts) < torch.from_numpy(guesses.counts)[:, None]] = (
         guesses.logits
     )

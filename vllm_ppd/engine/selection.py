@@ -64,24 +64,6 @@ def speculative_dict(args: Any) -> dict[str, Any] | None:
     return given if PPDConfig.selected_by(given) else None
 
 
-def create_ppd_config(
-    args: Any, speculative: dict[str, Any], model: Any, parallel: Any
-) -> SpeculativeConfig:
-    """Check everything and return the configuration that vLLM carries.
-
-    Args:
-        args: vLLM's EngineArgs; its ``additional_config`` gets PPD's settings.
-        speculative: what the user wrote.
-        model: the target's ModelConfig.
-        parallel: the target's ParallelConfig; its worker class becomes PPD's.
-
-    Raises:
-        ValueError: one sentence naming what is wrong and what to do.
-    """
-    with _one_thread():
-        return _create_ppd_config(args, speculative, model, parallel)
-
-
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Keep torch from starting threads, which would not survive a fork.
@@ -97,9 +79,21 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _create_ppd_config(
+@_one_thread()
+def create_ppd_config(
     args: Any, speculative: dict[str, Any], model: Any, parallel: Any
 ) -> SpeculativeConfig:
+    """Check everything and return the configuration that vLLM carries.
+
+    Args:
+        args: vLLM's EngineArgs; its ``additional_config`` gets PPD's settings.
+        speculative: what the user wrote.
+        model: the target's ModelConfig.
+        parallel: the target's ParallelConfig; its worker class becomes PPD's.
+
+    Raises:
+        ValueError: one sentence naming what is wrong and what to do.
+    """
     require_supported_vllm(vllm.__version__)
     config = PPDConfig.from_speculative(speculative)
     device = current_platform.device_type
