@@ -1,6 +1,7 @@
 # PYTHON: which interpreter builds .venv.  DEVICE: auto (default), cpu or cuda.
-# ARGS: more arguments for the demo.
+# ARGS: more arguments for the demo.  JOBS: engine tests side by side.
 PYTHON ?= python3
+JOBS ?= 2
 DEVICE ?= $(or $(VLLM_PPD_DEVICE),auto)
 
 # Commands of .venv first, so that tests and engines start what was installed there.
@@ -21,7 +22,7 @@ demo: setup ## decode with a small trained model, plain against PPD
 
 test: test-unit ## all tests; those that need a GPU are skipped without one
 ifneq ($(ENGINE_TESTS),)
-	@$(RUN) python -m pytest $(ENGINE_TESTS)
+	@$(RUN) python -m pytest -n $(JOBS) --dist loadfile $(ENGINE_TESTS)
 endif
 
 test-unit: setup ## tests that start no engine

@@ -6,8 +6,11 @@ decodes that many requests at once, so three engines are compared:
     plain x1   one request, one row
     plain xR   R requests of the same context, R rows
     ppd x1     one request, R rows
+    off x1     PPD with a plan that does not speculate, one row
+    off xR     the same, R requests
 
-What PPD adds is its step minus the plain step of equal rows. Parts of a step are timed
+What PPD adds is its step minus the plain step of equal rows; what it adds where it does
+not speculate, `off` minus plain. Parts of a step are timed
 by wrapping the model runner's methods (a few microseconds each, so parts are slightly
 long). Prompts are random tokens; how many guesses are accepted does not matter here.
 Each engine is an eager or compiled LLM in its own process with one thread; they take
@@ -41,6 +44,7 @@ from vllm_ppd.acceptance import AcceptanceStats
 from vllm_ppd.atomic import write_json
 from vllm_ppd.default_trees import acceptance_of
 from vllm_ppd.latency import LatencyCurve
+from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.tree_search import optimal_policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +103,8 @@ def serve(pipe: Any, engine: dict[str, Any], acceptance: str | None) -> None:
     pipe.send("ready")
     while (task := pipe.recv()) is not None:
         pipe.send(measure(llm, clock, **task))
+    # vLLM's own way out would report every thread that is still there.
+    os._exit(0)
 
 
 def measure(
@@ -158,6 +164,10 @@ class Engine:
     def measure(self, **task: Any) -> dict[str, Any]:
         self.pipe.send(task)
         return self.pipe.recv()
+
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
 
 
 def sized_model(args: argparse.Namespace, folder: str) -> tuple[str, str]:
@@ -221,9 +231,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "model": f"ppd:{prompts}",
             "tree": f"{folder}/trees.json",
         }
-        ppd = {**base, "speculative_config": speculative}
+        write_json(f"{folder}/off.json", TreePlan((Tier(None),)).to_dict())
+        silent = {**speculative, "tree": f"{folder}/off.json"}
         plain = Engine(base)
-        speculating = Engine(ppd, str(args.replay) if args.replay else None)
+        speculating = Engine(
+            {**base, "speculative_config": speculative},
+            str(args.replay) if args.replay else None,
+        )
+        off = Engine({**base, "speculative_config": silent})
         cells = []
         for context in args.context:
             turns: dict[str, list[dict[str, Any]]] = {}
@@ -232,6 +247,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     ("plain x1", plain, 1),
                     (f"plain x{count}", plain, count),
                     ("ppd x1", speculating, 1),
+                    ("off x1", off, 1),
+                    (f"off x{count}", off, count),
                 ):
                     task = {"batch": batch, "context": context, "steps": args.steps}
                     turns.setdefault(name, []).append(engine.measure(**task))
@@ -243,6 +260,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 }
             )
             show(cells[-1])
+        for engine in (plain, speculating, off):
+            engine.close()
     return {
         "format": "ppd_step_cost",
         "format_version": 1,
@@ -326,8 +345,8 @@ def main() -> None:
         type=Path,
         help="accept guesses as often as this acceptance.json says, whatever they are",
     )
-    parser.add_argument("--steps", type=int, default=100, help="per turn")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each engine")
+    parser.add_argument("--steps", type=int, default=40, help="per turn")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each engine")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--out", type=Path)

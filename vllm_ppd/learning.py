@@ -3,11 +3,17 @@
 Calibration texts are not the traffic, and sampling temperatures change everything, so
 a serving engine goes on counting. Every walk says, for each candidate below a visited
 node, whether it was right; a chain can be checked even where nobody speculated, by
-looking at what was written next. Calibrated chances count as a few dozen observations
-and so give way to what is seen.
+looking at what was written next.
+
+Calibrated chances give way to what is seen, in two steps, because most candidates are
+tried rarely: what all candidates of a source show together shifts the whole source
+(odds by one factor: traffic is harder or easier, or hotter, than the calibration), and
+each chance so shifted counts as a few dozen observations of its own.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -17,8 +23,10 @@ from vllm_ppd.verify import TreeWalk
 
 __all__ = ["EvidenceLearner"]
 
-# Observations that a calibrated chance is worth.
-PRIOR = 60.0
+# Observations that a calibrated chance is worth, and a row of calibrated moves.
+PRIOR, PRIOR_MOVES = 60.0, 20.0
+# How far a source's log odds may be from the calibration's: one standard deviation.
+_SHIFT = 1.0
 # What remains of the counts each time they are used.
 KEPT = 0.7
 
@@ -112,9 +120,21 @@ class EvidenceLearner:
         self._hits[first : first + right] += 1
         self.observations += 1
 
-    def observe_moves(self, before: np.ndarray, after: np.ndarray) -> None:
-        """Count [B] match classes of requests, and those of their next steps."""
-        np.add.at(self._moves, (before, after), 1)
+    def observe_moves(
+        self, before: np.ndarray, after: np.ndarray, weight: float = 1.0
+    ) -> None:
+        """Count [B] match classes of requests, and those of their next steps.
+
+        Or of requests that ended, and of those that came in their place.
+        """
+        np.add.at(self._moves, (before, after), weight)
+
+    def pass_time(self, amount: float) -> None:
+        """Nobody guessed: what was counted before grows old all the same.
+
+        With each search older counts fade, so guesses that once failed are tried again.
+        """
+        self.observations += amount
 
     def evidence(self) -> Evidence:
         """What to believe now."""
@@ -128,9 +148,15 @@ class EvidenceLearner:
                 prior.beside.ravel(),
             ]
         )
+        firsts = self._firsts
+        for first, end in pairwise(firsts.tolist()):
+            source = slice(first, end)
+            known[source] = _shifted(
+                known[source], self._tries[source], self._hits[source]
+            )
         rates = (self._hits + PRIOR * known) / (self._tries + PRIOR)
-        parts = np.split(rates, self._firsts[1:-1])
-        moves = self._moves + PRIOR * prior.moves
+        parts = np.split(rates, firsts[1:-1])
+        moves = self._moves + PRIOR_MOVES * prior.moves
         prompted = parts[0].reshape(m, ranks)
         return Evidence(
             prompted=_bounded(prompted),
@@ -146,6 +172,26 @@ class EvidenceLearner:
         for counts in (self._tries, self._hits, self._moves):
             counts *= KEPT
         self.observations = 0.0
+
+
+def _shifted(known: np.ndarray, tries: np.ndarray, hits: np.ndarray) -> np.ndarray:
+    """Chances with their odds times the one factor that explains the hits best."""
+    possible = (known > 0) & (known < 1)
+    if not tries[possible].any():
+        return known
+    odds, tried = np.log(known[possible] / (1 - known[possible])), tries[possible]
+    right, shift = hits[possible].sum(), 0.0
+    for _ in range(20):
+        # Newton's method on a concave likelihood, each step bounded.
+        chance = 1 / (1 + np.exp(-odds - shift))
+        slope = (tried * chance * (1 - chance)).sum() + 1 / _SHIFT**2
+        change = (right - (tried * chance).sum() - shift / _SHIFT**2) / slope
+        shift += float(np.clip(change, -1, 1))
+        if abs(change) < 1e-6:
+            break
+    found = known.copy()
+    found[possible] = 1 / (1 + np.exp(-odds - shift))
+    return found
 
 
 def _bounded(rates: np.ndarray) -> np.ndarray:

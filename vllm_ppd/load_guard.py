@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from vllm_ppd.step_timing import StepTiming
+
 __all__ = ["LoadGuard"]
 
 # Steps that a comparison looks at, with guesses and without. Tokens per step vary more
@@ -25,7 +27,10 @@ _SETTLING = 2
 _FIRST_WAIT, _LONGEST_WAIT = 256, 8192
 # How much faster guessing has to look to go on, and to begin again: noise should not
 # decide, and at equal speed plain decoding is the simpler way.
-_STAY, _RETURN = 0.99, 1.03
+_STAY, _RETURN = 1.0, 1.05
+# Guesses that are tried again are given up after so many steps, or twice as many, if
+# they have been that much slower than plain decoding.
+_FIRST_LOOK, _HOPELESS = 16, 0.9
 # A step now and then waits for something else: it counts at most so many medians.
 _OUTLIER = 4.0
 
@@ -40,17 +45,30 @@ class _Load:
     left: int = _GUESSING + _SETTLING
     settling: int = _SETTLING
     wait: int = _FIRST_WAIT
-    # Seconds and tokens of the phase's last steps.
-    steps: deque[tuple[float, int]] = field(
+    # Seconds, tokens, and rows per request, of the phase's last steps.
+    steps: deque[tuple[float, int, float]] = field(
         default_factory=lambda: deque(maxlen=_GUESSING)
     )
     # Tokens per second with guesses and without, as last seen.
     speeds: dict[bool, float] = field(default_factory=dict)
+    # Seconds per step and rows per request, which say something of the machine.
+    times: dict[bool, tuple[float, float]] = field(default_factory=dict)
+    running: int = 1
 
     @property
     def guessing(self) -> bool:
         """Whether steps may have guesses in this phase."""
         return self.speculating != self.probing
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether guesses are on trial and already known to fail."""
+        if self.speculating or not self.probing or self.settling:
+            return False
+        if len(self.steps) not in (_FIRST_LOOK, 2 * _FIRST_LOOK):
+            return False
+        plain = self.speeds.get(False)
+        return plain is not None and _speed(self.steps) < _HOPELESS * plain
 
 
 class LoadGuard:
@@ -84,12 +102,23 @@ class LoadGuard:
                 load.steps.clear()
                 load.settling = _SETTLING
 
-    def next_step(self, running: int, tokens: int, pure: bool) -> bool:
+    @property
+    def timings(self) -> list[StepTiming]:
+        """Steps of the loads at which both ways to decode have been seen."""
+        found = []
+        for load in self._loads.values():
+            if len(load.times) == 2:
+                (guessing_s, rows), (plain_s, _) = load.times[True], load.times[False]
+                found.append(StepTiming(load.running, rows, plain_s, guessing_s))
+        return found
+
+    def next_step(self, running: int, tokens: int, rows: int, pure: bool) -> bool:
         """Count a step; True if the next one may have guesses.
 
         Args:
             running: requests in it.
             tokens: that it emitted.
+            rows: of all requests.
             pure: whether it only decoded; other steps are not compared.
         """
         now = self._clock()
@@ -101,18 +130,21 @@ class LoadGuard:
                 if load.settling:
                     load.settling -= 1
                 else:
-                    load.steps.append((now - before[0], tokens))
-            if load.left <= 0:
+                    load.steps.append((now - before[0], tokens, rows / running))
+                    load.running = running
+            if load.left <= 0 or load.hopeless:
                 self._change_phase(load)
         self._mode = load.guessing
         return self._mode
 
     def _change_phase(self, load: _Load) -> None:
         mode = load.guessing
-        enough = (_GUESSING if mode else _PLAIN) // 2
+        enough = _FIRST_LOOK
         if len(load.steps) >= enough:
             speed = _speed(load.steps)
             load.speeds[mode] = (load.speeds.get(mode, speed) + speed) / 2
+            rows = fmean(rows for _, _, rows in load.steps)
+            load.times[mode] = _seconds(load.steps), rows
         load.steps.clear()
         load.settling = _SETTLING
         if not load.probing:
@@ -130,12 +162,15 @@ class LoadGuard:
         load.left = load.wait
 
 
-def _speed(steps: Iterable[tuple[float, int]]) -> float:
-    """Tokens per second of (seconds, tokens).
+def _speed(steps: Iterable[tuple[float, int, float]]) -> float:
+    """Tokens per second of (seconds, tokens, rows per request)."""
+    steps = list(steps)
+    return fmean(tokens for _, tokens, _ in steps) / _seconds(steps)
 
-    The mean time, not the median: where only some steps have guesses, those are the
-    long ones.
-    """
-    seconds, tokens = zip(*steps, strict=True)
+
+def _seconds(steps: Iterable[tuple[float, int, float]]) -> float:
+    """The mean time, not the median: where only some steps have guesses, those are
+    the long ones."""
+    seconds = [seconds for seconds, _, _ in steps]
     most = _OUTLIER * median(seconds)
-    return fmean(tokens) / fmean(min(each, most) for each in seconds)
+    return fmean(min(each, most) for each in seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from vllm_ppd.evidence_search import EvidencePolicy, best_policy
 from vllm_ppd.latency import LatencyCurve
 from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.profile import LatencyProfile
+from vllm_ppd.tree import TreePolicy
 
 __all__ = ["PlannedTier", "best_plan", "shared_curve"]
 
@@ -52,8 +54,10 @@ def best_plan(
     num_ept: int = 1,
     max_requests: int = _LIMITS[-1],
     measured: bool = True,
+    current: TreePlan | None = None,
+    loads: Collection[int] = (),
 ) -> tuple[TreePlan, list[PlannedTier]]:
-    """Search every tier of load.
+    """Search every tier of load, or only those in use.
 
     Args:
         evidence: chances of the candidates.
@@ -62,14 +66,21 @@ def best_plan(
         num_ept: rows per prompt token.
         max_requests: the server's own limit; no tiers beyond it.
         measured: whether a `LoadGuard` will give up tiers that do not pay.
+        current: a plan whose tiers stay, but for those of `loads`.
+        loads: running requests whose tiers are searched; all without `current`.
 
     Returns:
-        the plan, whose last tier serves every larger load, and per tier (equal ones
-        not merged) what was expected.
+        the plan, whose last tier serves every larger load, and per tier that was
+        searched (equal ones not merged) what was expected.
     """
+    limits = [limit for limit in _LIMITS if limit < max_requests]
+    limits += [_LIMITS[len(limits)]] if len(limits) < len(_LIMITS) else []
+    wanted = limits
+    if current is not None:
+        wanted = [limit for limit in limits if any(_between(limit, n) for n in loads)]
     planned: list[PlannedTier] = []
     found: EvidencePolicy | None = None
-    for requests in _LIMITS:
+    for requests in wanted:
         found = _best_together(
             evidence, profile.curve(requests), requests, max_rows, num_ept, found
         )
@@ -80,16 +91,44 @@ def best_plan(
         gain = found.tokens_per_second / plain
         planned.append(PlannedTier(requests, found, gain, least))
         # What does not pay at some load does not pay at a higher one.
-        if requests >= max_requests or not planned[-1].speculates:
+        if not planned[-1].speculates:
             break
+    return _joined(limits, planned, current), planned
+
+
+def _between(limit: int, load: int) -> bool:
+    """Whether the tier of `limit` is that of `load`."""
+    return limit // 2 < load <= limit or load > limit == _LIMITS[-1]
+
+
+def _joined(
+    limits: Sequence[int], planned: Sequence[PlannedTier], current: TreePlan | None
+) -> TreePlan:
+    """The tiers that were searched, the others as they were, equal neighbours merged.
+
+    Others follow from what was found where they contradict it: no guesses above a load
+    at which they do not pay, some below one at which they do.
+    """
+    policies: dict[int, tuple[TreePolicy, ...]] = {}
+    for limit in limits:
+        if current is not None:
+            policies[limit] = current.tiers[current.tier_index(limit)].policies
+    for each in planned:
+        policies[each.requests] = each.found.tier(None).policies
+        if not each.speculates:
+            policies.update((limit, ()) for limit in limits if limit >= each.requests)
+    after: tuple[TreePolicy, ...] = ()
+    searched = {each.requests for each in planned}
+    for limit in reversed(limits):
+        if limit in searched:
+            after = policies[limit]
+        policies[limit] = policies.get(limit, ()) or after
     tiers: list[Tier] = []
-    for index, each in enumerate(planned):
-        limit = None if index == len(planned) - 1 else each.requests
-        tier = each.found.tier(limit) if each.speculates else Tier(limit)
-        if tiers and tiers[-1].policies == tier.policies:
+    for limit in limits:
+        if tiers and tiers[-1].policies == policies[limit]:
             tiers.pop()
-        tiers.append(tier)
-    return TreePlan(tuple(tiers)), planned
+        tiers.append(Tier(None if limit == limits[-1] else limit, policies[limit]))
+    return TreePlan(tuple(tiers))
 
 
 def _best_together(

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,21 @@ def better_plan(
     num_ept: int,
     max_requests: int,
     measured: bool = True,
+    loads: Collection[int] = (),
 ) -> TreePlan | None:
     """The best plan for new evidence, if it is enough better than the current one.
 
-    The last four arguments are those of `best_plan`.
+    The last five arguments are those of `best_plan`; without loads all are searched.
     """
     plan, tiers = best_plan(
-        evidence, profile, max_rows, num_ept, max_requests, measured
+        evidence,
+        profile,
+        max_rows,
+        num_ept,
+        max_requests,
+        measured,
+        current if loads else None,
+        loads,
     )
     for tier in tiers:
         curve = profile.curve(tier.requests)
@@ -83,7 +92,7 @@ class Replanner:
         evidence: Evidence,
         profile: LatencyProfile,
         current: TreePlan,
-        **limits: int,
+        **limits: Any,
     ) -> None:
         """Start `better_plan` with these arguments."""
         if self._folder is None:
@@ -144,6 +153,9 @@ def _main(question: str, answer: str) -> None:
     # The server's worker may be bound to cores, which it needs for itself.
     with contextlib.suppress(AttributeError, OSError):
         os.nice(19)
+    with contextlib.suppress(AttributeError, OSError):
+        # Only what nobody else wants of a core; nice alone still takes a share of it.
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with contextlib.suppress(AttributeError, OSError):
         others = set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0)
         if others:

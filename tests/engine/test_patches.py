@@ -72,6 +72,17 @@ def test_the_executor_sees_every_step():
     source = inspect.getsource(Scheduler.make_spec_decoding_stats)
     assert "num_draft_tokens -= num_invalid_spec_tokens" in source
     assert parameters(cpu_worker.CPUWorker.sample_tokens) == ["self", "grammar_output"]
+    # An output that comes without asking for samples is taken for the step's.
+    assert parameters(cpu_worker.CPUWorker.execute_model) == [
+        "self",
+        "scheduler_output",
+    ]
+    source = " ".join(inspect.getsource(EngineCore.step).split())
+    assert "if model_output is None: model_output = self.model_exec" in source
+    # Whether there is a grammar is known before the model is executed.
+    source = inspect.getsource(Scheduler._update_after_schedule)
+    assert "scheduler_output.has_structured_output_requests |=" in source
+    assert "_update_after_schedule" in inspect.getsource(Scheduler.schedule)
 
 
 def test_patching_twice_changes_nothing():

@@ -80,6 +80,23 @@ def test_counts_converge_to_what_happens():
     assert found.unprompted[2] == pytest.approx(prior.unprompted[2], abs=0.03)
 
 
+def test_a_source_that_changed_is_believed_in_all_its_ranks():
+    truth, prior = evidence(0.5, 0.3), evidence(1.0, 0.9)
+    learner = EvidenceLearner(prior)
+    stream(truth, learner, 10)
+    found = learner.evidence()
+    # 400 steps say little about each chance, and enough about prompt rows together.
+    off = np.abs(np.log(found.prompted / truth.prompted))
+    assert (
+        off.mean()
+        < 0.4
+        < np.log(2)
+        == pytest.approx(np.abs(np.log(prior.prompted / truth.prompted)).mean())
+    )
+    # Candidates that were never tried went along with those of their source.
+    assert (found.chain[0] < 0.7).all()
+
+
 def test_the_same_stream_gives_the_same_evidence():
     first, second = (EvidenceLearner(evidence(1.0, 0.9)) for _ in range(2))
     stream(evidence(0.5, 0.3), first, 3)
@@ -92,16 +109,17 @@ def test_chains_are_checked_without_speculating():
     for _ in range(300):
         learner.observe_chain(1, np.array([5, 6, 7]), np.array([5, 9, 7]))
     chain = learner.evidence().chain[0]
-    assert chain[0] > 0.95
+    assert chain[0] > 0.9
     assert chain[1] < 0.2
-    assert chain[2] == pytest.approx(0.9)
+    # Never put to the test: between what was known and what its source did elsewhere.
+    assert 0.45 < chain[2] < 0.7
 
 
 def test_old_counts_fade():
     learner = EvidenceLearner(evidence(1.0, 0.5))
     for _ in range(200):
         learner.observe_chain(1, np.array([5]), np.array([5]))
-    for _ in range(12):
+    for _ in range(20):
         learner.forget()
     assert learner.observations == 0
     assert learner.evidence().chain[0, 0] == pytest.approx(0.5, abs=0.03)
@@ -117,6 +135,35 @@ def test_a_plan_changes_only_when_it_pays():
     # From no speculation back to some.
     off = TreePlan((Tier(None),))
     assert better_plan(known, PROFILE, off, **limits) == plan
+
+
+def test_only_tiers_in_use_are_searched():
+    profile = LatencyProfile((1, 8), ROWS, (PROFILE.seconds[0],) * 2, {})
+    limits = {"max_rows": 16, "max_requests": 8}
+    known, changed = evidence(1.0, 0.9), evidence(0.7, 0.4)
+    plan, _ = best_plan(known, profile, **limits)
+    new, tiers = best_plan(changed, profile, **limits, current=plan, loads=(3, 4))
+    assert [tier.requests for tier in tiers] == [4]
+    every, _ = best_plan(changed, profile, **limits)
+    for load, expected in ((1, plan), (2, plan), (3, every), (4, every), (8, plan)):
+        policies = new.tiers[new.tier_index(load)].policies
+        assert policies == expected.tiers[expected.tier_index(load)].policies
+    # What follows for loads that were not searched: none above, some below.
+    nothing, _ = best_plan(
+        evidence(0.01, 0.01), profile, **limits, current=plan, loads=[4]
+    )
+    for load in (1, 2):
+        kept = nothing.tiers[nothing.tier_index(load)]
+        assert kept.policies == plan.tiers[plan.tier_index(load)].policies
+    assert not any(nothing.tiers[nothing.tier_index(n)].policies for n in (3, 8, 99))
+    off = TreePlan((Tier(None),))
+    back, _ = best_plan(known, profile, **limits, current=off, loads=[2])
+    assert back.tiers[back.tier_index(1)].policies
+    assert back.tiers[0].max_requests == 2 and not back.tiers[1].policies
+    # Loads beyond all tiers belong to the last one.
+    limits = {"max_rows": 4, "max_requests": 256}
+    _, tiers = best_plan(known, profile, **limits, current=off, loads=[200])
+    assert [tier.requests for tier in tiers] == [128]
 
 
 def test_the_search_runs_in_a_process_of_its_own():

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from vllm_ppd.load_guard import LoadGuard
+from vllm_ppd.profile import LatencyProfile
+from vllm_ppd.step_timing import StepTiming, corrected
 
 
 class World:
@@ -24,12 +27,13 @@ class World:
         for _ in range(steps):
             guessing = self._guessing
             guessed += guessing
+            rows = running * (3 if guessing else 1)
             tokens = running * (self._random.choice([1, 2, 3]) if guessing else 1)
             # Guesses bring two tokens in the mean.
             self.now += 2 / self.gain if guessing else 1.0
             if self._random.random() < 0.05:
                 self.now += 10.0
-            self._guessing = self.guard.next_step(running, tokens, pure)
+            self._guessing = self.guard.next_step(running, tokens, rows, pure)
         return guessed / steps
 
 
@@ -50,7 +54,7 @@ def test_rare_guesses_are_judged_by_what_they_cost():
         dear = guessing and step % 4 == 0
         now += 3.0 if dear else 1.0
         share.append(guessing)
-        guessing = guard.next_step(2, 2 + 2 * dear, True)
+        guessing = guard.next_step(2, 2 + 2 * dear, 2 + 6 * dear, True)
     assert sum(share[2000:]) < 0.15 * 4000
 
 
@@ -89,7 +93,7 @@ def test_a_new_plan_is_tried_soon_and_not_at_once():
     # ... and what pays with the new one is taken up within a few hundred steps.
     world.gain = 1.5
     world.guard.renew()
-    assert world.run(100) < 0.1
+    assert world.run(100) < 0.7
     world.run(1000)
     assert world.run(1000) > 0.9
 
@@ -97,3 +101,40 @@ def test_a_new_plan_is_tried_soon_and_not_at_once():
 def test_steps_with_prefill_are_not_compared():
     world = World(0.5)
     assert world.run(3000, pure=False) > 0.99
+
+
+def test_both_ways_to_decode_are_timed():
+    world = World(0.8)
+    assert world.guard.timings == []
+    world.run(400)
+    (timing,) = world.guard.timings
+    assert (timing.requests, timing.rows) == (4, 3.0)
+    # One step in twenty takes ten seconds more, and counts as four usual ones.
+    assert timing.plain_s == pytest.approx(1.0, rel=0.4)
+    assert timing.guessing_s == pytest.approx(2.5, rel=0.4)
+    world.guard.renew()
+    assert world.guard.timings == [timing]
+
+
+PROFILE = LatencyProfile(
+    (1, 2, 4), (1, 2, 4, 8), ((1, 1.2, 1.4, 2.0), (2, 2.2, 2.6, 3), (3, 4, 5, 7)), {}
+)
+
+
+def test_a_profile_follows_the_clock():
+    assert corrected(PROFILE, []) is PROFILE
+    # Twice as slow, and rows cost three times as much.
+    found = corrected(PROFILE, [StepTiming(1, 3.0, 2.0, 2.9)])
+    np.testing.assert_allclose(found.seconds[0], (2, 2.6, 3.2, 5.0))
+    np.testing.assert_allclose(found.seconds[1], (4, 4.6, 5.8, 7.0))
+    assert found.curve(1)(3) == pytest.approx(2.9)
+    # The nearest load counts, and noise cannot turn a machine upside down.
+    both = [StepTiming(1, 3.0, 1.0, 1.3), StepTiming(4, 2.0, 3.0, 2.5)]
+    found = corrected(PROFILE, both)
+    np.testing.assert_allclose(found.seconds[0], PROFILE.seconds[0])
+    np.testing.assert_allclose(found.seconds[2], (3, 3.25, 3.5, 4.0))
+
+
+def test_steps_without_guesses_say_nothing_about_rows():
+    found = corrected(PROFILE, [StepTiming(2, 1.0, 3.0, 3.0)])
+    np.testing.assert_allclose(found.seconds[1], (3, 3.2, 3.6, 4))

@@ -1,13 +1,15 @@
-"""vLLM's multiprocess executor, with one message a step less.
+"""vLLM's multiprocess executor, with two messages a step less.
 
-vLLM asks the worker for its draft tokens in a call of their own, after every step.
-Here they come with the step's output. The executor also sees what is scheduled, so
-this is where rows that are no candidates are reported as such: vLLM's acceptance rate
-is then one of candidates.
+vLLM asks the worker for its draft tokens in a call of their own, after every step, and
+for the sampled tokens in another. Here drafts come with the step's output, and where no
+grammar has to be waited for, that output is the answer to `execute_model` itself (see
+worker_cpu.py). The executor also sees what is scheduled, so this is where rows that are
+no candidates are reported as such: vLLM's acceptance rate is then one of candidates.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -39,7 +41,8 @@ def count_other_rows(drafts: dict[str, list[int]], vocab_size: int) -> dict[str,
 
 
 class PPDMultiprocExecutor(MultiprocExecutor):
-    _drafts: DraftTokenIds | None = None
+    # The last answer of the worker, or what will be.
+    _output: Any = None
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, non_block: bool = False
@@ -51,13 +54,15 @@ class PPDMultiprocExecutor(MultiprocExecutor):
             scheduler_output.num_invalid_spec_tokens = count_other_rows(
                 drafts, settings[KEY]["vocab_size"]
             )
-        return super().execute_model(scheduler_output, non_block)
+        self._output = super().execute_model(scheduler_output, non_block)
+        return self._output
 
     def sample_tokens(self, grammar_output: Any, non_block: bool = False) -> Any:
-        output = super().sample_tokens(grammar_output, non_block)
-        self._drafts = getattr(output, _ATTRIBUTE, None)
-        return output
+        self._output = super().sample_tokens(grammar_output, non_block)
+        return self._output
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
-        drafts, self._drafts = self._drafts, None
-        return drafts
+        output, self._output = self._output, None
+        if isinstance(output, Future):
+            output = output.result()
+        return getattr(output, _ATTRIBUTE, None)

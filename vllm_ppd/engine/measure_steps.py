@@ -9,7 +9,7 @@ the worker does: layout, forward, verification, KV moves, proposal.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,12 @@ _ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # A step with more rows in all is far past where speculation pays.
 _MOST_ROWS = 512
 _CONTEXT = 128
-_WARM_UP, _TIMED = 2, 9
-_SECONDS_PER_CELL = 1.0
+# A machine's speed drifts and plans are made of ratios, so all row counts of a load are
+# visited in turn, several times, and each visit is short. The first step of a visit has
+# no guesses yet, the second warms up.
+_VISITS, _UNTIMED, _TIMED = 3, 2, 3
+# Seconds after which there are no more rounds of visits.
+_LONG_ENOUGH = 15.0
 
 
 def measure_profile(
@@ -50,26 +54,37 @@ def measure_profile(
     plan = runner.drafter.plan
     limits = runner.scheduler_config
     rows = [count for count in _ROWS if count <= max_rows]
-    cells = []
-    for requests in _REQUESTS:
-        if requests > limits.max_num_seqs:
-            break
-        for count in rows:
-            most = min(_MOST_ROWS, limits.max_num_batched_tokens)
-            if count == 1 or requests * count <= most:
-                cells.append((requests, count))
-    found: dict[tuple[int, int], float] = {}
+    most = min(_MOST_ROWS, limits.max_num_batched_tokens)
+    loads = {
+        requests: [n for n in rows if n == 1 or requests * n <= most]
+        for requests in _REQUESTS
+        if requests <= limits.max_num_seqs
+    }
+    found: dict[tuple[int, int], list[float]] = defaultdict(list)
+    cells = sum(map(len, loads.values()))
+    begun = time.perf_counter()
     try:
-        bar = tqdm(cells, desc="PPD measures steps", unit="", disable=quiet)
-        for requests, count in bar:
-            steps = _Steps(runner, requests, count)
-            found[requests, count] = steps.seconds()
+        with tqdm(
+            total=_VISITS * cells, desc="PPD measures steps", unit="", disable=quiet
+        ) as bar:
+            for _ in range(_VISITS):
+                for requests, counts in loads.items():
+                    visit = _Visit(runner, requests, counts)
+                    try:
+                        for count in counts:
+                            found[requests, count] += visit.seconds(count)
+                            bar.update()
+                    finally:
+                        visit.close()
+                if time.perf_counter() - begun > _LONG_ENOUGH:
+                    break
+            bar.total = bar.n
     finally:
         runner.drafter.set_plan(plan)
         runner.ppd_trees.clear()
-    loads = sorted({requests for requests, _ in found})
-    table = np.array([_fill_row(found, load, rows) for load in loads])
-    return LatencyProfile.smoothed(loads, rows, table, key)
+    medians = {cell: float(np.median(times)) for cell, times in found.items()}
+    table = np.array([_fill_row(medians, load, rows) for load in loads])
+    return LatencyProfile.smoothed(list(loads), rows, table, key)
 
 
 def _fill_row(
@@ -97,50 +112,75 @@ def _tree(rows: int, num_prompt_tokens: int, num_ept: int) -> SparseTree:
     return SparseTree(tuple(parents), tuple(ranks), tuple(prompts), num_ept)
 
 
-class _Steps:
-    """Decode steps of so many requests with trees of so many rows."""
+class _Visit:
+    """So many made-up requests that decode with trees of one size after another.
 
-    def __init__(self, runner: Any, requests: int, rows: int):
+    Args:
+        runner: the model runner.
+        requests: how many.
+        counts: rows per request that will be asked for.
+    """
+
+    def __init__(self, runner: Any, requests: int, counts: list[int]):
         self._runner = runner
         drafter = runner.drafter
         m, e = drafter.prompts.num_prompt_tokens, drafter.prompts.num_ept
+        self._trees = {n: _tree(n, m, e) for n in counts if n > 1}
+        self._ids = [f"ppd-measure-{index}" for index in range(requests)]
+        # Tokens that a visit can write, with room for the rows of its last step.
+        steps = _UNTIMED + _TIMED
+        most = sum(steps * (1 + self._depth(count)) for count in counts)
+        length = runner.model_config.max_model_len
+        self._context = max(1, min(_CONTEXT, length - most - max(counts) - 1))
+        self._tokens = min(length, self._context + most + max(counts))
+        self._computed: dict[str, int] = {}
+        self._written: dict[str, int] = {}
+
+    def seconds(self, count: int) -> list[float]:
+        """Seconds of each timed step with `count` rows per request.
+
+        Less than usual, but at least one, where the model's length leaves no room.
+        """
+        runner, drafter = self._runner, self._runner.drafter
         tier = Tier(None)
-        depth = 0
-        if rows > 1:
-            tree = _tree(rows, m, e)
-            depth = tree.depth
-            policy = TreePolicy((tree,) * (m + 1))
+        if count > 1:
+            policy = TreePolicy((self._trees[count],) * drafter.num_states)
             tier = Tier(None, (policy,) * drafter.num_classes)
         drafter.set_plan(TreePlan((tier,)))
-        length = runner.model_config.max_model_len
-        tokens = (_WARM_UP + _TIMED) * (1 + depth) + rows
-        self._context = max(1, min(_CONTEXT, length - tokens - 1))
-        self._steps = max(1, (length - self._context - rows) // (1 + depth))
-        self._ids = [f"ppd-measure-{index}" for index in range(requests)]
-        self._tokens = self._context + tokens
-
-    def seconds(self) -> float:
-        """Median seconds of a step."""
-        steps = self._run()
+        # Guesses pending were laid out for trees that are gone.
+        runner.ppd_trees.clear()
+        drafts: dict[str, list[int]] = {}
         times: list[float] = []
-        try:
-            while len(times) < min(_WARM_UP + _TIMED, self._steps):
-                begun = time.perf_counter()
-                next(steps)
-                times.append(time.perf_counter() - begun)
-                if len(times) > _WARM_UP and sum(times) > _SECONDS_PER_CELL:
+        for _ in range(_UNTIMED + _TIMED):
+            if not self._has_room(count):
+                if times:
                     break
-        finally:
-            steps.close()
-        return float(np.median(times[_WARM_UP:] or times))
+                self.close()
+                drafts = {}
+            if not self._computed:
+                self._prefill()
+            begun = time.perf_counter()
+            drafts = self._step(drafts)
+            times.append(time.perf_counter() - begun)
+        return times[_UNTIMED:] or times[-1:]
 
-    def _run(self) -> Generator[None]:
-        """Prefill, then one step each time it is resumed; frees the requests."""
+    def close(self) -> None:
+        """Free the requests."""
+        if self._computed:
+            self._runner.execute_model(_output(finished=set(self._ids)))
+        self._computed, self._written = {}, {}
+
+    def _depth(self, count: int) -> int:
+        return self._trees[count].depth if count > 1 else 0
+
+    def _has_room(self, count: int) -> bool:
+        longest = max(self._computed.values(), default=0)
+        return longest + count + 1 <= self._tokens
+
+    def _prefill(self) -> None:
         runner = self._runner
         rng = np.random.default_rng(0)
         vocabulary = runner.model_config.get_vocab_size()
-        computed: dict[str, int] = {}
-        written: dict[str, int] = dict.fromkeys(self._ids, 1)
         limit = runner.scheduler_config.max_num_batched_tokens
         at_once = max(1, limit // self._context)
         for first in range(0, len(self._ids), at_once):
@@ -162,35 +202,36 @@ class _Steps:
                 for index, request_id in enumerate(ids)
             ]
             self._execute(_output(new=new, scheduled=dict.fromkeys(ids, self._context)))
-            computed.update(dict.fromkeys(ids, self._context))
-        drafts: dict[str, list[int]] = self._drafts()
-        try:
-            while True:
-                # The first time and after every yield: one whole step.
-                cached = CachedRequestData(
-                    req_ids=self._ids,
-                    resumed_req_ids=set(),
-                    new_token_ids=[],
-                    all_token_ids={},
-                    new_block_ids=[None] * len(self._ids),
-                    num_computed_tokens=[computed[i] for i in self._ids],
-                    num_output_tokens=[written[i] for i in self._ids],
-                )
-                scheduled = {i: 1 + len(drafts.get(i, ())) for i in self._ids}
-                sampled = self._execute(
-                    _output(
-                        cached=cached,
-                        scheduled=scheduled,
-                        drafts={i: d for i, d in drafts.items() if d},
-                    )
-                )
-                drafts = self._drafts()
-                for request_id, tokens in sampled.items():
-                    computed[request_id] += len(tokens)
-                    written[request_id] += len(tokens)
-                yield
-        finally:
-            runner.execute_model(_output(finished=set(self._ids)))
+            self._runner.take_draft_token_ids()
+            self._computed.update(dict.fromkeys(ids, self._context))
+            self._written.update(dict.fromkeys(ids, 1))
+
+    def _step(self, drafts: dict[str, list[int]]) -> dict[str, list[int]]:
+        """One whole decode step; the guesses for the next one."""
+        cached = CachedRequestData(
+            req_ids=self._ids,
+            resumed_req_ids=set(),
+            new_token_ids=[],
+            all_token_ids={},
+            new_block_ids=[None] * len(self._ids),
+            num_computed_tokens=[self._computed[i] for i in self._ids],
+            num_output_tokens=[self._written[i] for i in self._ids],
+        )
+        scheduled = {i: 1 + len(drafts.get(i, ())) for i in self._ids}
+        sampled = self._execute(
+            _output(
+                cached=cached,
+                scheduled=scheduled,
+                drafts={i: d for i, d in drafts.items() if d},
+            )
+        )
+        found = self._runner.take_draft_token_ids()
+        for request_id, tokens in sampled.items():
+            self._computed[request_id] += len(tokens)
+            self._written[request_id] += len(tokens)
+        if found is None:
+            return {}
+        return dict(zip(found.req_ids, found.draft_token_ids, strict=True))
 
     def _execute(self, output: SchedulerOutput) -> dict[str, list[int]]:
         runner = self._runner
@@ -198,12 +239,6 @@ class _Steps:
         if result is None:
             result = runner.sample_tokens(None)
         return dict(zip(result.req_ids, result.sampled_token_ids, strict=True))
-
-    def _drafts(self) -> dict[str, list[int]]:
-        found = self._runner.take_draft_token_ids()
-        if found is None:
-            return {}
-        return dict(zip(found.req_ids, found.draft_token_ids, strict=True))
 
     def _blocks(self, index: int) -> tuple[list[int], ...]:
         """Blocks of a request in each KV cache group; block 0 is vLLM's null block."""

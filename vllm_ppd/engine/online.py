@@ -8,6 +8,8 @@ is alone also goes by the clock.
 from __future__ import annotations
 
 import time
+from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 from vllm.logger import init_logger
@@ -16,23 +18,36 @@ from vllm_ppd.engine.proposer import PPDProposer
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.learning import EvidenceLearner
 from vllm_ppd.load_guard import LoadGuard
+from vllm_ppd.profile import LatencyProfile
 from vllm_ppd.replan import Replanner
 from vllm_ppd.step import TreeStep
+from vllm_ppd.step_timing import corrected
 from vllm_ppd.verify import TreeWalk
 
 __all__ = ["OnlineTrees"]
 
 logger = init_logger("vllm.ppd")
 
-# Steps between looks: counting takes tens of microseconds, asking for a plan less.
-_COUNT_EVERY, _ASK_EVERY, _GLANCE_EVERY = 4, 64, 16
+# Steps between looks: counting takes tens of microseconds, asking for a plan less. At
+# first every step is counted, for nothing is known of the traffic yet.
+_COUNT_EVERY, _ASK_EVERY, _GLANCE_EVERY = 4, 32, 16
+_COUNT_FIRST = 512
 # Tokens counted before another plan is searched: twice as many each time that none was
-# found to be better, because the search takes a core for seconds.
-_ENOUGH, _MOST = 600.0, 100_000.0
+# found to be better, because the search takes a core for a while.
+_ENOUGH, _MOST = 400.0, 100_000.0
 # A rank that is alone rests so many times as long as its last search took.
 _REST = 10.0
+# Share of the steps from which on a load is worth a search.
+_SELDOM = 0.05
 # With several ranks the answer is waited for, so many steps after the question.
 _PATIENCE = 2048
+
+
+class _Matched(NamedTuple):
+    step: int
+    request_ids: list[str]
+    classes: np.ndarray
+    ends: np.ndarray
 
 
 class OnlineTrees:
@@ -53,20 +68,29 @@ class OnlineTrees:
         self._steps = self._asked_at = 0
         self._asked_s = self._rested_s = 0.0
         self._enough = _ENOUGH
+        # Steps by running requests since the last question.
+        self._loads: Counter[int] = Counter()
         # request -> (tokens before the chain, match class, chain)
         self._chains: dict[str, tuple[int, int, np.ndarray]] = {}
+        # Step, requests, their match classes and lengths of the last look for matches.
+        self._matched = _Matched(-1, [], np.empty(0), np.empty(0))
 
     def forget_request(self, request_id: str) -> None:
         self._chains.pop(request_id, None)
 
-    def after_step(self, step: TreeStep | None, walk: TreeWalk | None) -> bool:
-        """Count a step; True if the drafter has another plan from now on."""
+    def after_step(
+        self, running: int, step: TreeStep | None, walk: TreeWalk | None
+    ) -> bool:
+        """Count a step of `running` requests; True if the plan is now another."""
         self._steps += 1
+        self._loads[running] += 1
         if step is not None and walk is not None and self.counts_now:
             drafter = self._drafter
             states = drafter.tree_states[step.states]
             classes = drafter.tree_classes[step.states]
             self._learner.observe_walk(step, walk, states, classes)
+        if step is None and self.glances_now:
+            self._learner.pass_time(running)
         return self._steps % _ASK_EVERY == 0 and self._replan()
 
     def pays(
@@ -83,7 +107,7 @@ class OnlineTrees:
         running = len(emitted)
         rows = running if step is None else int(step.num_rows.sum())
         tokens = sum(map(len, emitted))
-        return self._guard.next_step(running, tokens, rows == all_rows)
+        return self._guard.next_step(running, tokens, rows, rows == all_rows)
 
     @property
     def evidence(self) -> Evidence:
@@ -91,8 +115,14 @@ class OnlineTrees:
         return self._learner.evidence()
 
     @property
+    def profile(self) -> LatencyProfile:
+        """How long steps take, by what the clock has shown since."""
+        timings = [] if self._guard is None else self._guard.timings
+        return corrected(self._drafter.profile, timings)
+
+    @property
     def counts_now(self) -> bool:
-        return self._steps % _COUNT_EVERY == 0
+        return self._steps < _COUNT_FIRST or self._steps % _COUNT_EVERY == 0
 
     @property
     def glances_now(self) -> bool:
@@ -115,6 +145,14 @@ class OnlineTrees:
             ends: [B] tokens of each request so far.
             token_ids: [B, tokens] of each request.
         """
+        before = self._matched
+        if before.request_ids != request_ids:
+            self._count_changes(before, request_ids, classes)
+        elif self.counts_now and before.step == self._steps - 1:
+            went_on = ends > before.ends
+            self._learner.observe_moves(before.classes[went_on], classes[went_on])
+        # Lists and lengths are the runner's own and change.
+        self._matched = _Matched(self._steps, list(request_ids), classes, ends.copy())
         for index, request_id in enumerate(request_ids):
             kept = self._chains.get(request_id)
             if kept is not None:
@@ -133,9 +171,33 @@ class OnlineTrees:
                     chain[chain >= 0].copy(),
                 )
 
-    def after_choice(self, before: np.ndarray, after: np.ndarray) -> None:
-        """Count [B] match classes of this step's trees and of the next one's."""
-        self._learner.observe_moves(before, after)
+    def _count_changes(
+        self, before: _Matched, request_ids: list[str], classes: np.ndarray
+    ) -> None:
+        """Requests that ended since, and those in their place: texts begin without
+        matches, and how often they begin is part of what a plan is worth."""
+        ended, begun = set(before.request_ids), set(request_ids)
+        gone = [
+            match_class
+            for request_id, match_class in zip(
+                before.request_ids, before.classes.tolist(), strict=True
+            )
+            if request_id not in begun
+        ]
+        new = [
+            match_class
+            for request_id, match_class in zip(
+                request_ids, classes.tolist(), strict=True
+            )
+            if request_id not in ended
+        ]
+        pairs = min(len(gone), len(new))
+        if pairs:
+            # Every change is counted, other moves now and then.
+            weight = 1.0 if self._steps < _COUNT_FIRST else 1 / _COUNT_EVERY
+            self._learner.observe_moves(
+                np.array(gone[:pairs]), np.array(new[:pairs]), weight
+            )
 
     def _replan(self) -> bool:
         drafter, replanner = self._drafter, self._replanner
@@ -166,16 +228,23 @@ class OnlineTrees:
             settings = drafter.plan_settings
             replanner.submit(
                 self._learner.evidence(),
-                drafter.profile,
+                self.profile,
                 drafter.plan,
                 max_rows=min(settings.max_rows, drafter.num_rows),
                 num_ept=settings.num_ept,
                 max_requests=settings.max_requests,
                 measured=settings.measured,
+                loads=self._usual_loads(),
             )
             self._learner.forget()
+            self._loads.clear()
             self._asked_at, self._asked_s = self._steps, time.monotonic()
         return False
+
+    def _usual_loads(self) -> list[int]:
+        """Numbers of running requests that make up most steps; others can wait."""
+        least = _SELDOM * self._loads.total()
+        return sorted(load for load, steps in self._loads.items() if steps >= least)
 
     def close(self) -> None:
         self._replanner.close()

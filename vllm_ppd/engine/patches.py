@@ -18,11 +18,12 @@ Patched:
   the CPU worker names the class inline, without the GPU worker's
   ``_make_model_runner`` seam. 0.32, 0.33.
 
-Subclassed: ``CPUWorker`` (init_device, compile_or_warm_up_model, sample_tokens),
-``MultiprocExecutor`` (execute_model, sample_tokens, take_draft_token_ids), ``Worker``
-(_make_model_runner), the V1 model runners (see runner_v1.OVERRIDDEN),
-``CPUAttentionBackend`` and ``FlashAttentionBackend`` with their builders (build) and
-implementations (forward), ``VocabParallelEmbedding`` (forward). On V2 also
+Subclassed: ``CPUWorker`` (init_device, compile_or_warm_up_model, execute_model,
+sample_tokens), ``MultiprocExecutor`` (execute_model, sample_tokens,
+take_draft_token_ids), ``Worker`` (_make_model_runner), the V1 model runners (see
+runner_v1.OVERRIDDEN), ``CPUAttentionBackend`` and ``FlashAttentionBackend`` with their
+builders (build) and implementations (forward), ``VocabParallelEmbedding`` (forward).
+On V2 also
 ``SpeculativeConfig`` (use_ngram, which vLLM asks for where token ids shall lie), the V2
 model runners and model states (see v2/runner.py and v2/model_state.py, OVERRIDDEN).
 """

@@ -252,7 +252,7 @@ class PPDRunnerMixin:
         step, online = self._ppd_step, self._ppd_online
         changes = 0 if online is None else online.changes
         self._ppd_log.after_step(drafter, batch, step, self._ppd_walk, changes)
-        if online is not None and online.after_step(step, self._ppd_walk):
+        if online is not None and online.after_step(batch, step, self._ppd_walk):
             # Guesses pending elsewhere were laid out for trees that are gone.
             self.ppd_trees = dict.fromkeys(self.ppd_trees, 0)
         first_tree = drafter.first_tree(batch)
@@ -276,14 +276,6 @@ class PPDRunnerMixin:
                 if tables.num_ept > 1:
                     logits = logits.unflatten(0, (-1, tables.num_ept)).mean(1)
         classes, chains = self._match(batch)
-        if (
-            online is not None
-            and online.counts_now
-            and step is not None
-            and step.tables is tables
-        ):
-            before = drafter.tree_classes[step.states[step.trees]]
-            online.after_choice(before, classes[step.trees])
         trees = first_tree + classes * drafter.num_states + counts
         roots = np.array([tokens[-1] if tokens else 0 for tokens in sampled_token_ids])
         ids = drafter.fill(trees, Guesses(counts, logits, roots, chains)).tolist()
@@ -322,7 +314,7 @@ class PPDRunnerMixin:
         return {
             "plan": drafter.plan.to_dict(),
             "evidence": evidence.to_dict(),
-            "profile": drafter.profile.to_dict(),
+            "profile": (online.profile if online else drafter.profile).to_dict(),
             "plan_changes": online.changes if online is not None else 0,
             "line": self._ppd_log.line(),
         }

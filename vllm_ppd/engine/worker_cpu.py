@@ -37,6 +37,13 @@ class PPDCPUWorker(CPUWorker):
         self.model_runner.start_learning()
         return super().compile_or_warm_up_model()
 
+    def execute_model(self, scheduler_output: Any) -> Any:
+        output = super().execute_model(scheduler_output)
+        if output is None and not scheduler_output.has_structured_output_requests:
+            # No grammar to wait for, so sampling needs no message of its own.
+            return self.sample_tokens(None)
+        return output
+
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
         return attach_drafts(output, self.model_runner.take_draft_token_ids())

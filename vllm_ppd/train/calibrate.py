@@ -192,6 +192,8 @@ def _measure_batch(
     ranks, owners = [], []
     reliability = Reliability.zeros(m)
     step = max(1, _ROWS_AT_ONCE // (m * e))
+    if counts is not None:
+        counts.add_texts(continuation)
     for first in range(0, insertion.points.shape[1], step):
         some = slice(first, first + step)
         part = replace(
@@ -207,7 +209,7 @@ def _measure_batch(
         # Ordinary row p + d, which prompt token d stands in for, predicts p + d + 1.
         truth = continuation.tokens[sequence, target + 1]
         if counts is not None:
-            counts.add_points(continuation, sequence, target)
+            counts.add_points(sequence, target)
         hidden = part.split_points(rows)
         rank, values = _rank(model, hidden, truth, num_ranks, counts)
         at = torch.arange(m, device=rank.device).repeat(rank.shape[0])

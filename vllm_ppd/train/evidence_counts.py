@@ -3,7 +3,8 @@
 At each insertion point the true continuation is known, so for every candidate list
 that serving could make there (from a prompt row and the successor table, from the
 table alone, beside a chain) the rank of the true token under the true parent is
-counted. The rates are the chances of `vllm_ppd.evidence.Evidence`.
+counted, weighted by how likely a step is to begin there. The rates are the chances of
+`vllm_ppd.evidence.Evidence`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vllm_ppd.evidence import Evidence
 from vllm_ppd.successors import SuccessorTable
 from vllm_ppd.suffix import LENGTHS, MAX_CHAIN, match_chain
 from vllm_ppd.train.continuation import Continuation
+from vllm_ppd.train.step_starts import advance_chances, step_starts
 
 __all__ = ["EvidenceCounts"]
 
@@ -25,12 +27,10 @@ __all__ = ["EvidenceCounts"]
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 # The weight is chosen by how often the truth is among so many children.
 _CHOSEN_BY = 4
-# The next step's root lies about so many tokens on.
-_STEP = 2
 
 
 class EvidenceCounts:
-    """Counts over points; feed batches, then take `evidence` and `weights`.
+    """Counts over points; feed texts and their points, then take `evidence`.
 
     Args:
         num_prompt_tokens: m.
@@ -45,50 +45,95 @@ class EvidenceCounts:
         self._table = None if table is None else Successors.of(table)
         self._weights = WEIGHTS if table else (0.0,)
         classes, tries = len(LENGTHS), len(self._weights)
-        # Axis 0 of the next two: no match, a match.
-        self._ranks = np.zeros((2, tries, self.m, self.k + 1))
-        self._alone = np.zeros((2, self.k + 1))
+        # Axis 0 of the next two: no match, a match, and all points alike: where matches
+        # are not looked for, steps begin anywhere.
+        self._ranks = np.zeros((3, tries, self.m, self.k + 1))
+        self._alone = np.zeros((3, self.k + 1))
         self._beside = np.zeros((tries, classes, self.m, self.k + 1))
         self._chain_tries = np.zeros((classes, MAX_CHAIN))
         self._chain_hits = np.zeros((classes, MAX_CHAIN))
         self._moves = np.zeros((classes + 1, classes + 1))
 
-    def add_points(
-        self, continuation: Continuation, sequence: torch.Tensor, target: torch.Tensor
-    ) -> None:
-        """The points of the next logits: sequence [V, 1], target [V, m] rows p + d."""
+    def add_texts(self, continuation: Continuation) -> None:
+        """The texts of the next points: their matches, and where steps begin."""
         tokens = continuation.tokens.cpu().numpy()
-        ends = tokens.shape[1] - continuation.written.flip(1).cpu().int().argmax(1)
+        written = continuation.written.cpu().numpy()
+        self._tokens, shape = tokens, tokens.shape
+        self._class_at = np.zeros(shape, dtype=np.int64)
+        self._weight_at = np.zeros(shape)
+        # The chain's token where it is wrong after having been right, and how deep.
+        self._wrong_at = np.full(shape, -1)
+        self._right_at = np.zeros(shape, dtype=np.int64)
+        for index, text in enumerate(tokens):
+            own = np.flatnonzero(written[index])
+            if len(own) < 2:
+                continue
+            first, end = int(own[0]), int(own[-1]) + 1
+            for root in range(first, end - 1):
+                self._look_at(index, text[:end], root)
+            roots = slice(first, end - 1)
+            chances = advance_chances(self._right_at[index, roots])
+            begins = step_starts(chances)
+            self._weight_at[index, roots] = begins
+            self._count_text(index, text[:end], first, begins, chances)
+
+    def _look_at(self, index: int, text: np.ndarray, root: int) -> None:
+        match_class, chain = match_chain(text[: root + 1])
+        future = text[root + 1 : root + 1 + len(chain)]
+        wrong = np.flatnonzero(chain[: len(future)] != future)
+        self._class_at[index, root] = match_class
+        self._right_at[index, root] = wrong[0] if len(wrong) else len(future)
+        if len(wrong):
+            self._wrong_at[index, root] = chain[wrong[0]]
+
+    def _count_text(
+        self,
+        index: int,
+        text: np.ndarray,
+        first: int,
+        begins: np.ndarray,
+        chances: np.ndarray,
+    ) -> None:
+        """Chains and moves of one text, weighted by where steps begin.
+
+        After its end comes the beginning of another text, where matches are rare.
+        """
+        for at, begin in enumerate(begins.tolist()):
+            root = first + at
+            match_class = self._class_at[index, root]
+            for tokens in np.flatnonzero(chances[at]).tolist():
+                then = first + (at + tokens if at + tokens < len(begins) else 0)
+                after = self._class_at[index, then]
+                self._moves[match_class, after] += begin * chances[at, tokens]
+            if match_class:
+                right = self._right_at[index, root]
+                tried = right + (self._wrong_at[index, root] >= 0)
+                self._chain_hits[match_class - 1, :right] += begin
+                self._chain_tries[match_class - 1, :tried] += begin
+
+    def add_points(self, sequence: torch.Tensor, target: torch.Tensor) -> None:
+        """Points of those texts whose logits come next.
+
+        sequence [V, 1], target [V, m]: text, and rows p + d of it.
+        """
         rows, targets = sequence[:, 0].cpu().numpy(), target.cpu().numpy()
-        count = len(rows)
-        self._classes = np.zeros(count, dtype=np.int64)
+        roots = targets[:, 0]
+        self._classes = self._class_at[rows, roots]
+        self._weight = self._weight_at[rows, roots]
         # [V, m] the chain's token where it is wrong after having been right; else -1.
-        self._wrong = np.full((count, self.m), -1)
+        depth = np.arange(self.m) == self._right_at[rows, roots][:, None]
+        self._wrong = np.where(depth, self._wrong_at[rows, roots][:, None], -1)
+        tokens = self._tokens
         self._parents = torch.from_numpy(tokens[rows[:, None], targets])
         self._truth = torch.from_numpy(tokens[rows[:, None], targets + 1])
-        for point in range(count):
-            text, root = tokens[rows[point]], int(targets[point, 0])
-            future = text[root + 1 : int(ends[rows[point]])]
-            match_class, chain = match_chain(text[: root + 1])
-            self._classes[point] = match_class
-            if len(future) > _STEP:
-                after, _ = match_chain(text[: root + 1 + _STEP])
-                self._moves[match_class, after] += 1
-            if not match_class:
-                continue
-            known = min(len(chain), len(future))
-            wrong = np.flatnonzero(chain[:known] != future[:known])
-            right = int(wrong[0]) if len(wrong) else known
-            self._chain_hits[match_class - 1, :right] += 1
-            self._chain_tries[match_class - 1, : min(right + 1, known)] += 1
-            if right < min(known, self.m):
-                self._wrong[point, right] = chain[right]
         if self._table is not None:
             lists = rank_children(
                 None, self._parents[:, 0], self._table, 0.0, self.k
             ).numpy()
             rank = _rank_in(lists, self._truth[:, 0].numpy())
-            np.add.at(self._alone, ((self._classes > 0).astype(int), rank), 1)
+            matched = (self._classes > 0).astype(int)
+            np.add.at(self._alone, (matched, rank), self._weight)
+            np.add.at(self._alone[2], rank, 1)
 
     def add_logits(self, first: int, logits: torch.Tensor) -> None:
         """float32 [n, V] of the points' prompt rows from flat index `first` on."""
@@ -97,13 +142,15 @@ class EvidenceCounts:
         parents = self._parents[point, distance]
         truth = self._truth[point, distance].numpy()
         matched = (self._classes[point] > 0).astype(int)
+        weights = self._weight[point]
         wrong = self._wrong[point, distance]
         some = np.flatnonzero(wrong >= 0)
         logits = logits.cpu()
         for index, weight in enumerate(self._weights):
             ids = rank_children(logits, parents, self._table, weight, self.k)
             rank = _rank_in(ids.numpy(), truth)
-            np.add.at(self._ranks[:, index], (matched, distance, rank), 1)
+            np.add.at(self._ranks[:, index], (matched, distance, rank), weights)
+            np.add.at(self._ranks[2, index], (distance, rank), 1)
             if len(some):
                 ids = rank_children(
                     logits[some],
@@ -115,7 +162,8 @@ class EvidenceCounts:
                 )
                 rank = _rank_in(ids.numpy(), truth[some])
                 classes = self._classes[point[some]] - 1
-                np.add.at(self._beside[index], (classes, distance[some], rank), 1)
+                place = classes, distance[some], rank
+                np.add.at(self._beside[index], place, weights[some])
 
     def weights(self) -> tuple[float, ...]:
         """[m] the best weight of the table's gain for each prompt token."""
@@ -124,14 +172,14 @@ class EvidenceCounts:
     def evidence(self, source: dict[str, Any]) -> Evidence:
         """Rates of everything counted, with the best weights."""
         best, distance = self._best(), np.arange(self.m)
-        ranks = self._ranks[:, best, distance]  # [2, m, K + 1]
+        ranks = self._ranks[:, best, distance]  # [3, m, K + 1]
         beside = self._beside[best, :, distance].swapaxes(0, 1)  # [C, m, K + 1]
-        alone = self._alone  # [2, K + 1]
+        alone = self._alone  # [3, K + 1]
         moves = self._moves + 1e-3
-        overall = np.concatenate([ranks.sum(0), self._alone.sum(0)[None]])
+        overall = np.concatenate([ranks[2], alone[2:]])
         return Evidence(
-            prompted=_rates(ranks[0] if ranks[0].sum() else ranks.sum(0)),
-            unprompted=_rates(alone[0] if alone[0].sum() else alone.sum(0)),
+            prompted=_rates(ranks[0] if ranks[0].sum() else ranks[2]),
+            unprompted=_rates(alone[0] if alone[0].sum() else alone[2]),
             chain=self._chain_hits / np.maximum(self._chain_tries, 1),
             beside=_rates(beside),
             moves=moves / moves.sum(axis=1, keepdims=True),
@@ -140,7 +188,7 @@ class EvidenceCounts:
         )
 
     def _best(self) -> np.ndarray:
-        among = self._ranks[..., :_CHOSEN_BY].sum(axis=(0, 3))  # [tries, m]
+        among = self._ranks[2, ..., :_CHOSEN_BY].sum(axis=2)  # [tries, m]
         return among.argmax(axis=0)
 
 
