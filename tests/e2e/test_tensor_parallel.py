@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.conftest import trees
+
+__all__ = ["trees"]
+
 ROOT = Path(__file__).parents[2]
 
 # Run in a process of its own: vLLM starts its workers from there.
@@ -73,9 +77,10 @@ def run(folder: Path, engine: dict, prompts: list[str], more: dict[str, str]) ->
 
 
 @pytest.mark.parametrize("backend", ["mp", "ray"])
-def test_two_ranks_decode_as_without_ppd(tmp_path, backend):
+def test_two_ranks_decode_as_without_ppd(request, tmp_path, trees, backend):
     more = {}
     if backend == "ray":
+        request.getfixturevalue("only_ray")
         if find_spec("ray") is None:
             pytest.skip("ray is not installed (pip install ray)")
         stub = str(ROOT / "tests" / "ray_cpu_stub")
@@ -95,7 +100,8 @@ def test_two_ranks_decode_as_without_ppd(tmp_path, backend):
     }
     prompts = ["def f(x):", "import os\n", "class A:\n    def __init__(self"]
     prompts_folder = str(ROOT / "trained_prompts" / "demo")
-    speculative = {"method": "ppd", "model": prompts_folder, "profile": "none"}
+    # Searched trees for requests that share a step may be none at all.
+    speculative = {"method": "ppd", "model": prompts_folder, "tree": trees["wide"]}
     # Ray changes nothing about plain decoding, so that one start is saved.
     stock = {**engine, "distributed_executor_backend": "mp"}
     expected, _ = run(tmp_path, stock, prompts, {})

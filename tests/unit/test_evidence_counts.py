@@ -11,7 +11,7 @@ from vllm_ppd.successors import SuccessorTable  # noqa: E402
 from vllm_ppd.suffix import match_chain  # noqa: E402
 from vllm_ppd.train.continuation import Continuation  # noqa: E402
 from vllm_ppd.train.evidence_counts import WEIGHTS, EvidenceCounts  # noqa: E402
-from vllm_ppd.train.step_starts import advance_chances, step_starts  # noqa: E402
+from vllm_ppd.train.step_starts import accepted_guesses, step_starts  # noqa: E402
 
 VOCABULARY, M, K, LENGTH = 12, 2, 5, 40
 
@@ -42,67 +42,73 @@ def test_every_list_is_counted_where_it_belongs(with_table):
     counts.add_points(sequence, target)
     for first in range(0, len(logits), 7):
         counts.add_logits(first, logits[first : first + 7].float())
+    counts.end_points()
     evidence, weights = counts.evidence({}), counts.weights()
 
-    hits, easy = np.zeros((M, K)), np.zeros((M, K))
-    alone = np.zeros(K)
-    chain_hits, chain_tries = np.zeros((2, 8)), np.zeros((2, 8))
-    moves = np.zeros((3, 3))
     successors = Successors.of(table) if table else None
-    begins, classes = {}, {}
+
+    def rank_of(index: int, d: int, weight: float) -> int:
+        """Of the truth in the list that serving would make; K where it is not there."""
+        s, p = points[index]
+        best = rank_children(
+            logits[index * M + d][None].float(),
+            torch.tensor([tokens[s, p + 1 + d]]),
+            successors,
+            weight,
+            K,
+        ).tolist()[0]
+        truth = tokens[s, p + d + 2]
+        return best.index(truth) if truth in best else K
+
+    classes, right, chains = {}, {}, {}
     for s, end in ((0, LENGTH), (1, 30)):
-        right = []
         for root in range(end - 1):
-            future = tokens[s, root + 1 : end]
             match_class, chain = match_chain(tokens[s, : root + 1])
-            classes[s, root] = match_class
-            pairs = zip(chain, future, strict=False)
-            right.append(next((i for i, (a, b) in enumerate(pairs) if a != b), None))
-            if right[-1] is None:
-                right[-1] = min(len(chain), len(future))
-        chances = advance_chances(np.array(right))
-        for root, share in enumerate(step_starts(chances)):
-            begins[s, root] = share
-        for root in range(end - 1):
-            share, match_class = begins[s, root], classes[s, root]
-            for count in range(1, chances.shape[1]):
-                # Another text begins where this one ends.
-                after = classes[s, root + count if root + count < end - 1 else 0]
-                moves[match_class, after] += share * chances[root, count]
             future = tokens[s, root + 1 : end]
-            _, chain = match_chain(tokens[s, : root + 1])
-            for depth, (guess, truth) in enumerate(zip(chain, future, strict=False)):
-                chain_tries[match_class - 1, depth] += share
-                if guess != truth:
-                    break
-                chain_hits[match_class - 1, depth] += share
-    unmatched = 0.0
+            same = [a == b for a, b in zip(chain, future, strict=False)]
+            classes[s, root], chains[s, root] = match_class, same
+            right[s, root] = same.index(False) if False in same else len(same)
+    middle = WEIGHTS[len(WEIGHTS) // 2] if with_table else 0.0
+    guessed = []
+    for index in range(len(points)):
+        first, second = rank_of(index, 0, middle) < 4, rank_of(index, 1, middle) < 2
+        guessed.append(first + (first and second))
+    starts = walked(points, [right[s, p + 1] for s, p in points], guessed)
+    everywhere = walked(points, [0] * len(points), guessed)
+    hits, easy, alone = np.zeros((M, K + 1)), np.zeros((M, K + 1)), np.zeros(K + 1)
+    chain_hits, chain_tries = np.zeros((2, 8)), np.zeros((2, 8))
+    moves = np.full((3, 3), 1e-3)
     for index, (s, p) in enumerate(points):
-        root = p + 1
-        share = begins[s, root] if not classes[s, root] else 0.0
-        unmatched += share
+        root, start, match_class = p + 1, starts[index], classes[s, p + 1]
         for d in range(M):
-            best = rank_children(
-                logits[index * M + d][None].float(),
-                torch.tensor([tokens[s, root + d]]),
-                successors,
-                weights[d],
-                K,
-            ).tolist()[0]
-            if tokens[s, root + d + 1] in best:
-                rank = best.index(tokens[s, root + d + 1])
-                hits[d, rank] += 1
-                easy[d, rank] += share
+            rank = rank_of(index, d, weights[d])
+            hits[d, rank] += everywhere[index]
+            easy[d, rank] += start * (match_class == 0)
         if table:
             best = table.ids[tokens[s, root]].tolist()
-            if tokens[s, root + 1] in best:
-                alone[best.index(tokens[s, root + 1])] += 1
-    np.testing.assert_allclose(evidence.overall[:M], hits / len(points))
-    np.testing.assert_allclose(evidence.overall[M], alone / len(points))
-    np.testing.assert_allclose(evidence.prompted, easy / unmatched)
-    assert chain_tries.sum() > 20
-    np.testing.assert_allclose(evidence.chain, chain_hits / np.maximum(chain_tries, 1))
-    moves += 1e-3
+            truth = tokens[s, root + 1]
+            rank = best.index(truth) if truth in best else K
+            alone[rank] += everywhere[index]
+        for depth, correct in enumerate(chains[s, root]):
+            chain_tries[match_class - 1, depth] += start
+            if not correct:
+                break
+            chain_hits[match_class - 1, depth] += start
+        end = (LENGTH, 30)[s]
+        advance = 1 + (right[s, root] or guessed[index])
+        then = classes[s, min(root + advance, end - 2)]
+        moves[match_class, then] += start * (1 - advance / end)
+        moves[match_class, classes[s, 0]] += start * advance / end
+
+    def rates(counted: np.ndarray) -> np.ndarray:
+        return counted[..., :-1] / np.maximum(counted.sum(-1, keepdims=True), 1e-9)
+
+    np.testing.assert_allclose(evidence.overall[:M], rates(hits))
+    np.testing.assert_allclose(evidence.overall[M], rates(alone))
+    np.testing.assert_allclose(evidence.prompted, rates(easy))
+    assert chain_tries.sum() > 5
+    expected = chain_hits / np.maximum(chain_tries, 1e-9)
+    np.testing.assert_allclose(evidence.chain, expected)
     np.testing.assert_allclose(evidence.moves, moves / moves.sum(axis=1)[:, None])
     if with_table:
         assert set(weights) <= set(WEIGHTS)
@@ -110,17 +116,35 @@ def test_every_list_is_counted_where_it_belongs(with_table):
         assert weights == (0.0, 0.0)
 
 
+def walked(points, right, guessed) -> list[float]:
+    """How often steps begin at each point of each text, by walking there."""
+    found = [0.0] * len(points)
+    for s in range(2):
+        own = [i for i, (text, _) in enumerate(points) if text == s]
+        for begin in range(8):
+            at = begin
+            while at < len(own):
+                found[own[at]] += (at >= 8) / 8
+                at += 1 + (right[own[at]] or guessed[own[at]])
+    return found
+
+
 def test_steps_begin_where_a_walk_lands():
-    """Against many walks of the same text."""
-    right = np.array([0, 3, 0, 0, 2, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0])
-    chances = advance_chances(right)
-    np.testing.assert_allclose(chances.sum(axis=1), 1)
-    assert chances[1, 4] == 1 and chances[4, 3] == 1
-    rng = np.random.default_rng(0)
-    landed, walks = np.zeros(len(right)), 4000
-    for _ in range(walks):
-        at = 0
-        while at < len(right):
-            landed[at] += 1
-            at += rng.choice(chances.shape[1], p=chances[at])
-    np.testing.assert_allclose(step_starts(chances), landed / walks, atol=0.03)
+    advances = np.array([1, 4, 1, 2, 3, 1, 1, 1, 6, 1, 2, 1, 1, 1, 5, 1, 1, 2, 1, 1])
+    landed = np.zeros(len(advances))
+    for begin in range(8):
+        at = begin
+        while at < len(advances):
+            landed[at] += (at >= 8) / 8
+            at += advances[at]
+    np.testing.assert_allclose(step_starts(advances), landed)
+    # Whoever starts where, an easy passage is entered once and left at its end.
+    np.testing.assert_allclose(step_starts(advances)[14], 1)
+    assert not step_starts(advances)[15:19].any()
+    np.testing.assert_allclose(step_starts(np.array([3])), [1])
+
+
+def test_a_middling_tree():
+    ranks = np.array([[3, 1, 0], [3, 2, 0], [4, 0, 0], [0, 0, 1]])
+    np.testing.assert_array_equal(accepted_guesses(ranks), [3, 1, 0, 2])
+    np.testing.assert_array_equal(accepted_guesses(ranks[:, :1]), [1, 1, 0, 1])

@@ -430,3 +430,20 @@ def test_other_families_pass_the_same_comparison(family: str) -> None:
         compute(leaf).backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_points_in_a_row():
+    tokens = torch.ones(200, 30)
+    allowed = torch.ones(200, 30).bool()
+    allowed[:, :5] = False
+    allowed[100:, 12:] = False
+    generator = torch.Generator().manual_seed(0)
+    found = sample_insertion(tokens, 6, 2, 1, generator, allowed, in_a_row=True)
+    # Places 5 .. 27, and only 5 .. 9 in the second half.
+    assert found.points.shape == (200, 6)
+    assert found.valid[:100].all() and (found.valid[100:].sum(dim=1) == 5).all()
+    for points, valid in zip(found.points, found.valid, strict=True):
+        chosen = points[valid]
+        assert (chosen.diff() == 1).all() and chosen[0] >= 5
+    begins = set(found.points[:100, 0].tolist())
+    assert begins <= set(range(5, 23)) and len(begins) > 12

@@ -7,8 +7,9 @@ predicts token p + 1 + d, which is the candidate at depth d of the next step's t
 "Distance d" is that d, here and in the tree search, from 1.
 
 Rates are marginal: taken over all points, whatever the nearer prompt tokens guessed,
-and points are spread evenly, whereas in decoding a step ends where a guess failed.
-`Measurement.given_earlier` says how far from independent the distances are.
+and all points count alike, whereas in decoding a step begins where a guess failed;
+`EvidenceCounts` looks at those. `Measurement.given_earlier` says how far from
+independent the distances are.
 """
 
 from __future__ import annotations
@@ -175,6 +176,8 @@ def _insertion(
         e,
         generator,
         allowed,
+        # Neighbours show where steps of decoding begin.
+        in_a_row=True,
     )
     return insertion if bool(insertion.valid.any()) else None
 
@@ -216,6 +219,8 @@ def _measure_batch(
         reliability += Reliability.of(m, at, values.flatten(0, 1), rank.flatten())
         ranks.append(rank.cpu())
         owners.append(sequence[:, 0].cpu())
+        if counts is not None:
+            counts.end_points()
     return Measurement(torch.cat(ranks), torch.cat(owners), reliability)
 
 

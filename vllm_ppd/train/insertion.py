@@ -134,8 +134,11 @@ def sample_insertion(
     num_ept: int,
     generator: torch.Generator,
     allowed: torch.Tensor | None = None,
+    in_a_row: bool = False,
 ) -> Insertion:
     """Draw insertion points uniformly, without repetition within a sequence.
+
+    `in_a_row`: a run of neighbouring places instead, wherever it begins.
 
     `attention_mask` [batch, T] is nonzero at tokens and may be padded on either side;
     `allowed` [batch, T] restricts the points further (to an assistant's turns). A root
@@ -157,6 +160,12 @@ def sample_insertion(
     score = torch.rand(places.shape, generator=generator)
     score = score.masked_fill(~places, -1.0)
     count = min(points_per_sequence, places.shape[1])
+    if in_a_row:
+        order, total = places.cumsum(dim=1) - 1, places.sum(dim=1, keepdim=True)
+        draw = torch.rand(len(places), 1, generator=generator)
+        first = (draw * (total - count + 1).clamp(min=1)).long()
+        places = places & (order >= first) & (order < first + count)
+        score = places.float()
     points = score.topk(count, dim=1).indices.sort(dim=1).values
     return Insertion(
         points=points,

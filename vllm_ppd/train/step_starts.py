@@ -1,50 +1,50 @@
 """Where the steps of decoding begin in a text that is known.
 
-A step that guesses well skips what it guessed, so a passage that is easy to guess holds
-fewer steps than tokens. Rates over all tokens therefore promise more tokens per step
-than decoding gets; rates over the tokens at which steps begin do not.
+A step that guesses well skips what it guessed, and the next one begins behind a guess
+that failed. Passages that are easy to guess therefore hold fewer steps than tokens, and
+steps begin where the text has just been hard to guess. Rates over all tokens promise
+more tokens per step than decoding gets; rates over the tokens at which steps begin do
+not.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from vllm_ppd.suffix import MAX_CHAIN
+__all__ = ["accepted_guesses", "step_starts"]
 
-__all__ = ["advance_chances", "step_starts"]
+# Candidates that a middling tree has at each depth: only where steps begin depends on
+# them, not what is counted there.
+_WIDTHS = (4, 2, 1)
+# Walks begin at so many places, and have forgotten where once they are past these.
+_BURN_IN = 8
 
-# Chance that a step goes on past its first, second and third token where no chain
-# helps: typical of prompt tokens; only where steps begin depends on it.
-_GUESSED = (0.5, 0.4, 0.3)
+
+def accepted_guesses(ranks: np.ndarray) -> np.ndarray:
+    """[n] tokens that a middling tree would guess right.
+
+    ranks: [n, m] place of the true token among each prompt token's candidates.
+    """
+    widths = np.ones(ranks.shape[1], dtype=int)
+    widths[: len(_WIDTHS)] = _WIDTHS[: len(widths)]
+    return (ranks < widths).cumprod(axis=1).sum(axis=1)
 
 
-def advance_chances(right: np.ndarray) -> np.ndarray:
-    """Chance of each number of tokens that a step brings.
+def step_starts(advances: np.ndarray) -> np.ndarray:
+    """[n] how often a step begins at each of n neighbouring tokens.
+
+    Mean of walks that begin at each of the first places, which are not counted
+    themselves.
 
     Args:
-        right: int [n] tokens of the chain that are right in a step at each position,
-            0 where the first one is wrong or there is no chain.
-
-    Returns:
-        [n, MAX_CHAIN + 2]; column k is k tokens.
+        advances: [n] tokens that a step which begins there brings, at least 1.
     """
-    chances = np.zeros((len(right), MAX_CHAIN + 2))
-    chances[np.arange(len(right)), right + 1] = 1.0
-    goes_on = np.cumprod((1.0, *_GUESSED))
-    ends = goes_on - np.append(goes_on[1:], 0.0)
-    chances[right == 0] = 0.0
-    chances[right == 0, 1 : 1 + len(ends)] = ends
-    return chances
-
-
-def step_starts(chances: np.ndarray) -> np.ndarray:
-    """[n] chance that a step begins at each position, the first one (1) included.
-
-    chances: of `advance_chances`.
-    """
-    count, most = chances.shape
-    begins = np.zeros(count + most)
-    begins[0] = 1.0
-    for at in range(count):
-        begins[at : at + most] += begins[at] * chances[at]
-    return begins[:count]
+    count = len(advances)
+    burn_in = min(_BURN_IN, count // 2)
+    begins = np.zeros(count)
+    begins[: max(1, burn_in)] = 1 / max(1, burn_in)
+    for at, advance in enumerate(advances.tolist()):
+        if at + advance < count:
+            begins[at + advance] += begins[at]
+    begins[:burn_in] = 0
+    return begins

@@ -13,9 +13,11 @@ from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
 
 @cpu_only
 @pytest.mark.parametrize("backend", ["mp", "ray"])
-def test_two_ranks(plain, tiny_engine, tiny_ppd, backend):
-    if backend == "ray" and find_spec("ray") is None:
-        pytest.skip("ray is not installed (pip install ray)")
+def test_two_ranks(request, plain, tiny_engine, tiny_ppd, backend):
+    if backend == "ray":
+        request.getfixturevalue("only_ray")
+        if find_spec("ray") is None:
+            pytest.skip("ray is not installed (pip install ray)")
     requests = prompts(3, seed=51)
     params = [
         {**GREEDY, "max_tokens": 16},
