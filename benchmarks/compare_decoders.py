@@ -7,8 +7,9 @@
 
 All decoders write the same number of tokens for the same held-out prompts (end of
 text is ignored), alternating A B C A B C ... so that a change in the machine's state
-meets all of them. Each speed is tokens per second from the first request to the last
-token, prompt included; ratios are taken within a round, then summarised. Greedy
+meets all of them. Each speed is tokens per second from the first request on, prompts
+included, as long as a request that has finished is followed by another; ratios are
+taken within a round, then summarised. Greedy
 decoding of a small model falls into loops, which are easy to guess: read its figures
 beside "repeated" (share of 4-grams seen before) and beside those of sampling.
 
@@ -92,7 +93,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="JSONL",
         help='held-out text, {"text": ...} a line',
     )
-    add("--num-prompts", type=int, default=16, help="requests per round")
+    add("--num-prompts", type=int, default=16, help="requests per round, at least")
+    add("--waves", type=int, default=1, help="at least so many times the batch")
     add("--prompt-tokens", type=int, default=64, help="length of each prompt")
     add("--max-tokens", type=int, default=128, help="tokens written per request")
     add("--batch", type=numbers(int), default=[1, 4, 16], help="requests at a time")
@@ -199,13 +201,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cells = []
     with running(settings, args.in_process, say) as engines:
         first = next(iter(engines.values()))
-        prompts = encode_prompts(first, args.text, args.num_prompts, args.prompt_tokens)
+        most = max(args.num_prompts, args.waves * max(args.batch))
+        prompts = encode_prompts(first, args.text, most, args.prompt_tokens)
         for temperature in args.temperature:
             for batch in args.batch:
                 say(f"measuring batch {batch}, temperature {temperature:g}")
                 cell = Cell(batch, temperature)
+                some = prompts[: max(args.num_prompts, args.waves * batch)]
                 cells.append(
-                    measure_cell(engines, prompts, cell, args.max_tokens, args.rounds)
+                    measure_cell(engines, some, cell, args.max_tokens, args.rounds)
                 )
         cards = {name: engine.card for name, engine in engines.items()}
     shown = shown_settings(args)

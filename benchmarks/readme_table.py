@@ -18,23 +18,40 @@ BEGIN, END = "<!-- results: benchmarks/readme_table.py -->", "<!-- end -->"
 
 
 def spread(figure: dict[str, float], digits: int = 2) -> str:
-    return "{median:.{d}f} ({min:.{d}f}-{max:.{d}f})".format(**figure, d=digits)
+    return "{median:.{d}f}x ({min:.{d}f}-{max:.{d}f})".format(**figure, d=digits)
 
 
-def decoders(results: dict[str, Any]) -> list[str]:
-    """One row per batch and temperature: ratios against plain vLLM."""
+def decoders(*documents: dict[str, Any]) -> list[str]:
+    """One row per number of requests, one column per temperature and decoder."""
+    cells = {
+        (cell["batch"], cell["temperature"]): cell["decoders"]
+        for document in documents
+        for cell in document["cells"]
+    }
+    loads = sorted({load for load, _ in cells})
+    temperatures = sorted({temperature for _, temperature in cells})
+    names = ["greedy" if t == 0 else f"at {t:g}" for t in temperatures]
     lines = [
-        "| requests at once | temperature | plain, tokens/s | PPD / plain | PPD tokens "
-        "per step | n-gram / plain |",
-        "|---|---|---|---|---|---|",
+        "| requests at once | "
+        + " | ".join(f"PPD {name}" for name in names)
+        + " | "
+        + " | ".join(f"n-gram {name}" for name in names)
+        + " |",
+        "|---" * (1 + 2 * len(names)) + "|",
     ]
-    for cell in results["cells"]:
-        plain, ppd, ngram = (cell["decoders"][n] for n in ("plain", "ppd", "ngram"))
-        lines.append(
-            f"| {cell['batch']} | {cell['temperature']:g} "
-            f"| {plain['tokens_per_s']['median']:.0f} | {spread(ppd['ratio'])} "
-            f"| {ppd['tokens_per_step']['median']:.2f} | {spread(ngram['ratio'])} |"
-        )
+    for load in loads:
+        row = [str(load)]
+        for decoder in ("ppd", "ngram"):
+            for temperature in temperatures:
+                found = cells.get((load, temperature), {}).get(decoder)
+                if found is None:
+                    row.append("-")
+                elif decoder == "ppd":
+                    tokens = found["tokens_per_step"]["median"]
+                    row.append(f"**{spread(found['ratio'])}**, {tokens:.2f}")
+                else:
+                    row.append(f"{found['ratio']['median']:.2f}")
+        lines.append("| " + " | ".join(row) + " |")
     return lines
 
 
@@ -57,23 +74,25 @@ def replayed(name: str, what: str) -> list[str]:
         f"took {plain['step_ms']:.1f} ms, a PPD step {ppd['step_ms']:.1f} ms, with the "
         f"{rows}-row forward in {forward:.1f} ms that plain vLLM's process ran in "
         f"{other:.1f} ms: the figure counts the slower of the two; as measured it is "
-        f"{spread(cell['ppd_speedup'])}x)."
+        f"{spread(cell['ppd_speedup'])})."
     ]
 
 
 def section() -> str:
     results = json.loads((RESULTS / "demo_model.json").read_text())
+    loads = json.loads((RESULTS / "demo_model_load.json").read_text())
     machine = results["environment"]
     engine = results["engines"]["ppd"]
     settings = results["settings"]
     lines = [
-        "Measured on the demo model "
+        "Tokens per second against plain vLLM, and PPD's tokens per step, on the demo "
+        "model "
         f"({machine['cpu']}, {machine['usable_cores']} cores; vLLM {engine['vllm']}, "
         f"{engine['dtype']}, {'eager' if engine['eager'] else 'compiled'}; held-out "
         f"Python sources, {settings['max_tokens']} tokens each; engines take turns, "
-        f"medians of {settings['rounds']} rounds with the slowest and fastest):",
+        f"medians of {settings['rounds']} rounds, slowest and fastest in brackets):",
         "",
-        *decoders(results),
+        *decoders(results, loads),
         "",
         *replayed(
             "step_cost_100m_replay",

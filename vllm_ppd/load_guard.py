@@ -31,6 +31,10 @@ _STAY, _RETURN = 1.0, 1.05
 # Guesses that are tried again are given up after so many steps, or twice as many, if
 # they have been that much slower than plain decoding.
 _FIRST_LOOK, _HOPELESS = 16, 0.9
+# Where guesses bring so much fewer tokens per step than usual the traffic has changed
+# and what was known of speeds is out of date. Looked at after so many steps that have
+# so many requests together, for a single text is now easy, now hard to guess.
+_FALLEN, _LOOK_STEPS, _LOOK_REQUESTS = 0.8, 32, 256
 # A step now and then waits for something else: it counts at most so many medians.
 _OUTLIER = 4.0
 
@@ -54,6 +58,10 @@ class _Load:
     # Seconds per step and rows per request, which say something of the machine.
     times: dict[bool, tuple[float, float]] = field(default_factory=dict)
     running: int = 1
+    # Tokens per request and step with guesses, usually; and steps, requests and tokens
+    # since that was last looked at.
+    usual: float | None = None
+    lately: list[int] = field(default_factory=lambda: [0, 0, 0])
 
     @property
     def guessing(self) -> bool:
@@ -69,6 +77,21 @@ class _Load:
             return False
         plain = self.speeds.get(False)
         return plain is not None and _speed(self.steps) < _HOPELESS * plain
+
+    def falls(self, running: int, tokens: int) -> bool:
+        """Count a step with guesses; whether they come true less often than usual."""
+        lately = self.lately
+        lately[:] = lately[0] + 1, lately[1] + running, lately[2] + tokens
+        if lately[0] < _LOOK_STEPS or lately[1] < _LOOK_REQUESTS:
+            return False
+        now, usual = lately[2] / lately[1], self.usual
+        fallen = usual is not None and now < _FALLEN * usual
+        if fallen:
+            self.speeds.clear()
+            self.steps = deque(list(self.steps)[-lately[0] :], self.steps.maxlen)
+        self.usual = now if usual is None or fallen else (usual + now) / 2
+        lately[:] = 0, 0, 0
+        return fallen
 
 
 class LoadGuard:
@@ -96,6 +119,7 @@ class LoadGuard:
         """
         for load in self._loads.values():
             load.speeds.pop(True, None)
+            load.usual, load.lately[:] = None, (0, 0, 0)
             load.wait = _FIRST_WAIT
             load.left = min(load.left, _FIRST_WAIT)
             if load.guessing:
@@ -126,13 +150,16 @@ class LoadGuard:
         load = self._loads.setdefault(running.bit_length(), _Load())
         if pure and before is not None and before[1] == running:
             load.left -= 1
+            fallen = False
             if self._mode == load.guessing:
                 if load.settling:
                     load.settling -= 1
                 else:
                     load.steps.append((now - before[0], tokens, rows / running))
                     load.running = running
-            if load.left <= 0 or load.hopeless:
+                    if load.speculating and not load.probing:
+                        fallen = load.falls(running, tokens)
+            if load.left <= 0 or load.hopeless or fallen:
                 self._change_phase(load)
         self._mode = load.guessing
         return self._mode

@@ -18,6 +18,7 @@ class World:
     def __init__(self, gain: float, seed: int = 0):
         self.now, self.gain = 0.0, gain
         self.guard = LoadGuard(clock=lambda: self.now)
+        self.tokens = [1, 2, 3]
         self._random = random.Random(seed)
         self._guessing = False
 
@@ -28,7 +29,9 @@ class World:
             guessing = self._guessing
             guessed += guessing
             rows = running * (3 if guessing else 1)
-            tokens = running * (self._random.choice([1, 2, 3]) if guessing else 1)
+            tokens = running
+            if guessing:
+                tokens = sum(self._random.choice(self.tokens) for _ in range(running))
             # Guesses bring two tokens in the mean.
             self.now += 2 / self.gain if guessing else 1.0
             if self._random.random() < 0.05:
@@ -138,3 +141,14 @@ def test_a_profile_follows_the_clock():
 def test_steps_without_guesses_say_nothing_about_rows():
     found = corrected(PROFILE, [StepTiming(2, 1.0, 3.0, 3.0)])
     np.testing.assert_allclose(found.seconds[1], (3, 3.2, 3.6, 4))
+
+
+@pytest.mark.parametrize("running", [1, 16])
+def test_guesses_that_begin_to_fail_are_compared_at_once(running):
+    world = World(1.5)
+    world.run(20_000, running)
+    assert world.run(2000, running) > 0.95
+    # 1.25 tokens in 1.33 times the time, where the next probe may be 8,192 steps off.
+    world.tokens = [1, 1, 1, 2]
+    world.run(600 if running == 1 else 120, running)
+    assert world.run(1000, running) < 0.2

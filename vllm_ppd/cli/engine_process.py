@@ -199,7 +199,9 @@ class EngineProcess:
         self._write({"command": "generate", **message})
         done = self._wait("done", on_progress=on_progress)
         requests = tuple(Generation.of(records) for records in done["requests"])
-        return Batch(done["wall_s"], done["engine_steps"], requests)
+        return Batch(
+            done["wall_s"], done["engine_steps"], requests, tuple(done["full"])
+        )
 
     def score(self, ids: Sequence[int]) -> list[tuple[int, float, str]]:
         """(id, log probability, text) of the two likeliest tokens after `ids`."""

@@ -137,7 +137,10 @@ class Engine:
                 engine.add_request(name, {"prompt_token_ids": ids}, sampling)
 
         add_requests(at_once)
+        # Until a request finishes that has nobody to follow it.
+        full_until, full_events = start, 0
         while engine.has_unfinished_requests():
+            all_added = len(added) == len(prompts)
             outputs = engine.step()
             now = time.perf_counter()
             steps += bool(outputs)
@@ -147,6 +150,8 @@ class Engine:
                 place = index[output.request_id]
                 events.append((place, now - added[place], new.token_ids, new.text))
                 finished += output.finished
+            if not full_events and finished and all_added:
+                full_until, full_events = now, len(events)
             add_requests(finished)
             if stream and now - last > STREAM_INTERVAL_S:
                 last = now
@@ -157,7 +162,13 @@ class Engine:
         records: list[list[Any]] = [[] for _ in prompts]
         for event in self._records(events):
             records[event[0]].append(event[1:])
-        return {"wall_s": wall, "engine_steps": steps, "requests": records}
+        full_tokens = sum(len(event[2]) for event in events[:full_events])
+        return {
+            "wall_s": wall,
+            "engine_steps": steps,
+            "requests": records,
+            "full": [full_until - start, full_tokens],
+        }
 
     def _records(self, events: list[tuple[int, float, Sequence[int], str]]) -> list:
         return [

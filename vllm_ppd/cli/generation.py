@@ -84,6 +84,9 @@ class Batch:
     wall_s: float
     engine_steps: int
     requests: tuple[Generation, ...]
+    full: tuple[float, int] | None = None
+    """Seconds and tokens as long as a request that finished was followed by another:
+    later fewer and fewer are running."""
 
     @property
     def tokens(self) -> int:
