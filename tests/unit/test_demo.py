@@ -176,8 +176,8 @@ mode = json.loads(input())["mode"]
 answers = {
     "start": {"event": "ready", "card": {}},
     "encode": {"event": "ids", "ids": [[1, 2]]},
-    "generate": {"event": "done", "wall_s": 0.5, "engine_steps": 2, "full": [0.5, 3], "requests":
-        [[[0.1, [5], "", "a"], [0.2, [6, 7], "b", "c"]]]},
+    "generate": {"event": "done", "wall_s": 0.5, "engine_steps": 2, "full": [0.5, 3],
+        "requests": [[[0.1, [5], "", "a"], [0.2, [6, 7], "b", "c"]]]},
     "score": {"event": "scores", "top": [[1, -0.5, "x"], [2, -0.75, "y"]]},
     "refused": {"event": "error", "invalid": True, "message": "no such model"},
     "failed": {"event": "error", "invalid": False, "message": "see above"},
