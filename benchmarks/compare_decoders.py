@@ -119,8 +119,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.eager = True
     if args.rounds < 3:
         parser.error("--rounds must be at least 3, or there is no spread to show")
-    if min(args.batch) < 1 or max(args.batch) > args.num_prompts:
-        parser.error("--batch must be between 1 and --num-prompts")
+    if min(*args.batch, args.num_prompts, args.waves) < 1:
+        parser.error("--batch, --num-prompts and --waves must be at least 1")
     return args
 
 
