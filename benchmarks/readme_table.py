@@ -80,7 +80,11 @@ def replayed(name: str, what: str) -> list[str]:
 
 def section() -> str:
     results = json.loads((RESULTS / "demo_model.json").read_text())
-    loads = json.loads((RESULTS / "demo_model_load.json").read_text())
+    # Other numbers of requests, each measured in a run of its own.
+    loads = [
+        json.loads(path.read_text())
+        for path in sorted(RESULTS.glob("demo_model_load*.json"))
+    ]
     machine = results["environment"]
     engine = results["engines"]["ppd"]
     settings = results["settings"]
@@ -92,7 +96,7 @@ def section() -> str:
         f"Python sources, {settings['max_tokens']} tokens each; engines take turns, "
         f"medians of {settings['rounds']} rounds, slowest and fastest in brackets):",
         "",
-        *decoders(results, loads),
+        *decoders(results, *loads),
         "",
         *replayed(
             "step_cost_100m_replay",

@@ -182,7 +182,7 @@ def test_decoder_settings() -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [["--rounds", "2"], ["--batch", "0"], ["--batch", "99"], ["--decoders", "plain,x"]],
+    [["--rounds", "2"], ["--batch", "0"], ["--waves", "0"], ["--decoders", "plain,x"]],
 )
 def test_bad_arguments(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -8,7 +8,6 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 transformers = pytest.importorskip("transformers")
@@ -93,7 +92,9 @@ def test_without_successors_the_evidence_is_the_prompt_rows_own(
     assert not (prompts_folder / "successors.safetensors").exists()
     stats = AcceptanceStats.load(prompts_folder / "acceptance.json")
     evidence = Evidence.load(prompts_folder / "evidence.json")
-    np.testing.assert_allclose(evidence.overall[:2], stats.acceptance)
+    # Of the same points, those at which steps begin.
+    assert evidence.overall[:2].any()
+    assert not evidence.overall[:2][stats.acceptance == 0].any()
     assert not evidence.unprompted.any()
 
 
