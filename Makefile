@@ -7,7 +7,9 @@ DEVICE ?= $(or $(VLLM_PPD_DEVICE),auto)
 # Commands of .venv first, so that tests and engines start what was installed there.
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 UNIT_TESTS := $(wildcard tests/unit tests/kernels)
-ENGINE_TESTS := $(wildcard tests/engine tests/e2e)
+# Tests that start servers or several workers want the machine's memory to themselves.
+ENGINE_TESTS := $(wildcard tests/engine)
+ALONE_TESTS := $(wildcard tests/e2e tests/engine/v2/test_parallel_v2.py)
 
 .PHONY: help setup demo test test-unit lint format clean
 
@@ -22,7 +24,9 @@ demo: setup ## decode with a small trained model, plain against PPD
 
 test: test-unit ## all tests; those that need a GPU are skipped without one
 ifneq ($(ENGINE_TESTS),)
-	@$(RUN) python -m pytest -n $(JOBS) --dist loadfile $(ENGINE_TESTS)
+	@$(RUN) python -m pytest -n $(JOBS) --dist loadfile $(ENGINE_TESTS) \
+		$(addprefix --ignore=,$(filter tests/engine/%,$(ALONE_TESTS)))
+	@$(RUN) python -m pytest $(ALONE_TESTS)
 endif
 
 test-unit: setup ## tests that start no engine
