@@ -84,12 +84,15 @@ class LatencyCurve:
         return cls((1,), (first,), tail=per_row)
 
     @overload
-    def __call__(self, rows: int) -> float: ...
+    def __call__(self, rows: float) -> float: ...
     @overload
     def __call__(self, rows: np.ndarray) -> np.ndarray: ...
 
-    def __call__(self, rows: int | np.ndarray) -> float | np.ndarray:
-        """Seconds of a step with `rows` (one number, or an array of any shape)."""
+    def __call__(self, rows: float | np.ndarray) -> float | np.ndarray:
+        """Seconds of a step with `rows` (one number, or an array of any shape).
+
+        A mean number of rows has parts of a row, too.
+        """
         assert self.tail is not None  # set in __post_init__
         count = np.asarray(rows)
         if count.size and count.min() < 1:

@@ -166,8 +166,7 @@ class LoadGuard:
 
     def _change_phase(self, load: _Load) -> None:
         mode = load.guessing
-        enough = _FIRST_LOOK
-        if len(load.steps) >= enough:
+        if len(load.steps) >= _FIRST_LOOK:
             speed = _speed(load.steps)
             load.speeds[mode] = (load.speeds.get(mode, speed) + speed) / 2
             rows = fmean(rows for _, _, rows in load.steps)

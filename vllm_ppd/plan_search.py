@@ -177,6 +177,5 @@ def shared_curve(curve: LatencyCurve, paid: float, mean_rows: float) -> LatencyC
     line = second - (third - second) / (more - two) * (two - one)
     first = plain + paid * max(0.0, line - plain)
     mean_rows = max(mean_rows, 1.5)
-    low, high = int(mean_rows), int(mean_rows) + 1
-    at = curve(low) + (curve(high) - curve(low)) * (mean_rows - low)
-    return LatencyCurve.linear(first, max(0.0, at - first) / (mean_rows - 1))
+    beyond = max(0.0, curve(mean_rows) - first)
+    return LatencyCurve.linear(first, beyond / (mean_rows - 1))

@@ -49,11 +49,8 @@ def corrected(profile: LatencyProfile, timings: Sequence[StepTiming]) -> Latency
             timings, key=lambda t: abs(np.log2(t.requests) - np.log2(requests))
         )
         curve = profile.curve(timing.requests)
-        plain, beyond = float(curve.seconds[0]), 0.0
-        if timing.rows > 1:
-            low = max(1, int(timing.rows))
-            part = timing.rows - low
-            beyond = (1 - part) * curve(low) + part * curve(low + 1) - plain
+        plain = float(curve.seconds[0])
+        beyond = curve(max(1.0, timing.rows)) - plain
         cost, extra = 1.0, timing.guessing_s - timing.plain_s
         if beyond > _LEAST_COST * plain:
             cost = float(np.clip(extra / beyond, 1 / _MOST, _MOST))
