@@ -13,8 +13,9 @@ the machine's latency profile. For each way to sample and each number of request
   than the ones measured), and what it expects by then.
 
 Expected and measured are tokens per step of one request, and tokens per second of all,
-without the first step, which reads the prompt. The last line printed is one JSON
-document.
+without the first step, which reads the prompt. Steps count that begin in texts as long
+as the calibration's; requests write on for as many tokens as a step can bring. The last
+line printed is one JSON document.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def cell_of(
     profile = LatencyProfile.from_dict(report["profile"])
     expected = load_figures(plan, evidence_for(plan, evidence), profile, batch)
     counts = [
-        decode_counts(request, max_tokens, _REACH)
+        decode_counts(request, max_tokens + _REACH, _REACH)
         for batches in rounds
         for each in batches
         for request in each.requests
@@ -166,7 +167,11 @@ def measure(
 ) -> dict[str, Any]:
     """Learn from the first half of the prompts if the engine learns; then measure."""
     half = len(prompts) // 2
-    params = {"temperature": temperature, "max_tokens": max_tokens, "ignore_eos": True}
+    params = {
+        "temperature": temperature,
+        "max_tokens": max_tokens + _REACH,
+        "ignore_eos": True,
+    }
     for _ in range(args.learning_rounds if kind == LEARNT else 1):
         run_round(engine, prompts[:half], batch, params)
     settle()

@@ -42,6 +42,9 @@ class PolicyTables:
         num_nodes, num_rows: [S].
         parents: [S, N] parent node, -1 for the root and for padding.
         candidate_depths, candidate_ranks: [S, N] of each candidate node, 0 padded.
+        on_chain: [S, N] whether a node is on the chain of an earlier match, the root
+            included.
+        tries_chain: [S] whether the chain's first token is a candidate.
         prompts: [S, N] prompt tokens per node.
         first_prompt_rows: [S, N] first prompt row of each node.
         soft_ids: [S, Q] id of a prompt row's embedding, 0 for other rows. Ids start
@@ -94,6 +97,7 @@ class PolicyTables:
             self.first_prompt_rows[state, :nodes] = nodes + np.cumsum(counts) - counts
             for row, (_, index, ept) in enumerate(tree.prompt_rows, nodes):
                 self.soft_ids[state, row] = first_soft_id + index * tree.num_ept + ept
+        self.tries_chain = self.on_chain[:, 1:].any(axis=1)
         self.ancestors = pack_mask(mask)
         self._layouts: dict[
             tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -22,6 +22,7 @@ class Steps:
         settings = SimpleNamespace(evidence=lambda: evidence)
         self.online = OnlineTrees(SimpleNamespace(plan_settings=settings), ranks=2)
         self._ends: dict[str, int] = {}
+        self.chains, self.tried = NO_CHAINS, ()
 
     def step(self, classes: dict[str, int], new_tokens: int = 1) -> None:
         """A step without guesses; `classes` by request."""
@@ -31,7 +32,8 @@ class Steps:
         self.online.after_match(
             list(classes),
             np.array(list(classes.values())),
-            NO_CHAINS[: len(classes)],
+            self.chains[: len(classes)],
+            np.array([name in self.tried for name in classes]),
             np.array(ends),
             TOKENS[: len(classes)],
         )
@@ -70,6 +72,22 @@ def test_steps_between_looks_are_no_moves():
     steps.online.after_step(1, None, None)
     steps.step({"a": 2})
     assert not np.any(steps.moves)
+
+
+def test_a_chain_is_counted_once_by_its_walk_or_by_what_was_written():
+    steps = Steps()
+    # Eight tokens of which the first three are right.
+    steps.chains = np.array([[0, 0, 0, 5, 5, 5, 5, 5]] * 2)
+    steps.tried = "b"
+    steps.step({"a": 1, "b": 2})
+    for _ in range(8):
+        steps.step({"a": 0, "b": 0})
+    learner = steps.online._learner
+    first, end = learner._firsts[2:4]
+    tries = learner._tries[first:end].reshape(-1, 8)
+    hits = learner._hits[first:end].reshape(-1, 8)
+    assert tries.tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [0] * 8]
+    assert hits.tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [0] * 8]
 
 
 def test_loads_that_are_worth_a_search():

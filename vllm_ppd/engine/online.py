@@ -134,6 +134,7 @@ class OnlineTrees:
         request_ids: list[str],
         classes: np.ndarray,
         chains: np.ndarray,
+        tried: np.ndarray,
         ends: np.ndarray,
         token_ids: np.ndarray,
     ) -> None:
@@ -142,6 +143,9 @@ class OnlineTrees:
         Args:
             request_ids: [B].
             classes, chains: [B] and [B, L], of this step.
+            tried: [B] whether the next walk will say how far the chain is right. Its
+                steps begin where others failed; chains kept here begin anywhere, and
+                so are right more often.
             ends: [B] tokens of each request so far.
             token_ids: [B, tokens] of each request.
         """
@@ -163,7 +167,7 @@ class OnlineTrees:
                 written = token_ids[index, start:end]
                 self._learner.observe_chain(match_class, chain, written)
                 del self._chains[request_id]
-            if classes[index]:
+            if classes[index] and not tried[index]:
                 chain = chains[index]
                 self._chains[request_id] = (
                     int(ends[index]),

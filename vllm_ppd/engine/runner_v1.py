@@ -262,7 +262,8 @@ class PPDRunnerMixin:
                 first_tree = 0
         if not first_tree:
             if online is not None and online.glances_now:
-                self._match(batch)
+                nothing = np.zeros(batch, dtype=bool)
+                self._learn_matches(*self._match(batch), nothing)
             return [[]] * batch
         tables = drafter.tables
         counts = np.zeros(batch, dtype=np.int64)
@@ -277,6 +278,7 @@ class PPDRunnerMixin:
                     logits = logits.unflatten(0, (-1, tables.num_ept)).mean(1)
         classes, chains = self._match(batch)
         trees = first_tree + classes * drafter.num_states + counts
+        self._learn_matches(classes, chains, tables.tries_chain[trees])
         roots = np.array([tokens[-1] if tokens else 0 for tokens in sampled_token_ids])
         ids = drafter.fill(trees, Guesses(counts, logits, roots, chains)).tolist()
         lengths = tables.num_rows[trees].tolist()
@@ -299,12 +301,18 @@ class PPDRunnerMixin:
             return np.zeros(batch, dtype=np.int64), _NO_CHAINS.repeat(batch, axis=0)
         inputs = self.input_batch  # type: ignore[attr-defined]
         ends, token_ids = inputs.num_tokens_no_spec[:batch], inputs.token_ids_cpu
-        classes, chains = match_chains_cpu(token_ids, ends, _MATCHED)
-        if self._ppd_online is not None:
-            self._ppd_online.after_match(
-                inputs.req_ids, classes, chains, ends, token_ids
-            )
-        return classes, chains
+        return match_chains_cpu(token_ids, ends, _MATCHED)
+
+    def _learn_matches(
+        self, classes: np.ndarray, chains: np.ndarray, tried: np.ndarray
+    ) -> None:
+        if self._ppd_online is None or self.drafter.num_classes == 1:
+            return
+        inputs = self.input_batch  # type: ignore[attr-defined]
+        ends = inputs.num_tokens_no_spec[: len(classes)]
+        self._ppd_online.after_match(
+            inputs.req_ids, classes, chains, tried, ends, inputs.token_ids_cpu
+        )
 
     def ppd_report(self) -> dict[str, Any]:
         """The plan that is served and what it was found from, how often it changed,
