@@ -10,7 +10,8 @@ the machine's latency profile. For each way to sample and each number of request
   evidence.json was measured with. It speaks of one temperature only, so other ones have
   no such row;
 - learnt: the default engine after some rounds of the same kind of text (other texts
-  than the ones measured), and what it expects by then.
+  than the ones measured), and what it expects by then. It is measured with the trees of
+  that moment, although it would go on to follow the traffic.
 
 Expected and measured are tokens per step of one request, and tokens per second of all,
 without the first step, which reads the prompt. Steps count that begin in texts as long
@@ -160,12 +161,12 @@ def measure(
     kind: str,
     engine: EngineProcess,
     temperature: float,
-    batch: int,
     prompts: list[list[int]],
     args: argparse.Namespace,
     max_tokens: int,
-) -> dict[str, Any]:
-    """Learn from the first half of the prompts if the engine learns; then measure."""
+) -> list[dict[str, Any]]:
+    """Learn from the first half of the prompts if the engine learns, at all loads; then
+    measure each load, with the trees that the expectation is about."""
     half = len(prompts) // 2
     params = {
         "temperature": temperature,
@@ -173,13 +174,19 @@ def measure(
         "ignore_eos": True,
     }
     for _ in range(args.learning_rounds if kind == LEARNT else 1):
-        run_round(engine, prompts[:half], batch, params)
+        for batch in args.batch:
+            run_round(engine, prompts[:half], batch, params)
     settle()
     report = engine.report()
-    rounds = [
-        run_round(engine, prompts[half:], batch, params) for _ in range(args.rounds)
-    ]
-    return cell_of(kind, temperature, batch, report, rounds, max_tokens)
+    engine.hold()
+    cells = []
+    for batch in args.batch:
+        say(f"{kind}, temperature {temperature:g}, {batch} at a time")
+        rounds = [
+            run_round(engine, prompts[half:], batch, params) for _ in range(args.rounds)
+        ]
+        cells.append(cell_of(kind, temperature, batch, report, rounds, max_tokens))
+    return cells
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -225,11 +232,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             temperature = temperature_known
             if kind == LEARNT:
                 temperature = float(name.rsplit(" ", 1)[1])
-            for batch in args.batch:
-                say(f"{kind}, temperature {temperature:g}, {batch} at a time")
-                cells.append(
-                    measure(kind, engine, temperature, batch, prompts, args, max_tokens)
-                )
+            cells += measure(kind, engine, temperature, prompts, args, max_tokens)
     shown = {
         "model": shown_path(args.model),
         "prompts": shown_path(str(args.prompts)),

@@ -29,6 +29,17 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.arange(total) + np.repeat(starts - firsts, counts)
 
 
+def spread(values: np.ndarray, rows: np.ndarray, total: int) -> np.ndarray:
+    """[total, ...] zeros with `values` at `rows`.
+
+    >>> spread(np.array([7, 8]), np.array([0, 2]), 4).tolist()
+    [7, 0, 8, 0]
+    """
+    wide = np.zeros((total, *values.shape[1:]), dtype=values.dtype)
+    wide[rows] = values
+    return wide
+
+
 class TreeStep:
     """Where the trees of a batch lie among the step's rows.
 

@@ -2,11 +2,12 @@
 
     python -m benchmarks.tree_ablation --predict-only   # no engine; minutes
     python -m benchmarks.tree_ablation --quick          # does it run at all?
-    python -m benchmarks.tree_ablation                  # 80 engine starts on the demo
+    python -m benchmarks.tree_ablation                  # 80 plans on the demo model
     python -m benchmarks.tree_ablation --rows 16 --kinds paper,ours --temperature 0
 
-From the repository's root. Each plan is measured by an engine of its own and kept in
-the work folder: stopped with Ctrl-C or killed, the same command goes on where it was.
+From the repository's root. One engine per source of guesses serves plan after plan;
+measured ones are kept in the work folder: stopped with Ctrl-C or killed, the same
+command goes on where it was.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from vllm_ppd.successors import SUCCESSOR_FILE
 from .document import tree_document
 from .kinds import KINDS, Trees, Variant, plan_of
 from .measurement import Work, measure_plan, running
-from .page import PAGE
+from .page import PAGE, source_name
 from .plot import draw
 from .prediction import chosen_sizes, predict, predict_published
 from .records import RecordFolder, plan_name
@@ -185,16 +186,23 @@ def measure_all(
         batch=min(args.batch, args.num_prompts),
         dtype=args.dtype,
     )
+    plans = {variant: plan_of(found) for variant, found in trees.items()}
+    names = {v: plan_name(plan, v.conditioned) for v, plan in plans.items()}
+    left = {names[v]: v for v in plans if records.read(names[v]) is None}
+    for source in dict.fromkeys((v.conditioned, v.suffix) for v in left.values()):
+        group = [n for n, v in left.items() if (v.conditioned, v.suffix) == source]
+        widest = max((plans[left[n]] for n in group), key=lambda plan: plan.max_rows)
+        say(f"starting an engine: {source_name(*source)}")
+        with running(work, widest, *source) as engine:
+            for name in group:
+                variant = left[name]
+                say(f"{variant.kind}, {variant.rows} rows")
+                record = measure_plan(engine, work, plans[variant])
+                records.write(name, {**variant.to_dict(), **record})
     cells = []
-    for done, (variant, cell) in enumerate(zip(trees, predicted, strict=True)):
-        plan = plan_of(trees[variant])
-        name = plan_name(plan, variant.conditioned)
-        record = records.read(name)
-        if record is None:
-            say(f"{done + 1} of {len(trees)}: {variant.kind}, {variant.rows} rows")
-            with running(work, plan, variant.conditioned, variant.suffix) as engine:
-                record = measure_plan(engine, work, plan)
-            records.write(name, {**variant.to_dict(), **record})
+    for variant, cell in zip(trees, predicted, strict=True):
+        record = records.read(names[variant])
+        assert record is not None
         cells.append(
             {
                 **variant.to_dict(),

@@ -1,4 +1,4 @@
-"""What trees accept in vLLM: one engine per plan, all temperatures in turn.
+"""What trees accept in vLLM: one engine per source of guesses, plan after plan.
 
 Acceptance length is counted from vLLM's outputs: tokens per decode step and request.
 vLLM's own metric divides by the steps that had drafts, and so leaves out those in which
@@ -26,6 +26,8 @@ __all__ = ["Work", "engine_settings", "measure_plan", "running"]
 
 class Engine(Protocol):
     """What writes; an EngineProcess, or a fake in tests."""
+
+    def hold(self, plan: TreePlan) -> None: ...
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: dict[str, Any]
@@ -77,12 +79,13 @@ def engine_settings(
 
 @contextlib.contextmanager
 def running(
-    work: Work, plan: TreePlan, conditioned: bool, suffix: bool
+    work: Work, widest: TreePlan, conditioned: bool, suffix: bool
 ) -> Iterator[EngineProcess]:
-    """An engine with a plan's trees; its log stays only if it fails."""
+    """An engine for plans of at most as many rows as `widest`, whose trees it has at
+    first; its log stays only if it fails."""
     folder = Path(tempfile.mkdtemp(prefix="vllm-ppd-trees-"))
     tree = folder / "plan.json"
-    write_json(tree, plan.to_dict())
+    write_json(tree, widest.to_dict())
     settings = engine_settings(work, tree, conditioned, suffix)
     engine = EngineProcess("trees", settings, folder)
     keep = False
@@ -102,6 +105,7 @@ def running(
 
 def measure_plan(engine: Engine, work: Work, plan: TreePlan) -> dict[str, Any]:
     """Acceptance length by temperature, with its 95 % interval."""
+    engine.hold(plan)
     # A step that the end of a text may have cut short is left out.
     reach = 1 + max(tree.depth for tree in plan.trees)
     found: dict[str, Mapping[str, float]] = {}

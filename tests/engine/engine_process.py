@@ -212,6 +212,11 @@ def report(llm: Any) -> dict[str, Any]:
     return llm.llm_engine.model_executor.driver_worker.worker.ppd_report()
 
 
+def hold(llm: Any, plan: dict[str, Any] | None = None) -> None:
+    """No longer follow the traffic, and serve a plan's trees if there is one."""
+    llm.llm_engine.model_executor.driver_worker.worker.ppd_hold(plan)
+
+
 def compilations(llm: Any) -> dict[str, int]:
     """All that vLLM and torch have compiled or loaded as compiled in this process."""
     import dataclasses

@@ -157,6 +157,11 @@ def test_trees_follow_the_traffic(
     assert report["plan_changes"] > 0
     assert report["plan"] != first
     assert "tokens and" in report["line"]
+    # Held to its first trees it learns no more, whatever comes.
+    ppd.call("hold", engine, plan=first)
+    same(expected, ppd.generate(engine, prompts[:2], greedy))
+    report = ppd.call("report", engine)
+    assert report["plan"] == first and report["plan_changes"] == 0
 
 
 def test_successors_are_learnt_where_there_is_no_table(

@@ -5,7 +5,7 @@ import pytest
 
 from tests.unit.test_tree import random_tree
 from vllm_ppd.candidates import fill_drafts
-from vllm_ppd.step import TreeStep, ranges
+from vllm_ppd.step import TreeStep, ranges, spread
 from vllm_ppd.tables import PolicyTables, pack_mask
 from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
 from vllm_ppd.verify import TreeWalk, kv_moves
@@ -25,6 +25,11 @@ def test_ranges():
         10,
         11,
     ]
+
+
+def test_spread():
+    values = np.array([[1, 2], [3, 4]])
+    assert spread(values, np.array([2, 0]), 3).tolist() == [[3, 4], [0, 0], [1, 2]]
 
 
 @pytest.mark.parametrize("q", [1, 63, 64, 65, 129])

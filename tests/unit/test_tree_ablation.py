@@ -100,6 +100,10 @@ class Written:
     def __init__(self, each: int):
         self.each = each
         self.asked: list[tuple[int, dict[str, Any]]] = []
+        self.held: list[TreePlan] = []
+
+    def hold(self, plan: TreePlan) -> None:
+        self.held.append(plan)
 
     def generate(self, prompts: Any, params: dict[str, Any]) -> Batch:
         self.asked.append((len(prompts), params))
@@ -127,7 +131,7 @@ def test_acceptance_is_counted_from_what_was_written() -> None:
     plan = plan_of(trees_of("ours", EVIDENCE, 8))
     engine = Written(3)
     found = measure_plan(engine, work(), plan)["temperatures"]
-    assert set(found) == {"0", "1"}
+    assert set(found) == {"0", "1"} and engine.held == [plan]
     # 20 = 1 + 6 * 3 + 1, and steps near the end are left out.
     assert found["0"]["tokens_per_step"] == 3.0
     assert 0 < found["0"]["steps"] < 5 * 7
@@ -178,8 +182,9 @@ def ablate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     engines: list[Written] = []
 
     class Running:
-        def __init__(self, work: Any, plan: TreePlan, *source: bool):
-            assert plan.num_classes == (3 if source[1] else 1)
+        def __init__(self, work: Any, widest: TreePlan, *source: bool):
+            assert widest.num_classes == (3 if source[1] else 1)
+            self.widest = widest
 
         def __enter__(self) -> Written:
             engines.append(Written(2))
@@ -188,7 +193,9 @@ def ablate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             return engines[-1]
 
         def __exit__(self, *error: object) -> None:
-            pass
+            # An engine has no room for more rows than it was started for.
+            rows = [plan.max_rows for plan in engines[-1].held]
+            assert max(rows, default=0) <= self.widest.max_rows
 
     stop_at = [0]
     # Sizes for a machine are searched up to these; less is sooner found.
@@ -196,10 +203,12 @@ def ablate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(command, "running", Running)
     monkeypatch.setattr(command, "prompt_ids", lambda args: [[1, 2]] * 4)
 
-    def run(*more: str, stop: int = 0) -> tuple[int, list[Written]]:
+    def run(
+        *more: str, stop: int = 0, quick: bool = True
+    ) -> tuple[int, list[Written]]:
         engines.clear()
         stop_at[0] = stop
-        argv = ["--quick", "--quiet", "--prompts", str(folder)]
+        argv = ["--quick"] * quick + ["--quiet", "--prompts", str(folder)]
         argv += ["--work", str(tmp_path / "work"), *more]
         return command.main(argv), list(engines)
 
@@ -222,6 +231,17 @@ def test_a_stopped_command_goes_on(ablate, tmp_path: Path) -> None:
         assert cell["temperatures"]["0"]["tokens_per_step"] == 2.0
         assert cell["predicted_tau"] > 1
     assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_an_engine_serves_every_plan_of_its_source(ablate, tmp_path: Path) -> None:
+    argv = ["--rows", "4,8", "--kinds", "ours,chain", "--out", str(tmp_path / "r.json")]
+    status, engines = ablate(*argv, quick=False)
+    assert (status, len(engines)) == (0, 4)
+    for engine in engines:
+        assert 2 <= len(engine.held) <= 4
+        assert len({plan_name(plan, True) for plan in engine.held}) == len(engine.held)
+        assert {plan.max_rows for plan in engine.held} > {4}
+    assert len(read_document(tmp_path / "r.json")["measured"]) == 16
 
 
 def test_results_and_page(ablate, tmp_path: Path) -> None:

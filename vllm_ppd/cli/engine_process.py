@@ -12,6 +12,7 @@ decoder has a process that sleeps while another is measured. The conversation wi
      "params", "stream", "at_once"}         {"event": "done", "wall_s", "requests", ...}
     {"command": "score", "ids"}            {"event": "scores", "top"}
     {"command": "report"}                  {"event": "report", "report"}
+    {"command": "hold", "plan"}            {"event": "held"}
     {"command": "quit"}
     (at any time)                          {"event": "error", "invalid", "message"}
 
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ppd.cli.generation import Batch, Generation
+from vllm_ppd.plan import TreePlan
 
 __all__ = ["EngineFailedError", "EngineProcess", "settle", "start_all"]
 
@@ -212,6 +214,12 @@ class EngineProcess:
         """What PPD's trees do now, see `PPDRunnerMixin.ppd_report`."""
         self._write({"command": "report"})
         return self._wait("report")["report"]
+
+    def hold(self, plan: TreePlan | None = None) -> None:
+        """From now on PPD keeps to its trees, or to a plan's, whatever the traffic."""
+        given = None if plan is None else plan.to_dict()
+        self._write({"command": "hold", "plan": given})
+        self._wait("held")
 
     def close(self) -> None:
         """End the engine and every process it started."""

@@ -215,6 +215,9 @@ def serve(settings: dict[str, Any], commands: Any, send: Any) -> None:
         elif command == "report":
             report = engine.llm.collective_rpc("ppd_report")[0]
             send({"event": "report", "report": report})
+        elif command == "hold":
+            engine.llm.collective_rpc("ppd_hold", args=(message["plan"],))
+            send({"event": "held"})
         else:
             raise RuntimeError(f"unknown command {command}")
 

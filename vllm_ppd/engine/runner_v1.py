@@ -31,7 +31,8 @@ from vllm_ppd.engine.sampling import walk_trees
 from vllm_ppd.engine.step_log import StepLog
 from vllm_ppd.engine.table_learner import TableLearner
 from vllm_ppd.kernels.cpu import match_chains_cpu
-from vllm_ppd.step import TreeStep, ranges
+from vllm_ppd.plan import TreePlan
+from vllm_ppd.step import TreeStep, ranges, spread
 from vllm_ppd.suffix import MAX_CHAIN
 from vllm_ppd.verify import TreeWalk
 
@@ -172,8 +173,8 @@ class PPDRunnerMixin:
             masks = tables.ancestors[states, inner]
         only_trees = len(rows) == total_rows
         if not only_trees:
-            depths = _spread(depths, rows, total_rows)
-            masks = _spread(masks, rows, total_rows)
+            depths = spread(depths, rows, total_rows)
+            masks = spread(masks, rows, total_rows)
         trees = step.trees
         step_context.set_current(
             step_context.StepContext(
@@ -327,6 +328,18 @@ class PPDRunnerMixin:
             "line": self._ppd_log.line(),
         }
 
+    def ppd_hold(self, plan: dict[str, Any] | None) -> None:
+        """No longer follow the traffic, and serve `plan` if there is one.
+
+        What was learnt stays. While no request runs.
+        """
+        if self._ppd_online is not None:
+            self._ppd_online.close()
+        self._ppd_online = self._ppd_table = None
+        if plan is not None:
+            self.drafter.set_plan(TreePlan.from_dict(plan))
+            self.ppd_trees.clear()
+
     def _has_grammar(self, request_id: str) -> bool:
         # A grammar is checked along one chain of tokens; a tree's siblings are none.
         params = self.requests[request_id].sampling_params  # type: ignore
@@ -341,10 +354,3 @@ class PPDRunnerMixin:
 
     def _write(self, target: torch.Tensor, rows: np.ndarray, ids: np.ndarray) -> None:
         target[self._to_device(rows)] = self._to_device(ids).to(target.dtype)
-
-
-def _spread(values: np.ndarray, rows: np.ndarray, total: int) -> np.ndarray:
-    """[total, ...] zeros with ``values`` at ``rows``."""
-    spread = np.zeros((total, *values.shape[1:]), dtype=values.dtype)
-    spread[rows] = values
-    return spread

@@ -51,3 +51,7 @@ class PPDCPUWorker(CPUWorker):
     def ppd_report(self) -> dict[str, Any]:
         """What the trees do now; ask with ``llm.collective_rpc("ppd_report")``."""
         return self.model_runner.ppd_report()
+
+    def ppd_hold(self, plan: dict[str, Any] | None = None) -> None:
+        """Keep to the trees in force, or to `plan`; for measurements."""
+        self.model_runner.ppd_hold(plan)
