@@ -97,7 +97,7 @@ class PolicyTables:
             self.first_prompt_rows[state, :nodes] = nodes + np.cumsum(counts) - counts
             for row, (_, index, ept) in enumerate(tree.prompt_rows, nodes):
                 self.soft_ids[state, row] = first_soft_id + index * tree.num_ept + ept
-        self.tries_chain = self.on_chain[:, 1:].any(axis=1)
+        self.tries_chain = np.any(self.on_chain[:, 1:], axis=1)
         self.ancestors = pack_mask(mask)
         self._layouts: dict[
             tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -203,9 +203,7 @@ def ablate(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(command, "running", Running)
     monkeypatch.setattr(command, "prompt_ids", lambda args: [[1, 2]] * 4)
 
-    def run(
-        *more: str, stop: int = 0, quick: bool = True
-    ) -> tuple[int, list[Written]]:
+    def run(*more: str, stop: int = 0, quick: bool = True) -> tuple[int, list[Written]]:
         engines.clear()
         stop_at[0] = stop
         argv = ["--quick"] * quick + ["--quiet", "--prompts", str(folder)]
