@@ -33,10 +33,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_ppd.cli.generation import Batch, Generation
-from vllm_ppd.plan import TreePlan
+
+if TYPE_CHECKING:
+    from vllm_ppd.plan import TreePlan
 
 __all__ = ["EngineFailedError", "EngineProcess", "settle", "start_all"]
 
