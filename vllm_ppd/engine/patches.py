@@ -4,7 +4,8 @@ Each entry says what is patched, why no official seam serves, since which vLLM i
 known to fit, and how to notice that vLLM moved (tests/engine/test_patches.py checks
 every entry against the installed version). What is *overridden in subclasses* is
 listed too, because a renamed method fails as silently as a moved function. 0.32 was
-run on CPU; 0.33, which has no CPU wheel, was only read.
+run on CPU; so were the Python files of 0.33, which has no CPU wheel, with the compiled
+kernels of 0.32 (docs/versions.md).
 
 Patched:
 - ``EngineArgs.create_speculative_config``: vLLM's ``SpeculativeConfig.method`` is a
