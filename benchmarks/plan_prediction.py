@@ -8,10 +8,10 @@ the machine's latency profile. For each way to sample and each number of request
 
 - calibrated: a new engine that does not learn, prompts and texts as long as those that
   evidence.json was measured with. It speaks of one temperature only, so other ones have
-  no such row;
-- learnt: the default engine after some rounds of the same kind of text (other texts
-  than the ones measured), and what it expects by then. It is measured with the trees of
-  that moment, although it would go on to follow the traffic.
+  no such row. How alike the texts of both are is part of the difference;
+- learnt: the default engine after some rounds of the same prompts, and what it expects
+  by then. It is measured with the trees of that moment, although it would go on to
+  follow the traffic.
 
 Expected and measured are tokens per step of one request, and tokens per second of all,
 without the first step, which reads the prompt. Steps count that begin in texts as long
@@ -165,26 +165,21 @@ def measure(
     args: argparse.Namespace,
     max_tokens: int,
 ) -> list[dict[str, Any]]:
-    """Learn from the first half of the prompts if the engine learns, at all loads; then
-    measure each load, with the trees that the expectation is about."""
-    half = len(prompts) // 2
-    params = {
-        "temperature": temperature,
-        "max_tokens": max_tokens + _REACH,
-        "ignore_eos": True,
-    }
+    """Learn from the prompts if the engine learns, at all loads; then measure each
+    load, with the trees that the expectation is about."""
+    params = {"temperature": temperature, "ignore_eos": True}
+    learnt = {**params, "max_tokens": max_tokens}
+    longer = {**params, "max_tokens": max_tokens + _REACH}
     for _ in range(args.learning_rounds if kind == LEARNT else 1):
         for batch in args.batch:
-            run_round(engine, prompts[:half], batch, params)
+            run_round(engine, prompts, batch, learnt)
     settle()
     report = engine.report()
     engine.hold()
     cells = []
     for batch in args.batch:
         say(f"{kind}, temperature {temperature:g}, {batch} at a time")
-        rounds = [
-            run_round(engine, prompts[half:], batch, params) for _ in range(args.rounds)
-        ]
+        rounds = [run_round(engine, prompts, batch, longer) for _ in range(args.rounds)]
         cells.append(cell_of(kind, temperature, batch, report, rounds, max_tokens))
     return cells
 
@@ -206,7 +201,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         max_tokens=4_000_000,
         least_tokens=length,
     )
-    prompts = [list(ids) for ids in prompt_ids(stream, length, 2 * args.num_prompts)]
+    prompts = [list(ids) for ids in prompt_ids(stream, length, args.num_prompts)]
     base = {
         "model": args.model,
         "seed": 0,

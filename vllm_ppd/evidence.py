@@ -25,7 +25,7 @@ __all__ = ["EVIDENCE_FILE", "Evidence", "EvidenceError"]
 
 EVIDENCE_FILE = "evidence.json"
 FORMAT = "ppd_evidence"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _TABLES = ("prompted", "unprompted", "chain", "beside", "moves", "overall")
 _REMEDY = "measure it again with vllm-ppd calibrate, or remove it"
 
@@ -56,8 +56,9 @@ class Evidence:
     beside: np.ndarray
     """[C, m, K] of rank r beside the chain's token, given that it is wrong."""
     moves: np.ndarray
-    """[C + 1, C + 1] chance of the next step's match class (column); class 0 is no
-    match."""
+    """[2, C + 1, C + 1] chance of the next step's match class (last axis), after a step
+    that accepted no guess and after one that did; class 0 is no match. A step that
+    accepts goes further, and on a chain stays on it."""
     overall: np.ndarray
     """[m + 1, K] prompted, then unprompted, with and without a match."""
     source: Mapping[str, Any] = field(default_factory=dict)
@@ -73,7 +74,7 @@ class Evidence:
         for name, shape in (
             ("unprompted", (k,)),
             ("beside", (classes, m, k)),
-            ("moves", (classes + 1, classes + 1)),
+            ("moves", (2, classes + 1, classes + 1)),
             ("overall", (m + 1, k)),
         ):
             if getattr(self, name).shape != shape or not m:
@@ -85,7 +86,7 @@ class Evidence:
             value = getattr(self, name)
             if not ((value >= 0) & (value <= 1 + 1e-6)).all():
                 raise EvidenceError(f"{name} holds values outside [0, 1]")
-        if np.abs(self.moves.sum(axis=1) - 1).max() > 1e-6:
+        if np.abs(self.moves.sum(axis=2) - 1).max() > 1e-6:
             raise EvidenceError("each row of moves must sum to 1")
 
     @classmethod
@@ -97,7 +98,7 @@ class Evidence:
             np.zeros(k),
             np.zeros((0, 0)),
             np.zeros((0, m, k)),
-            np.ones((1, 1)),
+            np.ones((2, 1, 1)),
             np.concatenate([stats.acceptance, np.zeros((1, k))]),
         )
 
@@ -114,7 +115,12 @@ class Evidence:
             self,
             chain=np.array(chain),
             beside=np.stack([0.7 * self.prompted] * 2),
-            moves=np.array([[0.6, 0.25, 0.15], [0.5, 0.25, 0.25], [0.35, 0.15, 0.5]]),
+            moves=np.array(
+                [
+                    [[0.75, 0.2, 0.05], [0.65, 0.25, 0.1], [0.5, 0.15, 0.35]],
+                    [[0.6, 0.3, 0.1], [0.45, 0.15, 0.4], [0.25, 0.1, 0.65]],
+                ]
+            ),
         )
 
     def without_chains(self) -> Evidence:
@@ -126,7 +132,7 @@ class Evidence:
             unprompted=self.overall[-1],
             chain=np.zeros((0, 0)),
             beside=np.zeros((0, m, k)),
-            moves=np.ones((1, 1)),
+            moves=np.ones((2, 1, 1)),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ on them; otherwise the dynamic programme is that of `tree_growth`, per state:
     children_k(n) = best sharing of n rows among the ranks, each child worth
                     chance * max(0, 1 - h(k) + node one level deeper)
 
-with h(k) the mean of the relative values h(k, c') over the next match class c'.
+with h(k) the mean of the relative values h(k, c') over the next match class c', which
+is another mean at the root, where a walk that ends has accepted nothing, than below it.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def best_policy(
         h = h.reshape(classes, m + 1)
         changed = False
         for match_class in range(classes):
-            ahead = (1 - _RESTART) * evidence.moves[match_class] @ h
+            ahead = (1 - _RESTART) * evidence.moves[:, match_class] @ h
             for state in range(m + 1):
                 growth = _Growth(evidence, state, match_class, ahead, max_rows, num_ept)
                 worth = 1 + growth.values[1:] - speed * cost
@@ -159,12 +160,14 @@ def _chain(
             reached = node_chances(tree, evidence, state, match_class)
             ends = reached.copy()
             np.subtract.at(ends, np.array(tree.parents, dtype=int), reached[1:])
-            after = np.bincount(tree.prompts, np.maximum(ends, 0), m + 1)
+            ends = np.maximum(ends, 0) / np.maximum(ends, 0).sum()
+            # Walks that end at the root, and those that accepted something.
+            after = np.zeros((2, m + 1))
+            after[0, tree.prompts[0]] = ends[0]
+            after[1] = np.bincount(tree.prompts[1:], ends[1:], m + 1)
             tokens[at] = reached.sum()
             seconds[at] = float(latency(np.array([tree.num_rows]))[0])
-            moves[at] = np.outer(
-                evidence.moves[match_class], after / after.sum()
-            ).ravel()
+            moves[at] = (evidence.moves[:, match_class].T @ after).ravel()
     moves *= 1 - _RESTART
     moves[:, 0] += _RESTART
     return tokens, seconds, moves
@@ -191,12 +194,13 @@ class _Growth:
         evidence: Evidence,
         state: int,
         match_class: int,
-        h: np.ndarray,
+        ahead: np.ndarray,
         max_rows: int,
         num_ept: int,
     ):
         self._where = evidence, state, match_class
-        self._h, self._num_ept, self._max_rows = h, num_ept, max_rows
+        # [2, m + 1] worth of where a walk ends by prompt tokens: at the root, below it.
+        self._ahead, self._num_ept, self._max_rows = ahead, num_ept, max_rows
         # By (depth, on chain): values of a node, and the children's tables.
         self._sums: dict[tuple[int, bool], list[np.ndarray]] = {}
         self._gains: dict[tuple[int, bool], list[np.ndarray]] = {}
@@ -211,7 +215,8 @@ class _Growth:
     def _fill(self, depth: int, on: bool, deeper: dict[bool, np.ndarray]) -> np.ndarray:
         width = self._max_rows + 1
         evidence, state, match_class = self._where
-        sums = [np.zeros((1, len(self._h), width))]
+        h = self._ahead[min(depth, 1)]
+        sums = [np.zeros((1, len(h), width))]
         gains: list[np.ndarray] = []
         ranks: list[int] = []
         if deeper:
@@ -220,7 +225,7 @@ class _Growth:
             order = np.argsort(-chances, kind="stable").tolist()
             # By kind of child: what a subtree is worth, and at which sizes that rises.
             worths = {
-                kind: np.maximum(1 - self._h[:, None] + node, 0)[None]
+                kind: np.maximum(1 - h[:, None] + node, 0)[None]
                 for kind, node in deeper.items()
             }
             rising = {
@@ -246,7 +251,7 @@ class _Growth:
         self._sums[depth, on], self._gains[depth, on] = sums, gains
         self._ranks[depth, on] = ranks
         values = np.full(width, -np.inf)
-        for count, worth in enumerate(self._h):
+        for count, worth in enumerate(h):
             first = 1 + count * self._num_ept
             if first < width:
                 here = worth + sums[-1][0, count, : width - first]
@@ -279,9 +284,10 @@ class _Growth:
     ) -> tuple[int, list[tuple[int, int]]]:
         """Prompt tokens, and (rank, rows) of the children, of the best subtree."""
         sums, gains = self._sums[depth, on], self._gains[depth, on]
-        left = rows - 1 - self._num_ept * np.arange(len(self._h))
+        h = self._ahead[min(depth, 1)]
+        left = rows - 1 - self._num_ept * np.arange(len(h))
         fits = int((left >= 0).sum())
-        totals = self._h[:fits] + sums[-1][0, np.arange(fits), left[:fits]]
+        totals = h[:fits] + sums[-1][0, np.arange(fits), left[:fits]]
         count = int(np.argmax(totals >= totals.max() - 1e-13))
         budget, shares = int(left[count]), []
         for index in range(len(gains) - 1, -1, -1):

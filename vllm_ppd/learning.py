@@ -48,7 +48,8 @@ class EvidenceLearner:
         self._firsts = np.concatenate([[0], np.cumsum(sizes)])
         self._tries = np.zeros(self._firsts[-1])
         self._hits = np.zeros(self._firsts[-1])
-        self._moves = np.zeros((classes + 1, classes + 1))
+        # Axis 0: the step accepted a guess.
+        self._moves = np.zeros((2, classes + 1, classes + 1))
         self.observations = 0.0
 
     def observe_walk(
@@ -121,13 +122,24 @@ class EvidenceLearner:
         self.observations += 1
 
     def observe_moves(
-        self, before: np.ndarray, after: np.ndarray, weight: float = 1.0
+        self, before: np.ndarray, after: np.ndarray, accepted: np.ndarray
     ) -> None:
         """Count [B] match classes of requests, and those of their next steps.
 
-        Or of requests that ended, and of those that came in their place.
+        accepted: [B] bool, whether the step between them accepted a guess.
         """
-        np.add.at(self._moves, (before, after), weight)
+        np.add.at(self._moves, (accepted.astype(int), before, after), 1.0)
+
+    def observe_ends(
+        self, before: np.ndarray, after: np.ndarray, weight: float
+    ) -> None:
+        """Count [B] match classes of requests that ended, and of those in their place.
+
+        Their last steps count as accepting as often as others of their class.
+        """
+        usual = self._moves.sum(axis=2)[:, before] + PRIOR_MOVES
+        for accepted, share in enumerate(usual / usual.sum(axis=0)):
+            np.add.at(self._moves[accepted], (before, after), weight * share)
 
     def pass_time(self, amount: float) -> None:
         """Nobody guessed: what was counted before grows old all the same.
@@ -163,7 +175,7 @@ class EvidenceLearner:
             unprompted=_bounded(parts[1]),
             chain=parts[2].reshape(prior.chain.shape),
             beside=_bounded(parts[3].reshape(classes, m, ranks)),
-            moves=moves / moves.sum(axis=1, keepdims=True),
+            moves=moves / moves.sum(axis=2, keepdims=True),
             overall=np.concatenate([_bounded(prompted), _bounded(parts[1])[None]]),
         )
 

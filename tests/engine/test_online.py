@@ -39,7 +39,8 @@ class Steps:
         )
 
     @property
-    def moves(self) -> list[list[float]]:
+    def moves(self) -> list[list[list[float]]]:
+        """After steps that accepted nothing, and after others."""
         return self.online._learner._moves.tolist()
 
 
@@ -47,23 +48,26 @@ def test_moves_between_match_classes_are_counted_without_guesses_too():
     steps = Steps()
     steps.step({"a": 0, "b": 1})
     assert not np.any(steps.moves)
-    steps.step({"a": 0, "b": 2})
-    steps.step({"a": 1, "b": 2})
-    assert steps.moves == [[1, 1, 0], [0, 0, 1], [0, 0, 1]]
+    steps.step({"a": 0, "b": 2}, new_tokens=1)
+    steps.step({"a": 1, "b": 2}, new_tokens=2)
+    expected = [[[1, 0, 0], [0, 0, 1], [0, 0, 0]], [[0, 1, 0], [0, 0, 0], [0, 0, 1]]]
+    assert steps.moves == expected
     # A request that got no token has not moved.
     steps.step({"a": 1, "b": 2}, new_tokens=0)
-    assert steps.moves == [[1, 1, 0], [0, 0, 1], [0, 0, 1]]
+    assert steps.moves == expected
 
 
 def test_a_text_that_ends_is_followed_by_one_that_begins():
     steps = Steps()
     steps.step({"a": 2, "b": 1})
     steps.step({"b": 1, "c": 0})
-    # "b" is counted with the next look at the same requests.
-    assert steps.moves == [[0, 0, 0], [0, 0, 0], [1, 0, 0]]
+    # "b" is counted with the next look at the same requests. Whether the last step of
+    # "a" accepted anything is not known.
+    half = [[0, 0, 0], [0, 0, 0], [0.5, 0, 0]]
+    assert steps.moves == [half, half]
     # Nobody in its place.
     steps.step({"b": 1})
-    assert steps.moves == [[0, 0, 0], [0, 0, 0], [1, 0, 0]]
+    assert steps.moves == [half, half]
 
 
 def test_steps_between_looks_are_no_moves():

@@ -59,7 +59,7 @@ def test_evidence_of_a_folder(tmp_path):
         np.full(10, 0.05),
         np.full((2, 4), 0.5),
         np.full((2, 3, 10), 0.03),
-        np.full((3, 3), 1 / 3),
+        np.full((2, 3, 3), 1 / 3),
         np.full((4, 10), 0.04),
     )
     measured.save(tmp_path / "evidence.json")

@@ -77,7 +77,7 @@ def test_every_list_is_counted_where_it_belongs(with_table):
     everywhere = walked(points, [0] * len(points), guessed)
     hits, easy, alone = np.zeros((M, K + 1)), np.zeros((M, K + 1)), np.zeros(K + 1)
     chain_hits, chain_tries = np.zeros((2, 8)), np.zeros((2, 8))
-    moves = np.full((3, 3), 1e-3)
+    moves = np.full((2, 3, 3), 1e-3)
     for index, (s, p) in enumerate(points):
         root, start, match_class = p + 1, starts[index], classes[s, p + 1]
         for d in range(M):
@@ -97,8 +97,9 @@ def test_every_list_is_counted_where_it_belongs(with_table):
         end = (LENGTH, 30)[s]
         advance = 1 + (right[s, root] or guessed[index])
         then = classes[s, min(root + advance, end - 2)]
-        moves[match_class, then] += start * (1 - advance / end)
-        moves[match_class, classes[s, 0]] += start * advance / end
+        after = moves[int(advance > 1), match_class]
+        after[then] += start * (1 - advance / end)
+        after[classes[s, 0]] += start * advance / end
 
     def rates(counted: np.ndarray) -> np.ndarray:
         return counted[..., :-1] / np.maximum(counted.sum(-1, keepdims=True), 1e-9)
@@ -109,7 +110,7 @@ def test_every_list_is_counted_where_it_belongs(with_table):
     assert chain_tries.sum() > 5
     expected = chain_hits / np.maximum(chain_tries, 1e-9)
     np.testing.assert_allclose(evidence.chain, expected)
-    np.testing.assert_allclose(evidence.moves, moves / moves.sum(axis=1)[:, None])
+    np.testing.assert_allclose(evidence.moves, moves / moves.sum(axis=2)[..., None])
     if with_table:
         assert set(weights) <= set(WEIGHTS)
     else:

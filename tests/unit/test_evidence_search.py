@@ -24,13 +24,13 @@ def some_evidence(seed: int, m: int = 1, ranks: int = 2, classes: int = 1) -> Ev
     def falling(*shape):
         return np.sort(rng.random(shape) / shape[-1], axis=-1)[..., ::-1]
 
-    moves = rng.random((classes + 1, classes + 1)) + 0.1
+    moves = rng.random((2, classes + 1, classes + 1)) + 0.1
     return Evidence(
         falling(m, ranks),
         falling(ranks) / 2,
         rng.random((classes, 2)) * 0.9,
         falling(classes, m, ranks) / 2,
-        moves / moves.sum(axis=1, keepdims=True),
+        moves / moves.sum(axis=2, keepdims=True),
         falling(m + 1, ranks),
     )
 
@@ -112,7 +112,7 @@ def test_the_value_is_what_a_simulation_gives():
             else:
                 break
         state = tree.prompts[node]
-        match_class = rng.choice(3, p=evidence.moves[match_class])
+        match_class = rng.choice(3, p=evidence.moves[int(node > 0), match_class])
     assert tokens / steps == pytest.approx(found.tau, rel=0.01)
 
 
@@ -122,7 +122,7 @@ def test_the_chain_goes_deeper_than_prompt_rows():
         np.zeros(2),
         np.full((1, 6), 0.9),
         np.array([[[0.1, 0.05]]]),
-        np.array([[0.5, 0.5], [0.5, 0.5]]),
+        np.full((2, 2, 2), 0.5),
         np.array([[0.4, 0.1], [0.0, 0.0]]),
     )
     found = best_policy(evidence, LatencyCurve.constant(), 8)
@@ -192,7 +192,7 @@ def test_files_and_bad_values(tmp_path):
         ("chain", [[1.5, 0.2], [0.1, 0.1]], "chain holds values outside"),
         ("unprompted", [0.1], "unprompted has shape"),
         ("moves", [[1, 1], [0, 1]], "expected"),
-        ("format_version", 9, "expected 'ppd_evidence' 1"),
+        ("format_version", 1, "expected 'ppd_evidence' 2"),
     ):
         (tmp_path / "evidence.json").write_text(json.dumps({**good, name: value}))
         with pytest.raises(EvidenceError, match=message):

@@ -26,7 +26,7 @@ def evidence(scale: float, chain: float) -> Evidence:
         scale * np.array([0.2, 0.1, 0.05]),
         np.full((1, 5), chain),
         np.array([0.5 * prompted]),
-        np.array([[0.6, 0.4], [0.5, 0.5]]),
+        np.array([[[0.6, 0.4], [0.5, 0.5]]] * 2),
         np.concatenate([prompted, [[0.2, 0.1, 0.05]]]),
     )
 
@@ -63,7 +63,10 @@ def stream(truth: Evidence, learner: EvidenceLearner, steps: int) -> None:
                         break
             going_on = walk.descend(picked)
         learner.observe_walk(step, walk, states, classes)
-        learner.observe_moves(classes, rng.integers(0, 2, batch))
+        accepted = walk.lengths > 1
+        # On after a step that accepted, else to nowhere in particular.
+        after = np.where(accepted, 1, rng.integers(0, 2, batch))
+        learner.observe_moves(classes, after, accepted)
 
 
 def test_counts_converge_to_what_happens():
@@ -75,7 +78,8 @@ def test_counts_converge_to_what_happens():
     np.testing.assert_allclose(found.chain[0, :2], truth.chain[0, :2], atol=0.05)
     beside, other = found.beside[0, 0, 0], prior.beside[0, 0, 0]
     assert abs(beside - truth.beside[0, 0, 0]) < abs(beside - other)
-    np.testing.assert_allclose(found.moves, 0.5, atol=0.03)
+    np.testing.assert_allclose(found.moves[0], 0.5, atol=0.03)
+    np.testing.assert_allclose(found.moves[1], [[0, 1]] * 2, atol=0.03)
     # What never happened stays as it was known; and it is all still probabilities.
     assert found.unprompted[2] == pytest.approx(prior.unprompted[2], abs=0.03)
 

@@ -54,7 +54,7 @@ def test_ours_is_the_best_of_the_kinds(evidence: Evidence, rows: int) -> None:
         assert len(trees) == evidence.num_classes
         assert max(tree.num_rows for row in trees for tree in row) <= rows
         values[kind] = value_of(trees, evidence)
-        assert 1 <= values[kind].mean_rows <= rows
+        assert 1 <= values[kind].mean_rows <= rows + 1e-9
         plan_of(trees)
     assert values["ours"].tau >= max(v.tau for v in values.values()) - 1e-9
     assert values["random"].tau < values["paper"].tau

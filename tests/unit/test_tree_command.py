@@ -31,7 +31,12 @@ EVIDENCE = Evidence(
     0.3 * RANKS,
     np.array([[0.5] * 4, [0.8] * 4]),
     np.stack([np.stack([0.4 * RANKS, 0.3 * RANKS])] * 2),
-    np.array([[0.6, 0.25, 0.15], [0.5, 0.25, 0.25], [0.35, 0.15, 0.5]]),
+    np.array(
+        [
+            [[0.6, 0.25, 0.15], [0.5, 0.25, 0.25], [0.35, 0.15, 0.5]],
+            [[0.6, 0.25, 0.15], [0.3, 0.25, 0.45], [0.15, 0.15, 0.7]],
+        ]
+    ),
     np.stack([0.6 * RANKS, 0.5 * RANKS, 0.3 * RANKS]),
 )
 # Below the root: its best guess with two children, then four like leaves and one more.

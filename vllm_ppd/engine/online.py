@@ -154,7 +154,10 @@ class OnlineTrees:
             self._count_changes(before, request_ids, classes)
         elif self.counts_now and before.step == self._steps - 1:
             went_on = ends > before.ends
-            self._learner.observe_moves(before.classes[went_on], classes[went_on])
+            accepted = ends > before.ends + 1
+            self._learner.observe_moves(
+                before.classes[went_on], classes[went_on], accepted[went_on]
+            )
         # Lists and lengths are the runner's own and change.
         self._matched = _Matched(self._steps, list(request_ids), classes, ends.copy())
         for index, request_id in enumerate(request_ids):
@@ -199,7 +202,7 @@ class OnlineTrees:
         if pairs:
             # Every change is counted, other moves now and then.
             weight = 1.0 if self._steps < _COUNT_FIRST else 1 / _COUNT_EVERY
-            self._learner.observe_moves(
+            self._learner.observe_ends(
                 np.array(gone[:pairs]), np.array(new[:pairs]), weight
             )
 

@@ -56,7 +56,8 @@ class EvidenceCounts:
         self._beside = np.zeros((tries, classes, self.m, self.k + 1))
         self._chain_tries = np.zeros((classes, MAX_CHAIN))
         self._chain_hits = np.zeros((classes, MAX_CHAIN))
-        self._moves = np.zeros((classes + 1, classes + 1))
+        # Axis 0: the step accepted a guess.
+        self._moves = np.zeros((2, classes + 1, classes + 1))
 
     def add_texts(self, continuation: Continuation) -> None:
         """The texts of the next points, and their matches."""
@@ -176,8 +177,9 @@ class EvidenceCounts:
             first, end = self._first[row], self._end[row]
             last = min(1.0, advance / (end - first))
             then = self._class_at[row, min(root + advance, end - 2)]
-            self._moves[match_class, then] += begin * (1 - last)
-            self._moves[match_class, self._class_at[row, first]] += begin * last
+            moves = self._moves[int(advance > 1), match_class]
+            moves[then] += begin * (1 - last)
+            moves[self._class_at[row, first]] += begin * last
 
     def weights(self) -> tuple[float, ...]:
         """[m] the best weight of the table's gain for each prompt token."""
@@ -196,7 +198,7 @@ class EvidenceCounts:
             unprompted=_rates(alone[0] if alone[0].sum() else alone[2]),
             chain=self._chain_hits / np.maximum(self._chain_tries, _NEVER),
             beside=_rates(beside),
-            moves=moves / moves.sum(axis=1, keepdims=True),
+            moves=moves / moves.sum(axis=2, keepdims=True),
             overall=_rates(overall),
             source=source,
         )
