@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +19,23 @@ from vllm_ppd.atomic import write_json
 from vllm_ppd.step import TreeStep
 from vllm_ppd.verify import TreeWalk
 
-__all__ = ["SOURCES", "Count", "StepCounts", "read_counts"]
+__all__ = ["SOURCES", "Count", "Slot", "StepCounts", "read_counts"]
 
 SOURCES = ("prompt_tokens", "successors", "earlier_text")
-_SPECULATING, _PLAIN, _TOKENS, _ROWS, _CANDIDATES, _TIER, _CHANGES = range(7)
-_FIRST_SOURCE = 7
-_FIRST_STATE = _FIRST_SOURCE + len(SOURCES)
+
+
+class Slot(IntEnum):
+    """Where a number lies among the counts; sources and states have several."""
+
+    SPECULATING = 0
+    PLAIN = 1
+    TOKENS = 2
+    ROWS = 3
+    CANDIDATES = 4
+    TIER = 5
+    CHANGES = 6
+    FIRST_SOURCE = 7
+    FIRST_STATE = 7 + len(SOURCES)
 
 
 class Count(NamedTuple):
@@ -74,61 +86,65 @@ class StepCounts:
 
     def add_plain(self, running: int) -> None:
         """A step in which nobody guessed: one row and one token per request."""
-        self.values[[_PLAIN, _TOKENS, _ROWS]] += running
+        self.values[[Slot.PLAIN, Slot.TOKENS, Slot.ROWS]] += running
 
     def add(self, step: TreeStep, walk: TreeWalk, states: np.ndarray) -> None:
         """A verified step.
 
         states: [B] prompt tokens whose guesses each request's tree was filled with.
         """
-        guessing = step.num_rows > 1
+        # Rows behind a bare root are padding.
+        guessing = np.minimum(step.num_rows, step.tables.num_rows[step.states]) > 1
         speculating = int(guessing.sum())
         values = self.values
-        values[_SPECULATING] += speculating
-        values[_PLAIN] += len(guessing) - speculating
-        values[_TOKENS] += walk.lengths.sum()
-        values[_ROWS] += step.num_rows.sum()
-        values[_CANDIDATES] += step.num_nodes.sum() - len(guessing)
+        values[Slot.SPECULATING] += speculating
+        values[Slot.PLAIN] += len(guessing) - speculating
+        values[Slot.TOKENS] += walk.lengths.sum()
+        values[Slot.ROWS] += step.num_rows.sum()
+        values[Slot.CANDIDATES] += step.num_nodes.sum() - len(guessing)
         level = np.arange(walk.paths.shape[1])
         accepted = (level > 0) & (level < walk.lengths[:, None])
         chain = accepted & step.tables.on_chain[step.states[:, None], walk.paths]
         prompted = accepted & ~chain & (level <= states[:, None])
         chains, prompts = int(chain.sum()), int(prompted.sum())
-        values[_FIRST_SOURCE:_FIRST_STATE] += (
+        values[Slot.FIRST_SOURCE : Slot.FIRST_STATE] += (
             prompts,
             int(accepted.sum()) - chains - prompts,
             chains,
         )
-        num_states = len(values) - _FIRST_STATE
-        values[_FIRST_STATE:] += np.bincount(states[guessing], minlength=num_states)
+        num_states = len(values) - Slot.FIRST_STATE
+        values[Slot.FIRST_STATE :] += np.bincount(
+            states[guessing], minlength=num_states
+        )
 
     def set_plan(self, tier_max_requests: int | None, changes: int) -> None:
         """The tier that serves now (None: any number of requests), and how often the
         traffic has changed the plan."""
-        self.values[_TIER] = tier_max_requests or 0
-        self.values[_CHANGES] = changes
+        self.values[Slot.TIER] = tier_max_requests or 0
+        self.values[Slot.CHANGES] = changes
 
     def line(self, since: np.ndarray) -> str:
         """In words, what was counted since ``values`` were these."""
         seen = self.values - since
-        requests = max(1.0, seen[_SPECULATING] + seen[_PLAIN])
-        tier = self.values[_TIER]
+        requests = max(1.0, seen[Slot.SPECULATING] + seen[Slot.PLAIN])
+        tier = self.values[Slot.TIER]
         limit = f"<= {tier:.0f}" if tier else "any number of"
         text = (
-            f"PPD: {seen[_TOKENS] / requests:.2f} tokens and "
-            f"{seen[_ROWS] / requests:.1f} rows per request and step; guesses in "
-            f"{seen[_SPECULATING] / requests:.0%} of steps; tier for {limit} requests"
+            f"PPD: {seen[Slot.TOKENS] / requests:.2f} tokens and "
+            f"{seen[Slot.ROWS] / requests:.1f} rows per request and step; guesses in "
+            f"{seen[Slot.SPECULATING] / requests:.0%} of steps; tier for {limit} "
+            "requests"
         )
-        sources = seen[_FIRST_SOURCE:_FIRST_STATE]
+        sources = seen[Slot.FIRST_SOURCE : Slot.FIRST_STATE]
         accepted = sources.sum()
         if accepted:
             shares = ", ".join(
                 f"{share:.0%} from {name.replace('_', ' ')}"
                 for name, share in zip(SOURCES, sources / accepted, strict=True)
             )
-            right = accepted / max(1.0, seen[_CANDIDATES])
+            right = accepted / max(1.0, seen[Slot.CANDIDATES])
             text += f"; {right:.0%} of candidates right, {shares}"
-        states = seen[_FIRST_STATE:]
+        states = seen[Slot.FIRST_STATE :]
         if states.sum():
             text += "; steps by prompt tokens at hand: " + ", ".join(
                 f"{state}: {share:.0%}"

@@ -18,15 +18,18 @@ Patched:
 - ``vllm.v1.worker.cpu_worker.CPUModelRunner`` (while PPD's worker builds its runner):
   the CPU worker names the class inline, without the GPU worker's
   ``_make_model_runner`` seam. 0.32, 0.33.
+- ``Scheduler.update_from_output`` (in processes that are sent PPD's settings for V2):
+  hands vLLM the number of drafts that are no candidates; the scheduler is built inside
+  the engine, and a scheduler class of one's own changes how vLLM schedules. 0.32, 0.33.
 
 Subclassed: ``CPUWorker`` (init_device, compile_or_warm_up_model, execute_model,
 sample_tokens), ``MultiprocExecutor`` (execute_model, sample_tokens,
-take_draft_token_ids), ``Worker`` (_make_model_runner), the V1 model runners (see
-runner_v1.OVERRIDDEN), ``CPUAttentionBackend`` and ``FlashAttentionBackend`` with their
-builders (build) and implementations (forward), ``VocabParallelEmbedding`` (forward).
-On V2 also
-``SpeculativeConfig`` (use_ngram, which vLLM asks for where token ids shall lie), the V2
-model runners and model states (see v2/runner.py and v2/model_state.py, OVERRIDDEN).
+take_draft_token_ids), ``Worker`` (_make_model_runner, compile_or_warm_up_model), the V1
+model runners (see runner_v1.OVERRIDDEN), ``CPUAttentionBackend`` and
+``FlashAttentionBackend`` with their builders (build) and implementations (forward),
+``VocabParallelEmbedding`` (forward). On V2 also ``SpeculativeConfig`` (use_ngram, which
+vLLM asks for where token ids shall lie), the V2 model runners and model states (see
+v2/runner.py and v2/model_state.py, OVERRIDDEN).
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ from typing import Any
 _MARK = "_vllm_ppd_original"
 
 
-def _wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+def wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+    """Put ``make(current)`` in the place of a method, once."""
     current = getattr(owner, name)
     if hasattr(current, _MARK):
         return
@@ -92,5 +96,5 @@ def apply_patches() -> None:
     """Patch what every process needs; safe to call again."""
     from vllm.engine.arg_utils import EngineArgs
 
-    _wrap(EngineArgs, "create_speculative_config", _with_ppd_method)
-    _wrap(EngineArgs, "add_cli_args", _with_speculative_model_flag)
+    wrap(EngineArgs, "create_speculative_config", _with_ppd_method)
+    wrap(EngineArgs, "add_cli_args", _with_speculative_model_flag)

@@ -126,6 +126,7 @@ def create_ppd_config(
             "soft_tokens": prompts.num_prompt_tokens * prompts.num_ept,
         },
     }
+    publish_metrics()
     if runs_on_v2(device):
         speculating = present_to_v2(args, settings, profile, model, parallel)
     else:
@@ -149,7 +150,6 @@ def _present_to_v1(
     parallel: Any,
 ) -> SpeculativeConfig:
     """The speculative settings that select PPD on vLLM's V1 runner."""
-    publish_metrics()
     plan, _ = settings.choose(profile)
     # Any tree within the limit may become the best one later, unless all is settled.
     settled = config.tree is not None or not (config.online or profile is None)

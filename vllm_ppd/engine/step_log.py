@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 from vllm.logger import init_logger
 
-from vllm_ppd.engine.proposer import PPDProposer
 from vllm_ppd.step import TreeStep
 from vllm_ppd.step_counts import StepCounts
 from vllm_ppd.verify import TreeWalk
 
-__all__ = ["StepLog"]
+if TYPE_CHECKING:
+    from vllm_ppd.engine.proposer import PPDProposer
+
+__all__ = ["EVERY", "StepLog"]
 
 logger = init_logger("vllm.ppd")
 
 _SECONDS = 10.0
 # Steps between looks.
-_EVERY = 8
+EVERY = 8
 
 
 class StepLog:
     """Looks at every eighth step; logs every ten seconds of traffic."""
 
     def __init__(self, counts: StepCounts) -> None:
-        self._counts = counts
+        self.counts = counts
         self._steps = 0
-        self._running = 0
         self._reset()
 
     def _reset(self) -> None:
         self._since = time.monotonic()
-        self._logged: np.ndarray = np.array(self._counts.values)
+        self._logged: np.ndarray = np.array(self.counts.values)
 
     def after_step(
         self,
@@ -47,20 +49,22 @@ class StepLog:
         changes: how often the traffic has changed the plan.
         """
         self._steps += 1
-        self._running = running
-        if self._steps % _EVERY:
+        if self._steps % EVERY:
             return
-        counts = self._counts
         if step is None or walk is None:
-            counts.add_plain(running)
+            self.counts.add_plain(running)
         else:
-            counts.add(step, walk, drafter.tree_states[step.states])
+            self.counts.add(step, walk, drafter.tree_states[step.states])
         tier = drafter.plan.tiers[drafter.plan.tier_index(running)]
-        counts.set_plan(tier.max_requests, changes)
+        self.say(tier.max_requests, changes)
+
+    def say(self, tier_max_requests: int | None, changes: int) -> None:
+        """Note the plan as `StepCounts.set_plan` does; log if it is time."""
+        self.counts.set_plan(tier_max_requests, changes)
         if time.monotonic() - self._since > _SECONDS:
             logger.info(self.line())
             self._reset()
 
     def line(self) -> str:
         """What was seen since the last line."""
-        return self._counts.line(self._logged)
+        return self.counts.line(self._logged)

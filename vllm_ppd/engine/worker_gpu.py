@@ -43,6 +43,16 @@ class PPDWorker(Worker):
 
         return PPDGPUModelRunnerV2(self.vllm_config, device)
 
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        if self.use_v2_model_runner:
+            self.model_runner.start_serving()
+        return times
+
+    def ppd_report(self) -> dict[str, Any]:
+        """What the trees do now; ask with ``llm.collective_rpc("ppd_report")``."""
+        return self.model_runner.ppd_report()
+
 
 def _name(v2: bool) -> str:
     return "V2" if v2 else "V1"

@@ -159,7 +159,7 @@ def first_steps(llm: Any, prompt: Any, params: Any) -> list[dict[str, int]]:
         stock(batch)
         if batch.num_draft_tokens:
             rows, tree = int(trees.num_rows[0]), int(trees.trees[0])
-            seen.append({"rows": rows, "state": tree - trees._plan.first_trees[0]})
+            seen.append({"rows": rows, "state": tree - trees.plan.first_trees[0]})
         else:
             seen.append({"rows": 1, "state": -1})
 
@@ -183,6 +183,25 @@ def rows_per_step(llm: Any, prompts: Any, params: Any) -> list[tuple[int, int]]:
     llm.generate(prompts, _sampling_params(params), use_tqdm=False)
     del trees.place
     return seen
+
+
+def count_every_step(llm: Any, prompts: Any, params: Any) -> dict[str, float]:
+    """What requests add to PPD's and vLLM's counts if PPD's miss no step."""
+    from vllm_ppd.engine.v2 import step_log
+
+    def counts() -> dict[str, float]:
+        return engine_process.metrics(llm, "vllm:ppd_") | {
+            f"vllm_{name}": value
+            for name, value in engine_process.spec_counters(llm).items()
+        }
+
+    usual, step_log.EVERY = step_log.EVERY, 1
+    try:
+        before = counts()
+        llm.generate(prompts, _sampling_params(params), use_tqdm=False)
+        return {name: value - before[name] for name, value in counts().items()}
+    finally:
+        step_log.EVERY = usual
 
 
 def host_reads(llm: Any, prompts: Any, params: Any) -> list[str]:
@@ -249,4 +268,11 @@ def _runner(llm: Any) -> Any:
 
 
 # Functions that tests may call by name in the engine's process.
-OURS = (async_scheduling, num_drafts, first_steps, rows_per_step, host_reads)
+OURS = (
+    async_scheduling,
+    num_drafts,
+    first_steps,
+    rows_per_step,
+    count_every_step,
+    host_reads,
+)

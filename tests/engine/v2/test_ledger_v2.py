@@ -14,7 +14,11 @@ import vllm
 import vllm.config.vllm as vllm_config
 import vllm.v1.worker.gpu.model_runner as model_runner
 from vllm.config import SpeculativeConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu.async_utils import AsyncOutput, async_copy_to_np
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -30,6 +34,7 @@ from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_ppd.engine import patches
 from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.tree import TreePolicy, chain_tree
 
@@ -113,6 +118,44 @@ def test_accepted_paths_move_before_the_output_leaves():
     assert order == sorted(order)
 
 
+def test_candidates_reach_the_scheduler_with_the_output():
+    assert parameters(GPUModelRunner.sample_tokens) == ["self", "grammar_output"]
+    # Copies lie in order: what was begun before the output's is there with it.
+    source = inspect.getsource(AsyncOutput.__init__)
+    assert "self.model_runner_output = model_runner_output" in source
+    order = [
+        source.index(call)
+        for call in (
+            "copy_stream.wait_stream(main_stream)",
+            "async_copy_to_np(sampler_output.sampled_token_ids)",
+            "self.copy_event.record(copy_stream)",
+        )
+    ]
+    assert order == sorted(order)
+    assert "return self.model_runner_output" in inspect.getsource(
+        AsyncOutput.get_output
+    )
+    assert parameters(async_copy_to_np) == ["x"]
+    assert {"req_ids", "sampled_token_ids"} <= {
+        field.name for field in dataclasses.fields(ModelRunnerOutput)
+    }
+    update = getattr(
+        Scheduler.update_from_output, patches._MARK, Scheduler.update_from_output
+    )
+    assert parameters(update) == ["self", "scheduler_output", "model_runner_output"]
+    assert "scheduler_output.num_invalid_spec_tokens" in inspect.getsource(update)
+    # Both schedulers take it from there.
+    assert "update_from_output" not in vars(AsyncScheduler)
+
+
+def test_drafts_that_are_no_candidates():
+    from vllm_ppd.engine.v2.candidate_rate import other_rows
+
+    scheduled = {"a": [-1] * 7, "b": [-1] * 3, "c": [5, -1, -1]}
+    # "b" is not in the output; of "c" a grammar has forbidden all but one.
+    assert other_rows(scheduled, {"a": 4, "c": 2}, {"c": 2}) == {"a": 3, "b": 3, "c": 2}
+
+
 def test_what_takes_the_rejection_samplers_place_is_called_like_it():
     from vllm_ppd.engine.v2.sampling import TreeSampler
 
@@ -172,6 +215,8 @@ def test_states_of_requests():
 
 def test_workers():
     assert parameters(Worker._make_model_runner) == ["self"]
+    for worker in (Worker, CPUWorker):
+        assert parameters(worker.compile_or_warm_up_model) == ["self"]
     assert parameters(Worker.__init__)[1] == "vllm_config"
     source = inspect.getsource(CPUWorker.init_device)
     assert "from vllm.v1.worker.cpu.model_runner import" in source
@@ -208,6 +253,8 @@ def test_the_speculative_settings_pickle():
     plan = TreePlan((Tier(None, (policy,)),)).to_dict()
     settings = PPDSpeculativeConfig(num_speculative_tokens=7, plan=plan)
     copy = pickle.loads(pickle.dumps(settings))
+    # Whoever is sent them may schedule.
+    assert hasattr(Scheduler.update_from_output, patches._MARK)
     assert is_v2_config(copy) and copy.plan == plan and copy.method == "ppd"
     assert not copy.use_eagle() and not copy.use_ngram()
     assert copy.max_num_new_slots_for_drafting == 0

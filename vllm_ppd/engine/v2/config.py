@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.triton_utils import HAS_TRITON
 
 from vllm_ppd.config import METHOD
+from vllm_ppd.engine.v2.candidate_rate import count_candidates_only
 from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.plan_choice import PlanSettings
 
@@ -41,6 +42,11 @@ class PPDSpeculativeConfig(SpeculativeConfig):
         # Where vLLM asks about a drafter, the target is the answer.
         self.draft_model_config = self.target_model_config
         self.draft_parallel_config = self.target_parallel_config
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A process that is sent these settings may be the one that schedules.
+        self.__dict__.update(state)
+        count_candidates_only()
 
     def use_ngram(self) -> bool:
         # Asked by vLLM's V2 runner alone: whether all token ids shall be in device
@@ -81,6 +87,7 @@ def present_to_v2(
     if settings.device == "cuda":
         _prepare_cuda(args)
     allow_async_scheduling()
+    count_candidates_only()
     return PPDSpeculativeConfig(
         # vLLM wants at least one, also for trees that are all roots.
         num_speculative_tokens=max(1, *(_rows(tier) - 1 for tier in plan.tiers)),

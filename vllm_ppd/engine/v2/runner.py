@@ -4,6 +4,7 @@
 ``load_model``           prompt tokens into the embedding, trees into the model state
 ``initialize_kv_cache``  the caches that accepted paths are moved in
 ``sample``               logits for nodes only; then move the accepted paths
+``sample_tokens``        how many of the drafts were candidates, for vLLM's metrics
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ from typing import Any
 
 import torch
 import vllm.v1.worker.gpu.model_runner as model_runner
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.worker.gpu.async_utils import async_copy_to_np
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_ppd.engine.embedding import add_soft_tokens
+from vllm_ppd.engine.metrics import counts_of
+from vllm_ppd.engine.v2.candidate_rate import attach_candidates
 from vllm_ppd.engine.v2.drafts import WordDraftsHandler
 from vllm_ppd.engine.v2.kv_move import PathMover
 from vllm_ppd.engine.v2.model_state import with_trees
 from vllm_ppd.engine.v2.sampling import TreeSampler
 from vllm_ppd.engine.v2.speculator import KEY, PPDSpeculator
+from vllm_ppd.engine.v2.step_log import DeviceStepLog
 from vllm_ppd.prompts import PromptTokens
 
 # Methods of vLLM's runner that the mixin overrides; their contract is tested.
-OVERRIDDEN = ("load_model", "initialize_kv_cache", "sample")
+OVERRIDDEN = ("load_model", "initialize_kv_cache", "sample", "sample_tokens")
 
 
 class TreeRunnerMixin:
@@ -43,6 +49,9 @@ class TreeRunnerMixin:
         finally:
             model_runner.init_speculator = stock
         self.draft_tokens_handler = WordDraftsHandler(device, self.vocab_size)  # type: ignore
+        self._ppd_log: DeviceStepLog | None = None
+        # Of the step whose output is being made; None if nobody guessed.
+        self._ppd_candidates: Any = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -62,12 +71,38 @@ class TreeRunnerMixin:
     def sample(
         self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: Any
     ) -> Any:
-        trees = self.speculator.trees
+        trees, requests = self.speculator.trees, input_batch.num_reqs
         if input_batch.num_draft_tokens:
             input_batch = trees.with_node_logits(input_batch)
         output = super().sample(  # type: ignore[misc]
             hidden_states, input_batch, grammar_output
         )
+        self._ppd_candidates = None
         if trees.walk is not None:
-            self._ppd_mover.move(trees.walk, trees.starts[: input_batch.num_reqs])
+            self._ppd_mover.move(trees.walk, trees.starts[:requests])
+            # Ahead of the output's own copies, so whoever has those has these too.
+            self._ppd_candidates = async_copy_to_np(trees.num_candidates(requests))
+        if self._ppd_log is not None:
+            self._ppd_log.after_step(requests, 0)
         return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)  # type: ignore[misc]
+        if output is not None and self._ppd_candidates is not None:
+            attach_candidates(output, self._ppd_candidates)
+        return output
+
+    def start_serving(self) -> None:
+        """Count from now on; what ran before was no traffic."""
+        if get_tensor_model_parallel_rank():
+            # All ranks would count the same.
+            return
+        trees = self.speculator.trees
+        states = trees.plan.num_prompt_tokens + 1
+        counts = counts_of(self.vllm_config, states, publish=True)  # type: ignore
+        self._ppd_log = DeviceStepLog(trees, counts)
+
+    def ppd_report(self) -> dict[str, Any]:
+        """The plan that is served, and the log's next line."""
+        line = None if self._ppd_log is None else self._ppd_log.line()
+        return {"plan": self.speculator.trees.plan.to_dict(), "line": line}

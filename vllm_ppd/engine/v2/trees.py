@@ -45,7 +45,9 @@ class DeviceTrees:
         successors: the successor table, if there is one.
 
     Attributes:
-        tables: the trees as tensors on the device.
+        plan: the trees, lines included.
+        tables: the same as tensors on the device.
+        tree_states: int64 [S] the state that each tree is for.
         max_nodes: most nodes of any tree.
         walk: where this step's verification ended; None before it, and in steps in
             which no request has a tree.
@@ -62,8 +64,8 @@ class DeviceTrees:
     ):
         device = requests.device
         self._requests = requests
-        self._plan = with_lines(plan)
-        host = PolicyTables(self._plan, vocab_size, num_rows=num_drafts + 1)
+        self.plan = with_lines(plan)
+        host = PolicyTables(self.plan, vocab_size, num_rows=num_drafts + 1)
         self.tables = tables = TreeTables.on(device, host)
         self.guesser = Guesser(
             tables,
@@ -79,6 +81,9 @@ class DeviceTrees:
             | {policy.max_rows for tier in plan.speculating for policy in tier.policies}
         )
         self._num_states = plan.num_prompt_tokens + 1
+        # Trees are numbered from a bare root on, state by state.
+        ids = torch.arange(len(self.plan.trees), device=device)
+        self.tree_states = ((ids - 1) % self._num_states).where(ids > 0, 0)
         # What a request adds to the id of its load's first tree. Lines are the last
         # match class.
         self._offset_of = {
@@ -146,7 +151,7 @@ class DeviceTrees:
         logits: torch.Tensor | None,
         drafts: torch.Tensor,  # int64 [B, K]: written
     ) -> None:
-        first = self._plan.first_trees[self._plan.tier_index(running)]
+        first = self.plan.first_trees[self.plan.tier_index(running)]
         if not first:
             # The bare root: what vLLM schedules all the same are fillers.
             self._tree_ids[slots] = 0
@@ -230,6 +235,11 @@ class DeviceTrees:
             max_rows=self._max_rows,
         )
         return batch, self._only_trees
+
+    def num_candidates(self, requests: int) -> torch.Tensor:
+        """int32 [B] scheduled candidates of this step's trees."""
+        nodes = self.tables.num_nodes[self.trees[:requests]]
+        return torch.minimum(nodes, self.num_rows[:requests]) - 1
 
     def with_node_logits(self, batch: InputBatch) -> InputBatch:
         """The batch with logits for nodes only: prompt rows need theirs later, at one

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import vllm.v1.worker.cpu.model_runner as cpu_runner
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
@@ -29,3 +31,12 @@ class PPDCPUWorkerV2(CPUWorker):
             super().init_device()
         finally:
             cpu_runner.CPUModelRunner = stock
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.model_runner.start_serving()
+        return times
+
+    def ppd_report(self) -> dict[str, Any]:
+        """What the trees do now; ask with ``llm.collective_rpc("ppd_report")``."""
+        return self.model_runner.ppd_report()

@@ -1,0 +1,24 @@
+"""PPD's metrics on V2, and vLLM's acceptance rate, are about candidates."""
+
+from __future__ import annotations
+
+from tests.engine.v2.test_exactness_v2 import GREEDY, prompts
+
+
+def test_counts_of_both(ppd, tiny_ppd):
+    requests = prompts(3, seed=61)
+    params = [{**GREEDY, "max_tokens": 12 + 4 * i} for i in range(3)]
+    # Rows without guesses: not counted as speculation, nor as candidates.
+    params[0]["extra_args"] = {"ppd": False}
+    seen = ppd.call("count_every_step", tiny_ppd, prompts=requests, params=params)
+    # The first request has 12 steps and no guesses; the others' steps have some, but
+    # for those that read their prompts.
+    assert seen["vllm:ppd_state_steps"] == seen["vllm_num_drafts"] - 11 > 10
+    assert seen["vllm:ppd_candidates"] == seen["vllm_num_draft_tokens"]
+    assert seen["vllm:ppd_accepted_tokens"] == seen["vllm_num_accepted_tokens"] > 2
+    steps, emitted = seen["vllm:ppd_request_steps"], seen["vllm:ppd_emitted_tokens"]
+    assert emitted - steps == seen["vllm:ppd_accepted_tokens"]
+    # Most rows are prompt rows and fillers.
+    assert seen["vllm:ppd_rows"] > 4 * (steps + seen["vllm:ppd_candidates"])
+    line = ppd.call("report", tiny_ppd)["line"]
+    assert line.startswith("PPD: ") and "of candidates right" in line
