@@ -66,6 +66,10 @@ class EvidencePolicy:
         return Tier(max_requests, tuple(policies))
 
     @property
+    def max_rows(self) -> int:
+        return max(tree.num_rows for trees in self.trees for tree in trees)
+
+    @property
     def mean_rows(self) -> float:
         rows = np.array([[tree.num_rows for tree in trees] for trees in self.trees])
         return float((rows * self.state_distribution).sum())

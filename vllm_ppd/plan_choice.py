@@ -15,6 +15,7 @@ from typing import Any
 from vllm_ppd.config import PPDConfigError
 from vllm_ppd.default_trees import evidence_of
 from vllm_ppd.evidence import Evidence
+from vllm_ppd.fixed_rows import best_fixed_plan
 from vllm_ppd.plan import TreePlan
 from vllm_ppd.plan_search import PlannedTier, best_plan
 from vllm_ppd.profile import LatencyProfile, default_profile
@@ -44,6 +45,8 @@ class PlanSettings:
     """Earlier matches are looked for."""
     measured: bool = True
     """The engine gives up speculation where it measures that it does not pay."""
+    fixed_rows: bool = False
+    """All requests of a step have as many rows as the tier's largest tree."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -91,7 +94,8 @@ class PlanSettings:
         plan = self.given_plan()
         if plan is not None:
             return plan, []
-        return best_plan(
+        search = best_fixed_plan if self.fixed_rows else best_plan
+        return search(
             self.evidence(),
             profile or default_profile(self.device),
             self.max_rows,

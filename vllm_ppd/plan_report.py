@@ -9,6 +9,7 @@ import numpy as np
 
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.evidence_search import node_chances, policy_value
+from vllm_ppd.latency import LatencyCurve
 from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.plan_search import shared_curve
 from vllm_ppd.profile import LatencyProfile
@@ -50,7 +51,7 @@ class LoadFigures:
         requests: that run at once.
         tier: index in the plan.
         tau: tokens per step of one request.
-        mean_rows: rows per step of one request.
+        mean_rows: rows per step of one request, padding left out.
         seconds: of a step, in the profile's unit.
         plain_seconds: of a step without speculation at that load.
         states: by match class and state; empty where the tier does not speculate.
@@ -95,11 +96,16 @@ def evidence_for(plan: TreePlan, evidence: Evidence) -> Evidence:
 
 
 def load_figures(
-    plan: TreePlan, evidence: Evidence, profile: LatencyProfile, requests: int
+    plan: TreePlan,
+    evidence: Evidence,
+    profile: LatencyProfile,
+    requests: int,
+    fixed_rows: bool = False,
 ) -> LoadFigures:
     """What `plan` is expected to do while `requests` requests run.
 
     evidence: of `evidence_for`.
+    fixed_rows: of `PlanSettings`; then every step has the rows of the largest tree.
     """
     curve = profile.curve(requests)
     plain = float(curve.seconds[0])
@@ -108,10 +114,12 @@ def load_figures(
     if not tier.policies:
         return LoadFigures(requests, index, 1.0, 1.0, plain, plain)
     trees = [policy.trees for policy in tier.policies]
+    if fixed_rows:
+        curve = LatencyCurve.constant(curve(max(p.max_rows for p in tier.policies)))
     tau, speed, shares = policy_value(trees, evidence, curve)
     states = _states(tier, evidence, shares)
     rows = sum(each.share * each.tree.num_rows for each in states)
-    if requests > 1:
+    if requests > 1 and not fixed_rows:
         # Requests pay for each other's guesses, as the search has it.
         bare = sum(each.share for each in states if each.tree.num_rows == 1)
         paid = 1 - min(bare, 1.0) ** (requests - 1)

@@ -14,7 +14,14 @@ from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.profile import LatencyProfile
 from vllm_ppd.tree import TreePolicy
 
-__all__ = ["PlannedTier", "best_plan", "shared_curve"]
+__all__ = [
+    "PlannedTier",
+    "best_plan",
+    "joined_tiers",
+    "least_gain",
+    "shared_curve",
+    "tier_limits",
+]
 
 # Running requests up to which tiers are told apart; half-open powers of two.
 _LIMITS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -73,8 +80,7 @@ def best_plan(
         the plan, whose last tier serves every larger load, and per tier that was
         searched (equal ones not merged) what was expected.
     """
-    limits = [limit for limit in _LIMITS if limit < max_requests]
-    limits += [_LIMITS[len(limits)]] if len(limits) < len(_LIMITS) else []
+    limits = tier_limits(max_requests)
     wanted = limits
     if current is not None:
         wanted = [limit for limit in limits if any(_between(limit, n) for n in loads)]
@@ -85,15 +91,24 @@ def best_plan(
             evidence, profile.curve(requests), requests, max_rows, num_ept, found
         )
         plain = 1 / float(profile.curve(requests).seconds[0])
-        least = _LEAST_GAIN
-        if requests > 1 and not measured:
-            least = _LEAST_GAIN_UNMEASURED
         gain = found.tokens_per_second / plain
+        least = least_gain(requests, measured)
         planned.append(PlannedTier(requests, found, gain, least))
         # What does not pay at some load does not pay at a higher one.
         if not planned[-1].speculates:
             break
-    return _joined(limits, planned, current), planned
+    return joined_tiers(limits, planned, current), planned
+
+
+def tier_limits(max_requests: int) -> list[int]:
+    """Loads up to which tiers are told apart on a server with its own limit."""
+    limits = [limit for limit in _LIMITS if limit < max_requests]
+    return [*limits, _LIMITS[len(limits)]] if len(limits) < len(_LIMITS) else limits
+
+
+def least_gain(requests: int, measured: bool) -> float:
+    """What a tier must promise, relative to plain decoding, to speculate."""
+    return _LEAST_GAIN if requests == 1 or measured else _LEAST_GAIN_UNMEASURED
 
 
 def _between(limit: int, load: int) -> bool:
@@ -101,7 +116,7 @@ def _between(limit: int, load: int) -> bool:
     return limit // 2 < load <= limit or load > limit == _LIMITS[-1]
 
 
-def _joined(
+def joined_tiers(
     limits: Sequence[int], planned: Sequence[PlannedTier], current: TreePlan | None
 ) -> TreePlan:
     """The tiers that were searched, the others as they were, equal neighbours merged.

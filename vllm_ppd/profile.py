@@ -1,6 +1,6 @@
 """How long a step takes on this machine, by running requests and rows per request.
 
-A profile is a table measured through the real engine (`engine/measure_steps.py`) and
+A profile is a table measured through the real engine (`engine/measure_grid.py`) and
 kept in the user's cache folder under a key of everything that changes it: model, data
 type, quantisation, device, parallelism, versions. Files are JSON; one that is damaged
 or of another key is never used.

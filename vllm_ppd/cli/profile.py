@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Engine arguments that have another place on this command line.
 _OWN = ("model", "speculative_config", "dtype", "tensor_parallel_size")
-# What the bar of engine/measure_steps.py writes.
+# What the bar of engine/measure_grid.py writes.
 _MEASURED = re.compile(r"PPD measures steps[^\r\n]*?(\d+)/(\d+) ")
 _POLL_S = 0.3
 
@@ -237,8 +237,7 @@ def measure(
         if not file.exists():
             raise EngineFailedError(
                 f"the engine started but filed no profile at {file}; is that folder "
-                "writable, and does vLLM run its V1 model runner (V2 takes a typical "
-                "machine)?"
+                "writable?"
             )
         return LatencyProfile.load(file, key)
 

@@ -131,8 +131,10 @@ def plan_settings(args: argparse.Namespace, folder: Path) -> PlanSettings:
         tree=args.tree,
         conditioned=not args.no_conditioned and (folder / SUCCESSOR_FILE).exists(),
         suffix=not args.no_suffix,
-        # vLLM's V2 runner, which serves on GPUs, does not compare speeds.
+        # vLLM's V2 runner, which serves on GPUs, does not compare speeds, and gives all
+        # requests as many rows.
         measured=device == "cpu",
+        fixed_rows=device == "cuda",
     )
 
 
@@ -159,7 +161,9 @@ def run(args: argparse.Namespace) -> int:
     evidence = evidence_for(plan, known)
     used = profile or default_profile(settings.device)
     loads = args.requests or [each.requests for each in planned] or list(_LOADS)
-    figures = [load_figures(plan, evidence, used, load) for load in loads]
+    figures = [
+        load_figures(plan, evidence, used, load, settings.fixed_rows) for load in loads
+    ]
     shown = _tiers_to_show(figures, bool(args.requests))
     _print(args, settings, plan, evidence, profile, figures, shown)
     if args.save:

@@ -19,7 +19,9 @@ __all__ = ["known_profile", "profile_key"]
 logger = init_logger("vllm.ppd")
 
 
-def profile_key(args: Any, model: Any, parallel: Any, device: str) -> dict[str, Any]:
+def profile_key(
+    args: Any, model: Any, parallel: Any, device: str, on_v2: bool = False
+) -> dict[str, Any]:
     """Everything that changes how long a step takes, as JSON values.
 
     Args:
@@ -27,9 +29,12 @@ def profile_key(args: Any, model: Any, parallel: Any, device: str) -> dict[str, 
         model: the target's ModelConfig.
         parallel: the target's ParallelConfig.
         device: "cpu" or "cuda".
+        on_v2: whether vLLM's V2 runner will be used.
     """
     text = model.hf_text_config
     return {
+        # V1's profiles do not name their runner.
+        **({"runner": "V2"} if on_v2 else {}),
         "model": model.model,
         "layers": getattr(text, "num_hidden_layers", None),
         "hidden_size": model.get_hidden_size(),

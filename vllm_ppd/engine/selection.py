@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,12 @@ def create_ppd_config(
     prompts = PromptTokens.load(folder)
     prompts.check_against(_fingerprint(model))
     settings = _plan_settings(config, folder, prompts, device, args, model)
-    profile = known_profile(config.profile, profile_key(args, model, parallel, device))
+    on_v2 = runs_on_v2(device)
+    if on_v2:
+        # There all requests have as many rows, and nobody compares speeds.
+        settings = replace(settings, measured=False, fixed_rows=True)
+    key = profile_key(args, model, parallel, device, on_v2)
+    profile = known_profile(config.profile, key)
     args.additional_config = {
         **(args.additional_config or {}),
         KEY: {
@@ -120,15 +126,17 @@ def create_ppd_config(
             "profile": config.profile,
             "online": config.online,
             "learn_successors": config.conditioned and config.online,
-            "profile_key": profile_key(args, model, parallel, device),
+            "profile_key": key,
             "vocab_size": model.get_vocab_size(),
             # Part of the compiled graph: the shape of the soft-token table.
             "soft_tokens": prompts.num_prompt_tokens * prompts.num_ept,
         },
     }
     publish_metrics()
-    if runs_on_v2(device):
-        speculating = present_to_v2(args, settings, profile, model, parallel)
+    if on_v2:
+        speculating = present_to_v2(
+            args, settings, config.profile, profile, model, parallel
+        )
     else:
         speculating = _present_to_v1(args, config, settings, profile, model, parallel)
     logger.info(

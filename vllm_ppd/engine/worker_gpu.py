@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
@@ -46,6 +47,11 @@ class PPDWorker(Worker):
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
         if self.use_v2_model_runner:
+            # Now that there are graphs; then as if it had not been.
+            self.model_runner.measure_machine()
+            set_random_seed(
+                self.model_config.seed, self.parallel_config.data_parallel_index
+            )
             self.model_runner.start_serving()
         return times
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import vllm.config.vllm as vllm_config_module
@@ -37,6 +36,8 @@ class PPDSpeculativeConfig(SpeculativeConfig):
     plan: dict[str, Any] | None = None
     """The trees, as ``TreePlan.to_dict`` writes them: chosen once, so that all ranks
     grow the same ones, and no part of what keys compiled graphs."""
+    measure: bool = False
+    """This start has to measure the machine; decided once for the same reasons."""
 
     def __post_init__(self) -> None:
         # Where vLLM asks about a drafter, the target is the answer.
@@ -70,19 +71,24 @@ def runs_on_v2(device_type: str) -> bool:
 
 
 def present_to_v2(
-    args: Any, settings: PlanSettings, profile: Any, model: Any, parallel: Any
+    args: Any,
+    settings: PlanSettings,
+    choice: str,
+    profile: Any,
+    model: Any,
+    parallel: Any,
 ) -> PPDSpeculativeConfig:
     """The speculative settings that select PPD on V2.
 
     Args:
         args: vLLM's EngineArgs; on a GPU their attention backend becomes PPD's.
         settings: what the trees are chosen by.
+        choice: of the profile, "auto", "none" or a file.
         profile: the machine's LatencyProfile, or None for a typical one.
         model: the target's ModelConfig.
         parallel: the target's ParallelConfig; its worker class becomes PPD's.
     """
-    # Nobody compares speeds on V2.
-    plan, _ = replace(settings, measured=False).choose(profile)
+    plan, _ = settings.choose(profile)
     parallel.worker_cls = WORKERS[settings.device]
     if settings.device == "cuda":
         _prepare_cuda(args)
@@ -93,6 +99,13 @@ def present_to_v2(
         num_speculative_tokens=max(1, *(_rows(tier) - 1 for tier in plan.tiers)),
         num_speculative_tokens_per_batch_size=_schedule(plan, settings.max_requests),
         plan=plan.to_dict(),
+        measure=(
+            choice == "auto"
+            and profile is None
+            and settings.tree is None
+            # Their steps wait for each other, and each would measure for itself.
+            and parallel.data_parallel_size == 1
+        ),
         target_model_config=model,
         target_parallel_config=parallel,
     )

@@ -12,7 +12,6 @@ from vllm_ppd.kernels.guess_tree import DeviceGuesses
 from vllm_ppd.kernels.tree_tables import TreeTables
 from vllm_ppd.kernels.triton.guess_tree import guess_tree
 from vllm_ppd.kernels.triton.match_chains import match_chains
-from vllm_ppd.successors import SuccessorTable
 
 # Tokens of a request's context in which an earlier match is looked for.
 _MATCHED = 4096
@@ -36,6 +35,7 @@ class Guesser:
         num_classes: match classes of the plan; 1 if it looks for no matches.
         requests: vLLM's state of all requests.
         successors: the successor table, if there is one.
+        weights: float32 [M] its weight at each prompt token; None without one.
     """
 
     def __init__(
@@ -45,7 +45,8 @@ class Guesser:
         vocab_size: int,
         num_classes: int,
         requests: RequestState,
-        successors: SuccessorTable | None,
+        successors: Successors | None,
+        weights: torch.Tensor | None,
     ):
         device = requests.device
         self._tables = tables
@@ -62,12 +63,10 @@ class Guesser:
             1, prompts, self._pool, dtype=torch.int64, device=device
         )
         self._no_scores = torch.zeros(1, prompts, self._pool, device=device)
-        self._successors: Successors | None = None
-        weights: tuple[float, ...] = (1.0,) * prompts
-        if successors is not None:
-            self._successors = Successors.of(successors, device)
-            weights = successors.weights
-        self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
+        self._successors = successors
+        self._weights = torch.ones(prompts, device=device)
+        if weights is not None:
+            self._weights = weights
 
     def match(self, slots: torch.Tensor) -> Evidence:
         """Look up what is known of requests before any prompt row is.

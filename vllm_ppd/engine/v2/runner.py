@@ -2,13 +2,15 @@
 
 ``__init__``             PPD's speculator where vLLM would look up one of its own
 ``load_model``           prompt tokens into the embedding, trees into the model state
-``initialize_kv_cache``  the caches that accepted paths are moved in
+``initialize_kv_cache``  the caches that accepted paths are moved in; CUDA graphs for
+                         measuring
 ``sample``               logits for nodes only; then move the accepted paths
 ``sample_tokens``        how many of the drafts were candidates, for vLLM's metrics
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,9 +21,15 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_ppd.engine.embedding import add_soft_tokens
 from vllm_ppd.engine.metrics import counts_of
+from vllm_ppd.engine.profiling import measure_and_file
 from vllm_ppd.engine.v2.candidate_rate import attach_candidates
 from vllm_ppd.engine.v2.drafts import WordDraftsHandler
 from vllm_ppd.engine.v2.kv_move import PathMover
+from vllm_ppd.engine.v2.measure_steps import (
+    graphs_for,
+    measure_profile,
+    rows_to_measure,
+)
 from vllm_ppd.engine.v2.model_state import with_trees
 from vllm_ppd.engine.v2.sampling import TreeSampler
 from vllm_ppd.engine.v2.speculator import KEY, PPDSpeculator
@@ -65,7 +73,14 @@ class TreeRunnerMixin:
         runner.rejection_sampler = TreeSampler(runner.sampler, trees, runner.vocab_size)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        runner: Any = self
+        speculative = runner.speculative_config
+        graphs: AbstractContextManager[None] = nullcontext()
+        if speculative.measure:
+            rows = rows_to_measure(self.speculator.trees.row_bounds)
+            graphs = graphs_for(speculative, rows, runner.max_num_reqs)
+        with graphs:
+            super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         self._ppd_mover = PathMover(self)
 
     def sample(
@@ -91,6 +106,21 @@ class TreeRunnerMixin:
         if output is not None and self._ppd_candidates is not None:
             attach_candidates(output, self._ppd_candidates)
         return output
+
+    def measure_machine(self) -> None:
+        """Time steps if this start has to, for the next start.
+
+        How many rows a step has is settled by now, and with it all that a profile
+        could change.
+        """
+        runner: Any = self
+        if runner.speculative_config.measure:
+            key = runner.vllm_config.additional_config[KEY]["profile_key"]
+            measure_and_file(
+                lambda quiet: measure_profile(self, key, quiet),
+                "; this start's trees are those of a typical machine, the next one's "
+                "will be chosen by what was measured",
+            )
 
     def start_serving(self) -> None:
         """Count from now on; what ran before was no traffic."""

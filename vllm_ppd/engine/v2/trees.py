@@ -18,6 +18,7 @@ import vllm.utils.torch_utils as torch_utils
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_ppd.candidates import Successors
 from vllm_ppd.engine.v2.guesser import Guesser
 from vllm_ppd.engine.v2.guessing import Guessing
 from vllm_ppd.engine.v2.lines import with_lines
@@ -45,10 +46,12 @@ class DeviceTrees:
         successors: the successor table, if there is one.
 
     Attributes:
-        plan: the trees, lines included.
+        served_plan: the trees.
+        plan: the same with lines.
         tables: the same as tensors on the device.
         tree_states: int64 [S] the state that each tree is for.
         max_nodes: most nodes of any tree.
+        row_bounds: rows per request for which the attention kernel is made, rising.
         walk: where this step's verification ended; None before it, and in steps in
             which no request has a tree.
         row_ends: int32 [B + 1] how many tree rows there are before each request.
@@ -64,22 +67,67 @@ class DeviceTrees:
     ):
         device = requests.device
         self._requests = requests
-        self.plan = with_lines(plan)
-        host = PolicyTables(self.plan, vocab_size, num_rows=num_drafts + 1)
-        self.tables = tables = TreeTables.on(device, host)
-        self.guesser = Guesser(
-            tables,
-            host.max_candidates,
-            vocab_size,
-            plan.num_classes,
-            requests,
-            successors,
-        )
-        self.max_nodes = int(host.num_nodes.max())
-        self._row_bounds = sorted(
+        self._vocab_size, self._num_drafts = vocab_size, num_drafts
+        self._successors: Successors | None = None
+        self._weights: torch.Tensor | None = None
+        if successors is not None:
+            self._successors = Successors.of(successors, device)
+            self._weights = torch.tensor(successors.weights, device=device)
+        # vLLM schedules the rows of the first plan's tiers, whatever plan follows.
+        self.row_bounds = sorted(
             {num_drafts + 1}
             | {policy.max_rows for tier in plan.speculating for policy in tier.policies}
         )
+
+        most = requests.max_num_reqs
+        # By slot: the tree of the pending guesses, and the offset.
+        self._tree_ids = torch.zeros(most, dtype=torch.int64, device=device)
+        self._offsets = torch.zeros(most, dtype=torch.int64, device=device)
+        # By batch order.
+        self.trees = torch.zeros(most, dtype=torch.int64, device=device)
+        self.num_rows, self.starts, self.context_lens = torch.zeros(
+            3, most, dtype=torch.int32, device=device
+        )
+        self.set_plan(plan)
+        # By row of the step.
+        tokens = requests.max_num_batched_tokens
+        words = self.tables.ancestors.shape[2]
+        self._ancestors = torch.zeros(tokens, words, dtype=torch.int64, device=device)
+        self._depths = torch.zeros(tokens, dtype=torch.int32, device=device)
+        self._drafts = torch.zeros(most, num_drafts, dtype=torch.int64, device=device)
+        self.walk: Walk | None = None
+        self.row_ends: torch.Tensor
+        self._placed = False
+        self._only_trees = False
+        self._max_rows = 1
+
+    def set_plan(self, plan: TreePlan) -> None:
+        """Serve other trees; guesses that are pending are dropped.
+
+        CUDA graphs do not mind: they read a step's trees from buffers that stay.
+
+        Raises:
+            ValueError: trees with more rows than vLLM schedules.
+        """
+        if plan.max_rows > self._num_drafts + 1:
+            raise ValueError(
+                f"the plan has trees of {plan.max_rows} rows, and the engine was built "
+                f"for {self._num_drafts + 1} at most: restart it"
+            )
+        requests, device = self._requests, self._requests.device
+        self.served_plan, self.plan = plan, with_lines(plan)
+        host = PolicyTables(self.plan, self._vocab_size, num_rows=self._num_drafts + 1)
+        self.tables = TreeTables.on(device, host)
+        self.guesser = Guesser(
+            self.tables,
+            host.max_candidates,
+            self._vocab_size,
+            plan.num_classes,
+            requests,
+            self._successors,
+            self._weights,
+        )
+        self.max_nodes = int(host.num_nodes.max())
         self._num_states = plan.num_prompt_tokens + 1
         # Trees are numbered from a bare root on, state by state.
         ids = torch.arange(len(self.plan.trees), device=device)
@@ -91,26 +139,7 @@ class DeviceTrees:
             Guessing.LINES: self._num_states * plan.num_classes,
             Guessing.NOTHING: _NO_TREE,
         }
-
-        most = requests.max_num_reqs
-        # By slot: the tree of the pending guesses, and the offset.
-        self._tree_ids = torch.zeros(most, dtype=torch.int64, device=device)
-        self._offsets = torch.zeros(most, dtype=torch.int64, device=device)
-        # By batch order.
-        self.trees = torch.zeros(most, dtype=torch.int64, device=device)
-        self.num_rows, self.starts, self.context_lens = torch.zeros(
-            3, most, dtype=torch.int32, device=device
-        )
-        # By row of the step.
-        tokens, words = requests.max_num_batched_tokens, tables.ancestors.shape[2]
-        self._ancestors = torch.zeros(tokens, words, dtype=torch.int64, device=device)
-        self._depths = torch.zeros(tokens, dtype=torch.int32, device=device)
-        self._drafts = torch.zeros(most, num_drafts, dtype=torch.int64, device=device)
-        self.walk: Walk | None = None
-        self.row_ends: torch.Tensor
-        self._placed = False
-        self._only_trees = False
-        self._max_rows = 1
+        self._tree_ids.zero_()
 
     def admit(self, slots: list[int], kinds: list[Guessing]) -> None:
         """New requests get a tree of state 0, guessed from their prompts alone.
@@ -184,7 +213,7 @@ class DeviceTrees:
         self._only_trees = int(batch.cu_num_logits_np[-1]) == batch.num_tokens
         # Few different bounds, so that few variants of the attention kernel exist.
         most = int(np.diff(batch.cu_num_logits_np).max())
-        self._max_rows = self._row_bounds[bisect_left(self._row_bounds, most)]
+        self._max_rows = self.row_bounds[bisect_left(self.row_bounds, most)]
         # A request without guesses is a tree cut down to its root.
         place_tree(
             self.tables,

@@ -33,6 +33,8 @@ class PPDCPUWorkerV2(CPUWorker):
             cpu_runner.CPUModelRunner = stock
 
     def compile_or_warm_up_model(self) -> Any:
+        # First, because the stock method seeds the random numbers at its end.
+        self.model_runner.measure_machine()
         times = super().compile_or_warm_up_model()
         self.model_runner.start_serving()
         return times

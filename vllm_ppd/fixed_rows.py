@@ -1,0 +1,77 @@
+"""Plans for engines that schedule the same rows for every request of a step.
+
+vLLM's V2 runner decides before a step how many rows each request gets, by the load
+alone, so that one CUDA graph fits. Rows that a tree has no use for are padding and cost
+as much as others. So a tier's step takes as long as its number of rows says, whichever
+trees it has: the best trees are those with the most tokens per step within it, and the
+best number of rows is that with the most tokens per second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vllm_ppd.evidence import Evidence
+from vllm_ppd.evidence_search import EvidencePolicy, best_policy
+from vllm_ppd.latency import LatencyCurve
+from vllm_ppd.plan import TreePlan
+from vllm_ppd.plan_search import PlannedTier, joined_tiers, least_gain, tier_limits
+from vllm_ppd.profile import LatencyProfile
+
+__all__ = ["best_fixed_plan", "best_within"]
+
+# Numbers of rows that are tried.
+_ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+def best_within(
+    evidence: Evidence, rows: Sequence[int], num_ept: int
+) -> dict[int, EvidencePolicy]:
+    """For each number of rows the policy with the most tokens per step.
+
+    Its ``tokens_per_second`` are tokens per step: a step counts as one second.
+    """
+    found: dict[int, EvidencePolicy] = {}
+    policy: EvidencePolicy | None = None
+    for count in sorted(rows):
+        policy = best_policy(
+            evidence, LatencyCurve.constant(), count, num_ept, start=policy
+        )
+        found[count] = policy
+    return found
+
+
+def best_fixed_plan(
+    evidence: Evidence,
+    profile: LatencyProfile,
+    max_rows: int,
+    num_ept: int,
+    max_requests: int,
+    measured: bool,
+) -> tuple[TreePlan, list[PlannedTier]]:
+    """The best number of rows for each load, and the best trees within it.
+
+    Arguments and result are those of `plan_search.best_plan`.
+    """
+    rows = {count for count in _ROWS if count < max_rows} | {max_rows}
+    policies = best_within(evidence, sorted(rows), num_ept)
+    limits = tier_limits(max_requests)
+    planned: list[PlannedTier] = []
+    for requests in limits:
+        curve = profile.curve(requests)
+        speeds = {
+            # What is scheduled is what the largest tree needs.
+            count: policy.tau / curve(policy.max_rows)
+            for count, policy in policies.items()
+        }
+        best = max(speeds, key=lambda count: speeds[count])
+        found = replace(policies[best], tokens_per_second=speeds[best])
+        gain = speeds[best] * curve(1)
+        planned.append(
+            PlannedTier(requests, found, gain, least_gain(requests, measured))
+        )
+        # What does not pay at some load does not pay at a higher one.
+        if not planned[-1].speculates:
+            break
+    return joined_tiers(limits, planned, None), planned
