@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vllm_ppd.evidence import Evidence
-from vllm_ppd.evidence_search import EvidencePolicy, best_policy
+from vllm_ppd.evidence_search import EvidencePolicy, best_policy, policy_value
 from vllm_ppd.latency import LatencyCurve
-from vllm_ppd.plan import TreePlan
+from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.plan_search import PlannedTier, joined_tiers, least_gain, tier_limits
 from vllm_ppd.profile import LatencyProfile
 
-__all__ = ["best_fixed_plan", "best_within"]
+__all__ = ["best_fixed_plan", "best_within", "better_within"]
 
 # Numbers of rows that are tried.
 _ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -75,3 +75,42 @@ def best_fixed_plan(
         if not planned[-1].speculates:
             break
     return joined_tiers(limits, planned, None), planned
+
+
+def better_within(
+    evidence: Evidence,
+    current: TreePlan,
+    rows: Sequence[int],
+    num_ept: int,
+    least_gain: float,
+) -> TreePlan | None:
+    """Trees for new evidence in as many rows, where they are enough better.
+
+    Args:
+        evidence: what is believed now.
+        current: the plan that is served.
+        rows: of each of its tiers.
+        num_ept: rows per prompt token.
+        least_gain: in tokens per step, for which a tier's trees are changed.
+
+    Returns:
+        the plan with better trees, None where no tier has any. Tiers that do not
+        speculate have no rows to do it with.
+    """
+    used = {
+        count
+        for tier, count in zip(current.tiers, rows, strict=True)
+        if tier.policies and count > 1
+    }
+    found = best_within(evidence, sorted(used), num_ept)
+    tiers: list[Tier] = []
+    for tier, count in zip(current.tiers, rows, strict=True):
+        best = tier
+        if tier.policies and count > 1:
+            trees = [policy.trees for policy in tier.policies]
+            tau, _, _ = policy_value(trees, evidence, LatencyCurve.constant())
+            if found[count].tau >= least_gain * tau:
+                best = found[count].tier(tier.max_requests)
+        tiers.append(best)
+    plan = TreePlan(tuple(tiers))
+    return None if plan == current else plan

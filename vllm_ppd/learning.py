@@ -14,6 +14,7 @@ each chance so shifted counts as a few dozen observations of its own.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from vllm_ppd.evidence import Evidence
 from vllm_ppd.step import TreeStep
 from vllm_ppd.verify import TreeWalk
 
-__all__ = ["EvidenceLearner"]
+__all__ = ["EvidenceLearner", "Places"]
 
 # Observations that a calibrated chance is worth, and a row of calibrated moves.
 PRIOR, PRIOR_MOVES = 60.0, 20.0
@@ -29,6 +30,30 @@ PRIOR, PRIOR_MOVES = 60.0, 20.0
 _SHIFT = 1.0
 # What remains of the counts each time they are used.
 KEPT = 0.7
+
+
+class Places(NamedTuple):
+    """How candidates are told apart in flat counts, source after source."""
+
+    prompts: int
+    ranks: int
+    classes: int
+    """Match classes, the one without a match left out."""
+    depths: int
+    """Of a chain."""
+
+    @classmethod
+    def of(cls, evidence: Evidence) -> Places:
+        m, ranks = evidence.prompted.shape
+        classes, depths = evidence.chain.shape if len(evidence.chain) else (0, 0)
+        return cls(m, ranks, classes, depths)
+
+    @property
+    def firsts(self) -> np.ndarray:
+        """[5] where prompted, unprompted, chain and beside begin; how many in all."""
+        m, ranks, classes, depths = self
+        sizes = (m * ranks, ranks, classes * depths, classes * m * ranks)
+        return np.concatenate([[0], np.cumsum(sizes)])
 
 
 class EvidenceLearner:
@@ -40,12 +65,9 @@ class EvidenceLearner:
 
     def __init__(self, prior: Evidence):
         self.prior = prior
-        m, ranks = prior.prompted.shape
-        classes, depths = prior.chain.shape if len(prior.chain) else (0, 0)
-        self._shapes = (m, ranks, classes, depths)
-        # Flat, in this order: prompted, unprompted, chain, beside.
-        sizes = (m * ranks, ranks, classes * depths, classes * m * ranks)
-        self._firsts = np.concatenate([[0], np.cumsum(sizes)])
+        self.places = Places.of(prior)
+        self._firsts = self.places.firsts
+        classes = self.places.classes
         self._tries = np.zeros(self._firsts[-1])
         self._hits = np.zeros(self._firsts[-1])
         # Axis 0: the step accepted a guess.
@@ -62,7 +84,7 @@ class EvidenceLearner:
             states: [B] prompt tokens that each request's tree was filled with.
             classes: [B] its match class.
         """
-        m, ranks, _, depths = self._shapes
+        m, ranks, _, depths = self.places
         tables, trees = step.tables, step.states
         batch = np.arange(len(trees))
         width = tables.parents.shape[1]
@@ -112,7 +134,7 @@ class EvidenceLearner:
 
         chain, written: token ids; a chain longer than what was written counts as far.
         """
-        depths = self._shapes[3]
+        depths = self.places.depths
         known = min(len(chain), len(written), depths)
         wrong = np.flatnonzero(chain[:known] != written[:known])
         right = int(wrong[0]) if len(wrong) else known
@@ -141,6 +163,21 @@ class EvidenceLearner:
         for accepted, share in enumerate(usual / usual.sum(axis=0)):
             np.add.at(self._moves[accepted], (before, after), weight * share)
 
+    def observe_sums(
+        self, tries: np.ndarray, hits: np.ndarray, moves: np.ndarray, tokens: float
+    ) -> None:
+        """Add counts that were made elsewhere.
+
+        Args:
+            tries, hits: [places] as `observe_walk` counts them.
+            moves: [C + 1, C + 1] as `observe_moves` does.
+            tokens: written in the steps that were counted.
+        """
+        self._tries += tries
+        self._hits += hits
+        self._moves += moves
+        self.observations += tokens
+
     def pass_time(self, amount: float) -> None:
         """Nobody guessed: what was counted before grows old all the same.
 
@@ -150,7 +187,7 @@ class EvidenceLearner:
 
     def evidence(self) -> Evidence:
         """What to believe now."""
-        m, ranks, classes, _ = self._shapes
+        m, ranks, classes, _ = self.places
         prior = self.prior
         known = np.concatenate(
             [

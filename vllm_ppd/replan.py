@@ -24,13 +24,14 @@ import numpy as np
 from vllm_ppd.atomic import write_json
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.evidence_search import policy_value
+from vllm_ppd.fixed_rows import better_within
 from vllm_ppd.plan import TreePlan
 from vllm_ppd.plan_search import best_plan, shared_curve
 from vllm_ppd.profile import LatencyProfile
 
 __all__ = ["Replanner", "better_plan"]
 
-# Relative gain in tokens per second, in some tier, for which trees are changed.
+# Relative gain in speed, in some tier, for which trees are changed.
 _LEAST_GAIN = 1.03
 
 
@@ -90,11 +91,12 @@ class Replanner:
     def submit(
         self,
         evidence: Evidence,
-        profile: LatencyProfile,
+        profile: LatencyProfile | None,
         current: TreePlan,
         **limits: Any,
     ) -> None:
-        """Start `better_plan` with these arguments."""
+        """Start `better_plan` with these arguments; without a profile `better_within`,
+        which needs none."""
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="vllm_ppd_")
         question, answer = self._files()
@@ -103,7 +105,7 @@ class Replanner:
             question,
             {
                 "evidence": evidence.to_dict(),
-                "profile": profile.to_dict(),
+                "profile": None if profile is None else profile.to_dict(),
                 "current": current.to_dict(),
                 "limits": limits,
             },
@@ -161,12 +163,15 @@ def _main(question: str, answer: str) -> None:
         if others:
             os.sched_setaffinity(0, others)
     asked: dict[str, Any] = json.loads(Path(question).read_text())
-    plan = better_plan(
-        Evidence.from_dict(asked["evidence"]),
-        LatencyProfile.from_dict(asked["profile"]),
-        TreePlan.from_dict(asked["current"]),
-        **asked["limits"],
-    )
+    evidence = Evidence.from_dict(asked["evidence"])
+    current = TreePlan.from_dict(asked["current"])
+    if asked["profile"] is None:
+        plan = better_within(
+            evidence, current, least_gain=_LEAST_GAIN, **asked["limits"]
+        )
+    else:
+        profile = LatencyProfile.from_dict(asked["profile"])
+        plan = better_plan(evidence, profile, current, **asked["limits"])
     write_json(answer, None if plan is None else plan.to_dict())
 
 

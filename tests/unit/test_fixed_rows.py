@@ -9,8 +9,9 @@ from tests.unit.test_evidence_search import all_trees, some_evidence
 from vllm_ppd.acceptance import AcceptanceStats
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.evidence_search import policy_value
-from vllm_ppd.fixed_rows import best_fixed_plan, best_within
+from vllm_ppd.fixed_rows import best_fixed_plan, best_within, better_within
 from vllm_ppd.latency import LatencyCurve
+from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.plan_report import load_figures
 from vllm_ppd.plan_search import tier_limits
 from vllm_ppd.profile import LatencyProfile
@@ -106,3 +107,35 @@ def test_loads_that_are_told_apart():
     assert tier_limits(1) == [1]
     assert tier_limits(3) == [1, 2, 4]
     assert tier_limits(500) == [1, 2, 4, 8, 16, 32, 64, 128]
+
+
+def test_better_trees_in_the_same_rows():
+    known = some_evidence(5, m=2, ranks=3, classes=1)
+    large, small = (best_within(known, (8, 3), 1)[rows] for rows in (8, 3))
+    plan = TreePlan((large.tier(1), small.tier(4), Tier(None)))
+    assert better_within(known, plan, (8, 3, 1), 1, least_gain=1.03) is None
+    other = some_evidence(11, m=2, ranks=3, classes=1)
+    found = better_within(other, plan, (8, 3, 1), 1, least_gain=1.03)
+    assert found is not None
+    assert [tier.max_requests for tier in found.tiers] == [1, 4, None]
+    best = best_within(other, (8, 3), 1)
+    constant = LatencyCurve.constant()
+    changed = 0
+    for index, rows in enumerate((8, 3)):
+        before, after = plan.tiers[index], found.tiers[index]
+        had, has = (
+            policy_value([p.trees for p in tier.policies], other, constant)[0]
+            for tier in (before, after)
+        )
+        assert max(policy.max_rows for policy in after.policies) <= rows
+        if after != before:
+            changed += 1
+            assert has == pytest.approx(best[rows].tau) and has >= 1.03 * had
+        else:
+            assert best[rows].tau < 1.03 * had
+    assert changed
+    # A tier without guesses has no rows for any.
+    assert found.tiers[2].policies == ()
+    # Rows that the served trees leave over may come to be used.
+    wider = better_within(known, plan, (8, 8, 1), 1, least_gain=1.0001)
+    assert wider is not None and wider.tiers[1].policies == large.tier(4).policies

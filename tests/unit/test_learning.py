@@ -5,6 +5,7 @@ import pytest
 
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.evidence_search import best_policy
+from vllm_ppd.fixed_rows import better_within
 from vllm_ppd.latency import LatencyCurve
 from vllm_ppd.learning import EvidenceLearner
 from vllm_ppd.plan import Tier, TreePlan
@@ -119,6 +120,16 @@ def test_chains_are_checked_without_speculating():
     assert 0.45 < chain[2] < 0.7
 
 
+def test_counts_made_elsewhere_are_as_good():
+    here, there = (EvidenceLearner(evidence(1.0, 0.9)) for _ in range(2))
+    stream(evidence(0.5, 0.3), here, 3)
+    for part in (0.5, 0.5):
+        sums = (part * counts for counts in (here._tries, here._hits, here._moves))
+        there.observe_sums(*sums, 3.5)
+    assert there.evidence().to_dict() == here.evidence().to_dict()
+    assert there.observations == 7.0
+
+
 def test_old_counts_fade():
     learner = EvidenceLearner(evidence(1.0, 0.5))
     for _ in range(200):
@@ -182,6 +193,12 @@ def test_the_search_runs_in_a_process_of_its_own():
     replanner.submit(known, PROFILE, plan, **limits)
     assert replanner.take(wait=True) is None
     assert not replanner.busy
+    # Within fixed rows, which needs no profile.
+    rows = [plan.max_rows]
+    other = evidence(0.2, 0.1)
+    replanner.submit(other, None, plan, num_ept=1, rows=rows)
+    expected = better_within(other, plan, rows, 1, 1.03)
+    assert expected is not None and replanner.take(wait=True) == expected
     # A search that cannot succeed is no disaster.
     replanner.submit(known, PROFILE, plan, max_rows=8, num_ept=1, max_requests=-1)
     replanner.close()

@@ -263,6 +263,56 @@ def host_reads(llm: Any, prompts: Any, params: Any) -> list[str]:
     return sorted(seen)
 
 
+def in_turn(llm: Any, plans: Any, every: int, prompts: Any, params: Any) -> Any:
+    """Generate while the trees are exchanged every so many steps."""
+    from vllm_ppd.plan import TreePlan
+
+    runner = _runner(llm)
+    trees, stock = runner.speculator.trees, runner.sample_tokens
+    served, steps = trees.served_plan, 0
+    found = [TreePlan.from_dict(plan) for plan in plans]
+
+    def sample_tokens(grammar: Any) -> Any:
+        nonlocal steps
+        output = stock(grammar)
+        steps += 1
+        if steps % every == 0:
+            trees.set_plan(found[steps // every % len(found)])
+        return output
+
+    runner.sample_tokens = sample_tokens
+    try:
+        return engine_process.generate(llm, prompts, params), steps // every
+    finally:
+        del runner.sample_tokens
+        trees.set_plan(served)
+
+
+def learn(llm: Any, prompts: Any, params: Any, rounds: int) -> Any:
+    """Generate until the traffic has changed the trees, each time the same.
+
+    Returns what was generated each time, changes, and (observations, tries, moves).
+    """
+    from vllm_ppd.engine.v2 import online
+
+    runner, outputs = _runner(llm), []
+    learning = runner._ppd_online
+    usual = online.COUNT_EVERY, online.ASK_EVERY, online.REST
+    online.COUNT_EVERY, online.ASK_EVERY, online.REST = 2, 4, 0.0
+    learning._enough = 20.0
+    try:
+        while len(outputs) < rounds and not learning.changes:
+            outputs.append(engine_process.generate(llm, prompts, params))
+    finally:
+        online.COUNT_EVERY, online.ASK_EVERY, online.REST = usual
+    moves = learning._sums.parts(learning._seen).moves
+    return outputs, learning.changes, moves.tolist()
+
+
+def learns(llm: Any) -> bool:
+    return _runner(llm)._ppd_online is not None
+
+
 def _runner(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
@@ -275,4 +325,7 @@ OURS = (
     rows_per_step,
     count_every_step,
     host_reads,
+    in_turn,
+    learn,
+    learns,
 )

@@ -5,7 +5,9 @@
 ``initialize_kv_cache``  the caches that accepted paths are moved in; CUDA graphs for
                          measuring
 ``sample``               logits for nodes only; then move the accepted paths
-``sample_tokens``        how many of the drafts were candidates, for vLLM's metrics
+``sample_tokens``        how many of the drafts were candidates, for vLLM's metrics;
+                         then perhaps other trees
+``shutdown``             no search goes on
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 import vllm.v1.worker.gpu.model_runner as model_runner
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.v1.worker.gpu.async_utils import async_copy_to_np
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
@@ -31,13 +33,17 @@ from vllm_ppd.engine.v2.measure_steps import (
     rows_to_measure,
 )
 from vllm_ppd.engine.v2.model_state import with_trees
+from vllm_ppd.engine.v2.online import DeviceOnlineTrees
 from vllm_ppd.engine.v2.sampling import TreeSampler
 from vllm_ppd.engine.v2.speculator import KEY, PPDSpeculator
 from vllm_ppd.engine.v2.step_log import DeviceStepLog
+from vllm_ppd.plan_choice import PlanSettings
 from vllm_ppd.prompts import PromptTokens
 
 # Methods of vLLM's runner that the mixin overrides; their contract is tested.
-OVERRIDDEN = ("load_model", "initialize_kv_cache", "sample", "sample_tokens")
+OVERRIDDEN = (
+    *("load_model", "initialize_kv_cache", "sample", "sample_tokens", "shutdown"),
+)
 
 
 class TreeRunnerMixin:
@@ -58,6 +64,8 @@ class TreeRunnerMixin:
             model_runner.init_speculator = stock
         self.draft_tokens_handler = WordDraftsHandler(device, self.vocab_size)  # type: ignore
         self._ppd_log: DeviceStepLog | None = None
+        self._ppd_online: DeviceOnlineTrees | None = None
+        self._ppd_running = 0
         # Of the step whose output is being made; None if nobody guessed.
         self._ppd_candidates: Any = None
 
@@ -92,20 +100,28 @@ class TreeRunnerMixin:
         output = super().sample(  # type: ignore[misc]
             hidden_states, input_batch, grammar_output
         )
-        self._ppd_candidates = None
+        self._ppd_candidates, self._ppd_running = None, requests
         if trees.walk is not None:
             self._ppd_mover.move(trees.walk, trees.starts[:requests])
             # Ahead of the output's own copies, so whoever has those has these too.
             self._ppd_candidates = async_copy_to_np(trees.num_candidates(requests))
         if self._ppd_log is not None:
-            self._ppd_log.after_step(requests, 0)
+            online = self._ppd_online
+            self._ppd_log.after_step(requests, online.changes if online else 0)
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         if output is not None and self._ppd_candidates is not None:
             attach_candidates(output, self._ppd_candidates)
+        if output is not None and self._ppd_online is not None:
+            self._ppd_online.after_step(self._ppd_running)
         return output
+
+    def shutdown(self) -> None:
+        if self._ppd_online is not None:
+            self._ppd_online.close()
+        super().shutdown()  # type: ignore[misc]
 
     def measure_machine(self) -> None:
         """Time steps if this start has to, for the next start.
@@ -123,7 +139,7 @@ class TreeRunnerMixin:
             )
 
     def start_serving(self) -> None:
-        """Count from now on; what ran before was no traffic."""
+        """Count and learn from now on; what ran before was no traffic."""
         if get_tensor_model_parallel_rank():
             # All ranks would count the same.
             return
@@ -131,8 +147,19 @@ class TreeRunnerMixin:
         states = trees.plan.num_prompt_tokens + 1
         counts = counts_of(self.vllm_config, states, publish=True)  # type: ignore
         self._ppd_log = DeviceStepLog(trees, counts)
+        given = self.vllm_config.additional_config[KEY]  # type: ignore[attr-defined]
+        settings = PlanSettings(**given["plan"])
+        online = given["online"] and settings.tree is None
+        alone = get_tp_group().world_size == 1
+        if online and alone and trees.served_plan.speculating:
+            self._ppd_online = DeviceOnlineTrees(trees, settings)
 
     def ppd_report(self) -> dict[str, Any]:
         """The plan that is served, and the log's next line."""
         line = None if self._ppd_log is None else self._ppd_log.line()
-        return {"plan": self.speculator.trees.plan.to_dict(), "line": line}
+        online = self._ppd_online
+        return {
+            "plan": self.speculator.trees.plan.to_dict(),
+            "plan_changes": 0 if online is None else online.changes,
+            "line": line,
+        }

@@ -8,7 +8,7 @@ batch's trees lie in persistent buffers, so that CUDA graphs find them again.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -50,6 +50,11 @@ class DeviceTrees:
         plan: the same with lines.
         tables: the same as tensors on the device.
         tree_states: int64 [S] the state that each tree is for.
+        tree_classes: int64 [S] its match class; -1 for the bare root and for lines.
+        matched: int32 [B] the match classes that were found for the next step; None
+            if nobody looked.
+        begun: told the match classes of requests that left slots and of those that
+            came, with 1 for each; None if nobody wants to know.
         max_nodes: most nodes of any tree.
         row_bounds: rows per request for which the attention kernel is made, rising.
         walk: where this step's verification ended; None before it, and in steps in
@@ -88,13 +93,19 @@ class DeviceTrees:
         self.num_rows, self.starts, self.context_lens = torch.zeros(
             3, most, dtype=torch.int32, device=device
         )
+        self._depth = self._prompts = 0
         self.set_plan(plan)
+        self._depth = self.tables.max_depth
+        self._prompts = self.tables.num_prompt_tokens
         # By row of the step.
         tokens = requests.max_num_batched_tokens
         words = self.tables.ancestors.shape[2]
         self._ancestors = torch.zeros(tokens, words, dtype=torch.int64, device=device)
         self._depths = torch.zeros(tokens, dtype=torch.int32, device=device)
         self._drafts = torch.zeros(most, num_drafts, dtype=torch.int64, device=device)
+        self.matched: torch.Tensor | None = None
+        self.begun: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None
+        self.begun = None
         self.walk: Walk | None = None
         self.row_ends: torch.Tensor
         self._placed = False
@@ -117,7 +128,13 @@ class DeviceTrees:
         requests, device = self._requests, self._requests.device
         self.served_plan, self.plan = plan, with_lines(plan)
         host = PolicyTables(self.plan, self._vocab_size, num_rows=self._num_drafts + 1)
-        self.tables = TreeTables.on(device, host)
+        tables = TreeTables.on(device, host)
+        # Kernels are compiled by depth and width: smaller trees take those at hand.
+        self.tables = replace(
+            tables,
+            max_depth=max(tables.max_depth, self._depth),
+            num_prompt_tokens=max(tables.num_prompt_tokens, self._prompts),
+        )
         self.guesser = Guesser(
             self.tables,
             host.max_candidates,
@@ -132,6 +149,9 @@ class DeviceTrees:
         # Trees are numbered from a bare root on, state by state.
         ids = torch.arange(len(self.plan.trees), device=device)
         self.tree_states = ((ids - 1) % self._num_states).where(ids > 0, 0)
+        classes = (ids - 1) // self._num_states % (plan.num_classes + 1)
+        ordinary = (ids > 0) & (classes < plan.num_classes)
+        self.tree_classes = classes.where(ordinary, -1)
         # What a request adds to the id of its load's first tree. Lines are the last
         # match class.
         self._offset_of = {
@@ -154,7 +174,10 @@ class DeviceTrees:
         )
         self._offsets[index] = offsets
         drafts = torch.empty_like(self._drafts[: len(slots)])
+        before = self.tree_classes[self._tree_ids[index]]
         self._grow(index, 1, None, None, drafts)
+        if self.begun is not None and self.matched is not None:
+            self.begun(before, self.matched, (offsets == 0).long())
         self._requests.draft_tokens[index] = drafts
 
     def grow(self, batch: InputBatch, logits: torch.Tensor | None) -> torch.Tensor:
@@ -181,12 +204,14 @@ class DeviceTrees:
         drafts: torch.Tensor,  # int64 [B, K]: written
     ) -> None:
         first = self.plan.first_trees[self.plan.tier_index(running)]
+        self.matched = None
         if not first:
             # The bare root: what vLLM schedules all the same are fillers.
             self._tree_ids[slots] = 0
             drafts.zero_()
             return
         evidence = self.guesser.match(slots)
+        self.matched = evidence.classes
         offsets = self._offsets[slots]
         trees = torch.where(
             offsets == 0, evidence.classes * self._num_states, offsets
