@@ -170,7 +170,7 @@ class EvidenceLearner:
 
         Args:
             tries, hits: [places] as `observe_walk` counts them.
-            moves: [C + 1, C + 1] as `observe_moves` does.
+            moves: [2, C + 1, C + 1] as `observe_moves` does.
             tokens: written in the steps that were counted.
         """
         self._tries += tries

@@ -27,7 +27,7 @@ EVIDENCE = Evidence(
     RANKS,
     np.full((2, 3), 0.5),
     np.array([[RANKS] * 3] * 2),
-    np.full((3, 3), 1 / 3),
+    np.full((2, 3, 3), 1 / 3),
     np.array([RANKS] * 4),
 )
 

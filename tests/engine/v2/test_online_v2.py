@@ -76,7 +76,8 @@ def test_the_traffic_changes_the_trees(plain, ppd, tiny_engine, searched):
         same(expected, output)
     assert changes >= 1
     # Texts that wander begin and go on without matches, now and then with one.
-    assert np.array(moves)[0, 0] > 0 and np.array(moves).sum() > moves[0][0]
+    stayed = np.array(moves)[:, 0, 0].sum()
+    assert 0 < stayed < np.array(moves).sum()
     after = ppd.call("report", searched)
     assert after["plan_changes"] == changes and after["plan"] != before["plan"]
     # Rows per load are vLLM's, whatever the trees.
@@ -97,10 +98,11 @@ def test_moves_between_match_classes():
     sums = EvidenceSums(Places(prompts=2, ranks=3, classes=1, depths=4), CPU)
     before = torch.tensor([0, 0, -1, 1, 1, 0])
     after = torch.tensor([1, 1, 0, 0, 1, -1], dtype=torch.int32)
-    sums.add_moves(before, after, torch.tensor([4, 4, 4, 4, 0, 4]))
-    sums.add_moves(before[:1], after[:1], torch.tensor([1]))
+    accepted = torch.tensor([False, True, True, False, False, True])
+    sums.add_moves(before, after, torch.tensor([4, 4, 4, 4, 0, 4]), accepted)
+    sums.add_ends(before[:1], after[:1], torch.tensor([1]))
     parts = sums.parts(sums.values.numpy())
-    assert parts.moves.tolist() == [[0, 9], [4, 0]]
+    assert parts.moves.tolist() == [[[0, 5], [4, 0]], [[0, 5], [0, 0]]]
     # Two prompt tokens of three ranks, three without, a chain of four, six beside it.
     assert len(parts.tries) == len(parts.hits) == 6 + 3 + 4 + 6
     assert not parts.tries.any() and not parts.hits.any()

@@ -20,7 +20,7 @@ class Sums(NamedTuple):
 
     tries: np.ndarray  # [P]
     hits: np.ndarray  # [P]
-    moves: np.ndarray  # [C + 1, C + 1]
+    moves: np.ndarray  # [2, C + 1, C + 1]
     tokens: np.ndarray  # [1]
 
 
@@ -40,9 +40,10 @@ class EvidenceSums:
         self._size = int(places.firsts[-1])
         self._classes = places.classes + 1
         # The entry after tries and that after hits are bins.
-        size = 2 * (self._size + 1) + self._classes**2 + 1
+        moves = 2 * self._classes**2
+        size = 2 * (self._size + 1) + moves + 1
         self.values = torch.zeros(size, dtype=torch.int64, device=device)
-        ends = np.cumsum([self._size + 1, self._size + 1, self._classes**2])
+        ends = np.cumsum([self._size + 1, self._size + 1, moves])
         self._ends = tuple(ends.tolist())
         self._tries, self._hits, self._moves, self._tokens = self.values.tensor_split(
             self._ends
@@ -72,20 +73,36 @@ class EvidenceSums:
         self._tokens += walk.num_sampled.sum()
 
     def add_moves(
-        self, before: torch.Tensor, after: torch.Tensor, counts: torch.Tensor
+        self,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        counts: torch.Tensor,
+        accepted: torch.Tensor,
     ) -> None:
         """Count requests' match classes and those that followed.
 
         Args:
             before, after: int [B]; -1 where there is none.
             counts: int64 [B] how often each counts.
+            accepted: bool [B] whether the step between them accepted a guess.
         """
         known = (before >= 0) & (after >= 0)
-        place = torch.where(known, before * self._classes + after, 0).long()
+        row = accepted.long() * self._classes + before
+        place = torch.where(known, row * self._classes + after, 0).long()
         self._moves.scatter_add_(0, place, torch.where(known, counts, 0))
+
+    def add_ends(
+        self, before: torch.Tensor, after: torch.Tensor, counts: torch.Tensor
+    ) -> None:
+        """Count match classes of requests that ended, and of those in their place.
+
+        Whether their last steps accepted anything is not known: each counts for both.
+        """
+        for accepted in (torch.zeros_like, torch.ones_like):
+            self.add_moves(before, after, counts, accepted(before, dtype=torch.bool))
 
     def parts(self, values: np.ndarray) -> Sums:
         """Take apart what was copied to the host."""
         tries, hits, moves, tokens = np.split(values, self._ends)
-        shape = self._classes, self._classes
+        shape = 2, self._classes, self._classes
         return Sums(tries[:-1], hits[:-1], moves.reshape(shape), tokens)

@@ -27,6 +27,8 @@ logger = init_logger("vllm.ppd")
 
 # Steps between looks, and between questions.
 COUNT_EVERY, ASK_EVERY = 4, 32
+# A move counts as often as the two that are counted where a request follows another.
+_WEIGHT = 2 * COUNT_EVERY
 # Tokens counted before other trees are searched: twice as many each time that none were
 # found to be better, because the search takes a core for a while.
 ENOUGH, _MOST = 400.0, 100_000.0
@@ -62,7 +64,7 @@ class DeviceOnlineTrees:
         self._steps = 0
         self._asked_s = self._rested_s = 0.0
         self._enough = ENOUGH
-        trees.begun = self._sums.add_moves
+        trees.begun = self._sums.add_ends
 
     @torch.inference_mode()
     def after_step(self, running: int) -> None:
@@ -87,15 +89,16 @@ class DeviceOnlineTrees:
         if trees.matched is not None:
             # A request of one row may still be reading its prompt. Requests that begin
             # are counted always, other moves now and then.
-            counts = (rows > 1).long() * COUNT_EVERY
+            counts = (rows > 1).long() * _WEIGHT
+            accepted = trees.walk.num_sampled[:running] > 1
             before = trees.tree_classes[ids]
-            self._sums.add_moves(before, trees.matched[:running], counts)
+            self._sums.add_moves(before, trees.matched[:running], counts, accepted)
 
     def _learn(self, arrived: np.ndarray) -> None:
         new = self._sums.parts(arrived - self._seen)
         self._seen = arrived
         self._learner.observe_sums(
-            new.tries, new.hits, new.moves / COUNT_EVERY, float(new.tokens[0])
+            new.tries, new.hits, new.moves / _WEIGHT, float(new.tokens[0])
         )
 
     def _replan(self) -> None:
