@@ -114,7 +114,7 @@ def test_better_trees_in_the_same_rows():
     large, small = (best_within(known, (8, 3), 1)[rows] for rows in (8, 3))
     plan = TreePlan((large.tier(1), small.tier(4), Tier(None)))
     assert better_within(known, plan, (8, 3, 1), 1, least_gain=1.03) is None
-    other = some_evidence(11, m=2, ranks=3, classes=1)
+    other = some_evidence(10, m=2, ranks=3, classes=1)
     found = better_within(other, plan, (8, 3, 1), 1, least_gain=1.03)
     assert found is not None
     assert [tier.max_requests for tier in found.tiers] == [1, 4, None]
