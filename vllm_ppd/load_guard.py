@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import fmean, median
+from typing import NamedTuple
 
 from vllm_ppd.step_timing import StepTiming
 
@@ -27,7 +28,7 @@ _SETTLING = 2
 _FIRST_WAIT, _LONGEST_WAIT = 256, 8192
 # How much faster guessing has to look to go on, and to begin again: noise should not
 # decide, and at equal speed plain decoding is the simpler way.
-_STAY, _RETURN = 1.0, 1.05
+_STAY, _RETURN = 1.03, 1.05
 # Guesses that are tried again are given up after so many steps, or twice as many, if
 # they have been that much slower than plain decoding.
 _FIRST_LOOK, _HOPELESS = 16, 0.9
@@ -35,8 +36,16 @@ _FIRST_LOOK, _HOPELESS = 16, 0.9
 # and what was known of speeds is out of date. Looked at after so many steps that have
 # so many requests together, for a single text is now easy, now hard to guess.
 _FALLEN, _LOOK_STEPS, _LOOK_REQUESTS = 0.8, 32, 256
-# A step now and then waits for something else: it counts at most so many medians.
-_OUTLIER = 4.0
+# A step now and then waits for something else and takes more than so many medians.
+# Plain steps are all alike; of others some may have guesses, and those take longer.
+_OUTLIER = {True: 4.0, False: 2.0}
+
+
+class _Step(NamedTuple):
+    seconds: float
+    tokens: int
+    rows: float
+    """Per request."""
 
 
 @dataclass
@@ -49,10 +58,8 @@ class _Load:
     left: int = _GUESSING + _SETTLING
     settling: int = _SETTLING
     wait: int = _FIRST_WAIT
-    # Seconds, tokens, and rows per request, of the phase's last steps.
-    steps: deque[tuple[float, int, float]] = field(
-        default_factory=lambda: deque(maxlen=_GUESSING)
-    )
+    # The phase's last ones.
+    steps: deque[_Step] = field(default_factory=lambda: deque(maxlen=_GUESSING))
     # Tokens per second with guesses and without, as last seen.
     speeds: dict[bool, float] = field(default_factory=dict)
     # Seconds per step and rows per request, which say something of the machine.
@@ -68,6 +75,17 @@ class _Load:
         """Whether steps may have guesses in this phase."""
         return self.speculating != self.probing
 
+    def start_over(self) -> None:
+        """Forget all speeds, and look at both ways to decode again, soon.
+
+        The last steps are forgotten too: the change was somewhere among them.
+        """
+        self.speeds.clear()
+        self.steps.clear()
+        self.settling, self.left = _SETTLING, _SETTLING + _GUESSING
+        # Which is doubled if guessing still pays.
+        self.wait = _FIRST_WAIT // 2
+
     @property
     def hopeless(self) -> bool:
         """Whether guesses are on trial and already known to fail."""
@@ -76,7 +94,7 @@ class _Load:
         if len(self.steps) not in (_FIRST_LOOK, 2 * _FIRST_LOOK):
             return False
         plain = self.speeds.get(False)
-        return plain is not None and _speed(self.steps) < _HOPELESS * plain
+        return plain is not None and _speed(self.steps, True) < _HOPELESS * plain
 
     def falls(self, running: int, tokens: int) -> bool:
         """Count a step with guesses; whether they come true less often than usual."""
@@ -86,9 +104,6 @@ class _Load:
             return False
         now, usual = lately[2] / lately[1], self.usual
         fallen = usual is not None and now < _FALLEN * usual
-        if fallen:
-            self.speeds.clear()
-            self.steps = deque(list(self.steps)[-lately[0] :], self.steps.maxlen)
         self.usual = now if usual is None or fallen else (usual + now) / 2
         lately[:] = 0, 0, 0
         return fallen
@@ -155,11 +170,13 @@ class LoadGuard:
                 if load.settling:
                     load.settling -= 1
                 else:
-                    load.steps.append((now - before[0], tokens, rows / running))
+                    load.steps.append(_Step(now - before[0], tokens, rows / running))
                     load.running = running
                     if load.speculating and not load.probing:
                         fallen = load.falls(running, tokens)
-            if load.left <= 0 or load.hopeless or fallen:
+            if fallen:
+                load.start_over()
+            elif load.left <= 0 or load.hopeless:
                 self._change_phase(load)
         self._mode = load.guessing
         return self._mode
@@ -167,10 +184,12 @@ class LoadGuard:
     def _change_phase(self, load: _Load) -> None:
         mode = load.guessing
         if len(load.steps) >= _FIRST_LOOK:
-            speed = _speed(load.steps)
+            speed, steps = _speed(load.steps, mode), _undisturbed(load.steps, mode)
             load.speeds[mode] = (load.speeds.get(mode, speed) + speed) / 2
-            rows = fmean(rows for _, _, rows in load.steps)
-            load.times[mode] = _seconds(load.steps), rows
+            # The mean time, not the median: where only some steps have guesses, those
+            # are the long ones.
+            seconds = fmean(step.seconds for step in steps)
+            load.times[mode] = seconds, fmean(step.rows for step in steps)
         load.steps.clear()
         load.settling = _SETTLING
         if not load.probing:
@@ -188,15 +207,14 @@ class LoadGuard:
         load.left = load.wait
 
 
-def _speed(steps: Iterable[tuple[float, int, float]]) -> float:
-    """Tokens per second of (seconds, tokens, rows per request)."""
+def _undisturbed(steps: Iterable[_Step], guessing: bool) -> list[_Step]:
+    """Without steps that waited for something else."""
     steps = list(steps)
-    return fmean(tokens for _, tokens, _ in steps) / _seconds(steps)
+    most = _OUTLIER[guessing] * median(step.seconds for step in steps)
+    return [step for step in steps if step.seconds <= most]
 
 
-def _seconds(steps: Iterable[tuple[float, int, float]]) -> float:
-    """The mean time, not the median: where only some steps have guesses, those are
-    the long ones."""
-    seconds = [seconds for seconds, _, _ in steps]
-    most = _OUTLIER * median(seconds)
-    return fmean(min(each, most) for each in seconds)
+def _speed(steps: Iterable[_Step], guessing: bool) -> float:
+    """Tokens per second."""
+    steps = _undisturbed(steps, guessing)
+    return sum(step.tokens for step in steps) / sum(step.seconds for step in steps)
