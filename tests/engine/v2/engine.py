@@ -291,11 +291,28 @@ def in_turn(llm: Any, plans: Any, every: int, prompts: Any, params: Any) -> Any:
 def learn(llm: Any, prompts: Any, params: Any, rounds: int) -> Any:
     """Generate until the traffic has changed the trees, each time the same.
 
+    It begins with trees that guess nothing, than which others are better by any
+    evidence.
+
     Returns what was generated each time, changes, and (observations, tries, moves).
     """
     from vllm_ppd.engine.v2 import online
+    from vllm_ppd.plan import Tier, TreePlan
+    from vllm_ppd.tree import SparseTree, TreePolicy
 
     runner, outputs = _runner(llm), []
+    trees = runner.speculator.trees
+    served = trees.served_plan
+    bare = SparseTree((), (), (1,), served.num_ept)
+    policy = TreePolicy((bare,) * (served.num_prompt_tokens + 1))
+    trees.set_plan(
+        TreePlan(
+            tuple(
+                Tier(tier.max_requests, (policy,) * len(tier.policies))
+                for tier in served.tiers
+            )
+        )
+    )
     learning = runner._ppd_online
     usual = online.COUNT_EVERY, online.ASK_EVERY, online.REST
     online.COUNT_EVERY, online.ASK_EVERY, online.REST = 2, 4, 0.0

@@ -63,7 +63,7 @@ def test_trees_are_exchanged_while_requests_run(
 
 
 def test_the_traffic_changes_the_trees(plain, ppd, tiny_engine, searched):
-    """Typical chances are far from those of prompt tokens that are noise."""
+    """From trees that guess nothing to some that do."""
     assert ppd.call("learns", searched)
     before = ppd.call("report", searched)
     requests = prompts(2, seed=67)
@@ -79,7 +79,9 @@ def test_the_traffic_changes_the_trees(plain, ppd, tiny_engine, searched):
     stayed = np.array(moves)[:, 0, 0].sum()
     assert 0 < stayed < np.array(moves).sum()
     after = ppd.call("report", searched)
-    assert after["plan_changes"] == changes and after["plan"] != before["plan"]
+    assert after["plan_changes"] == changes
+    found = [tier["policies"] for tier in after["plan"]["tiers"]]
+    assert any(tree["parents"] for tree in found[0][0]["trees"])
     # Rows per load are vLLM's, whatever the trees.
     assert [t["max_requests"] for t in after["plan"]["tiers"]] == [
         t["max_requests"] for t in before["plan"]["tiers"]
