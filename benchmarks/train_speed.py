@@ -9,10 +9,10 @@ machine:
 
 - speed: supervised predictions per second, for several numbers of points and two
   lengths of sequence, with equal text per batch, medians over rounds with their spread;
-- quality over time: trainings of several lengths from start to end (each with its own
-  learning-rate schedule, as nobody stops in the middle of one), judged after their
+- quality over time: trainings of several durations from start to end (each with its
+  own learning-rate schedule, as nobody stops in the middle of one), judged after their
   clock has stopped. One point per sequence gets the best of several learning rates and
-  batch sizes; many points get the trainer's defaults.
+  batch sizes for each length of sequence; many points get the trainer's defaults.
 
 Finished trainings are kept in the work folder, and the same command goes on from them.
 """
@@ -49,7 +49,7 @@ ONE_SHARES = tuple(Fraction(1, n) for n in (16, 8, 4, 2, 1))
 MANY_SHARES = tuple(Fraction(1, n) for n in (80, 40, 20, 10, 5))
 TUNED_AT = Fraction(1, 4)
 # Learning rate over the default, and sequences per batch.
-ONE_CHOICES = ((1.0, 8), (0.5, 8), (0.25, 8), (0.5, 2), (0.25, 2))
+ONE_CHOICES = ((0.5, 1), (0.25, 1), (0.125, 1), (0.25, 2), (0.125, 2), (0.0625, 2))
 # Quality is tokens per step of the best trees with so many rows, a middling number.
 ROWS = 16
 
@@ -66,13 +66,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--held-out", nargs="+", default=[str(held_out)], help="text to judge by")
     add("--max-tokens", type=int, default=4_000_000, help="leave further text unread")
     add("--batch-tokens", type=int, default=2048, help="text per step")
-    points, own = TrainSettings.points, TrainSettings.batch_size
-    add("--points", type=int, default=points, help="per sequence, quality over time")
-    add("--batch-size", type=int, default=own, help="sequences, for many points")
-    add("--length", type=int, default=256, help="of sequences, for quality over time")
-    add("--seconds", type=float, default=240.0, help="longest one-point training")
+    for name, what in (
+        ("points", "per sequence and update, quality over time"),
+        ("updates", "per pass over a batch, for many points"),
+        ("batch-size", "sequences, for many points"),
+    ):
+        own = getattr(TrainSettings, name.replace("-", "_"))
+        add(f"--{name}", type=int, default=own, help=what)
+    lengths = {"nargs": "+", "type": int, "default": [256, 1024]}
+    add("--lengths", **lengths, help="of sequences, for quality over time")
+    add("--seconds", type=float, default=120.0, help="longest one-point training")
     add("--speed-points", type=int, nargs="+", default=[1, 16, 64, 128, 256])
-    add("--speed-lengths", type=int, nargs="+", default=[256, 1024])
+    add("--speed-lengths", **lengths)
     add("--speed-seconds", type=float, default=6.0, help="per measurement of speed")
     add("--rounds", type=int, default=3, help="measurements of each speed")
     add("--threads", type=int, default=1, help="of torch, on CPU")
@@ -88,7 +93,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.examination |= {"prompts": 4, "continuation": 16, "sequences": 2}
     name = "train_speed-quick" if args.quick else "train_speed"
     args.work = args.work or ROOT / "build" / name
-    for flag in ("seconds", "speed_seconds", "rounds", "threads", "points", "length"):
+    for flag in ("seconds", "speed_seconds", "rounds", "threads", "points", "updates"):
         if not getattr(args, flag) > 0:
             shown = "--" + flag.replace("_", "-")
             parser.error(f"{shown} is {getattr(args, flag)}; expected above 0")
@@ -116,6 +121,7 @@ def measure_speeds(bench: Workbench, args: argparse.Namespace) -> list[dict[str,
                     steps=None if number else 2,
                     minutes=args.speed_seconds / 60 if number else None,
                     points=count,
+                    updates=1,
                     length=length,
                     batch_size=batch_of(args, length),
                     learning_rate=bench.learning_rate,
@@ -152,13 +158,14 @@ def speed_cell(
 def one_point(share: Fraction, factor: float, batch_size: int) -> Run:
     part = f"{share.numerator}_{share.denominator}"
     name = f"one,rate={factor:g},batch={batch_size},{part}"
-    settings = {"points": 1, "batch_size": batch_size}
+    settings = {"points": 1, "updates": 1, "batch_size": batch_size}
     return Run(name, settings, share=share, rate_factor=factor)
 
 
-def many_points(share: Fraction, points: int, batch_size: int) -> Run:
-    name = f"many={points},batch={batch_size},{share.numerator}_{share.denominator}"
-    return Run(name, {"points": points, "batch_size": batch_size}, share=share)
+def many_points(share: Fraction, **settings: int) -> Run:
+    shown = ",".join(f"{name}={value}" for name, value in settings.items())
+    name = f"many,{shown},{share.numerator}_{share.denominator}"
+    return Run(name, settings, share=share)
 
 
 def quality(record: Mapping[str, Any]) -> float:
@@ -185,33 +192,37 @@ def curve_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def compared(
     one: Sequence[Mapping[str, Any]], many: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """How much sooner `many` reaches the best that `one` reaches.
+) -> list[dict[str, Any]]:
+    """How much sooner `many` reaches each level that `one` reaches, the best last.
 
     Both are curves. Seconds are those of the shortest training that is as good;
     None when there is none.
     """
-    level = max(point["tokens_per_step"] for point in one)
 
-    def seconds(curve: Sequence[Mapping[str, Any]]) -> float | None:
+    def seconds(curve: Sequence[Mapping[str, Any]], level: float) -> float | None:
         times = [p["seconds"] for p in curve if p["tokens_per_step"] >= level]
         return min(times, default=None)
 
-    slow, fast = seconds(one), seconds(many)
-    return {
-        "tokens_per_step": level,
-        "one_point_s": slow,
-        "many_points_s": fast,
-        "times_sooner": round(slow / fast, 2) if slow and fast else None,
-    }
+    found = []
+    for level in sorted({point["tokens_per_step"] for point in one}):
+        slow, fast = seconds(one, level), seconds(many, level)
+        found.append(
+            {
+                "tokens_per_step": level,
+                "one_point_s": slow,
+                "many_points_s": fast,
+                "times_sooner": round(slow / fast, 2) if slow and fast else None,
+            }
+        )
+    return found
 
 
 def measure_quality(
-    bench: Workbench, args: argparse.Namespace, examination: Examination
+    bench: Workbench, args: argparse.Namespace, examination: Examination, length: int
 ) -> dict[str, Any]:
-    """Both curves, and the comparison."""
+    """Both curves for sequences of `length` tokens, and the comparison."""
     folder = RunFolder(
-        args.work,
+        args.work / f"length={length}",
         {
             "seconds": args.seconds,
             "examination": examination.to_dict(),
@@ -219,11 +230,12 @@ def measure_quality(
             "data_sha256": bench.data_sha256,
             "text_tokens": bench.text.tokens.numel(),
             "batch_tokens": args.batch_tokens,
-            "length": args.length,
+            "length": length,
             "threads": args.threads,
         },
     )
     folder.open()
+    own = {name: getattr(args, name) for name in ("points", "updates", "batch_size")}
     shares = [*ONE_SHARES, *MANY_SHARES, *(TUNED_AT,) * (len(ONE_CHOICES) - 1)]
     progress = Progress([float(share) * args.seconds for share in shares], args.quiet)
 
@@ -232,7 +244,7 @@ def measure_quality(
             return folder.record(run, 0) or folder.finish(
                 run,
                 0,
-                run.train_settings(args.seconds, args.length, bench.learning_rate),
+                run.train_settings(args.seconds, length, bench.learning_rate),
                 bench,
                 examination,
                 {"git": git_state()},
@@ -245,14 +257,12 @@ def measure_quality(
             tuned[best] if share == TUNED_AT else record(one_point(share, *best))
             for share in ONE_SHARES
         ]
-        many = [
-            record(many_points(share, args.points, args.batch_size))
-            for share in MANY_SHARES
-        ]
+        many = [record(many_points(share, **own)) for share in MANY_SHARES]
     finally:
         progress.close()
     curves = {"one": curve_of(one), "many": curve_of(many)}
     return {
+        "length": length,
         "one_point_choices": curve_of(list(tuned.values())),
         "curves": curves,
         "comparison": compared(curves["one"], curves["many"]),
@@ -262,11 +272,12 @@ def measure_quality(
 def run(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     card = environment_card()
-    examination = Examination(length=args.length, **args.examination)
+    # One for all lengths, so that they compare.
+    examination = Examination(length=min(256, *args.lengths), **args.examination)
     bench = Workbench.load(
         args.model,
         Texts(tuple(args.data), tuple(args.held_out), args.max_tokens),
-        max(args.length, *args.speed_lengths),
+        max(*args.lengths, *args.speed_lengths),
         args.quiet,
     )
     # First: it is short, and says at once whether the machine is quiet.
@@ -274,7 +285,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shown = {
         name: getattr(args, name)
         for name in (
-            *("batch_tokens", "batch_size", "points", "length", "seconds", "threads"),
+            *("batch_tokens", "batch_size", "points", "updates", "seconds", "threads"),
         )
     }
     return {
@@ -294,7 +305,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "versions": {"torch": torch.__version__},
         },
         "cells": speeds,
-        "quality": measure_quality(bench, args, examination),
+        "quality": [
+            measure_quality(bench, args, examination, length) for length in args.lengths
+        ],
     }
 
 
@@ -307,13 +320,16 @@ def show(results: Mapping[str, Any]) -> None:
                 f"{figures['predictions_per_s']['median']:>9,.0f} predictions/s"
                 "  {median:.1f}x ({min:.1f}-{max:.1f})".format(**figures["ratio"])
             )
-    for name, curve in results["quality"]["curves"].items():
-        for point in curve:
-            print(
-                f"  {name:>4}  {point['seconds']:7.1f} s  "
-                f"{point['tokens_per_step']:.3f} tokens per step"
-            )
-    print(results["quality"]["comparison"])
+    for cell in results["quality"]:
+        print(f"trained on sequences of {cell['length']} tokens")
+        for name, curve in cell["curves"].items():
+            for point in curve:
+                print(
+                    f"  {name:>4}  {point['seconds']:7.1f} s  "
+                    f"{point['tokens_per_step']:.3f} tokens per step"
+                )
+        for level in cell["comparison"]:
+            print(f"  {level}")
 
 
 def main(argv: list[str] | None = None) -> int:

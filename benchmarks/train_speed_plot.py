@@ -14,8 +14,11 @@ def draw(results: Mapping[str, Any], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(9, 3.6), layout="constrained"
+    figure, (left, *others) = pyplot.subplots(
+        1,
+        1 + len(results["quality"]),
+        figsize=(4.4 * (1 + len(results["quality"])), 3.6),
+        layout="constrained",
     )
     for cell in results["cells"]:
         counts = [int(count) for count in cell["points"]]
@@ -29,24 +32,29 @@ def draw(results: Mapping[str, Any], out: Path) -> None:
         xlabel="insertion points per sequence",
         ylabel="predictions/s, over those of 1 point",
     )
-    points = results["settings"]["points"]
-    (rows,) = results["settings"]["examination"]["rows"]
-    names = {"one": "1 point per sequence", "many": f"{points} points"}
-    for name, curve in results["quality"]["curves"].items():
-        right.plot(
-            [point["seconds"] for point in curve],
-            [point["tokens_per_step"] for point in curve],
-            marker="o",
-            label=names[name],
+    own = results["settings"]
+    (rows,) = own["examination"]["rows"]
+    names = {
+        "one": "1 point per sequence",
+        "many": f"{own['points']} points, {own['updates']} updates per pass",
+    }
+    for panel, cell in zip(others, results["quality"], strict=True):
+        for name, curve in cell["curves"].items():
+            panel.plot(
+                [point["seconds"] for point in curve],
+                [point["tokens_per_step"] for point in curve],
+                marker="o",
+                label=names[name],
+            )
+        level = cell["comparison"][-1]["tokens_per_step"]
+        panel.axhline(level, color="grey", linewidth=0.8, linestyle="--")
+        panel.set(
+            xscale="log",
+            xlabel="seconds of training",
+            ylabel=f"tokens per step, trees of {rows} rows",
+            title=f"sequences of {cell['length']} tokens",
         )
-    level = results["quality"]["comparison"]["tokens_per_step"]
-    right.axhline(level, color="grey", linewidth=0.8, linestyle="--")
-    right.set(
-        xscale="log",
-        xlabel="seconds of training",
-        ylabel=f"tokens per step, trees of {rows} rows",
-    )
-    for panel in (left, right):
+    for panel in (left, *others):
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=150)

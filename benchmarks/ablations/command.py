@@ -26,7 +26,7 @@ from vllm_ppd.train.trainer import Interrupted
 from .document import ablations_document
 from .examination import Examination
 from .page import PAGE
-from .plan import chosen_tables, runs_of
+from .plan import BASELINE_RATE, chosen_tables, runs_of
 from .plot import draw
 from .progress import Progress
 from .runs import RunFolder
@@ -132,7 +132,7 @@ def make_runs(args: argparse.Namespace) -> dict[str, Any]:
     try:
         for run, seed in todo:
             settings = run.train_settings(
-                args.seconds_per_run, args.length, bench.learning_rate
+                args.seconds_per_run, args.length, BASELINE_RATE * bench.learning_rate
             )
             with progress.run(run.name):
                 record = folder.finish(run, seed, settings, bench, examination, about)

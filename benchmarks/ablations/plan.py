@@ -13,7 +13,15 @@ from typing import Any
 
 from vllm_ppd.train.settings import TrainSettings
 
-__all__ = ["BASELINE", "TABLES", "Run", "Table", "chosen_tables", "runs_of"]
+__all__ = [
+    "BASELINE",
+    "BASELINE_RATE",
+    "TABLES",
+    "Run",
+    "Table",
+    "chosen_tables",
+    "runs_of",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +52,7 @@ class Run:
             minutes=float(self.share) * seconds / 60,
             length=length,
             learning_rate=learning_rate * self.rate_factor,
-            **{"batch_size": _BATCH_SIZE, **base},
+            **{**_BASELINE_SETTINGS, **base},
         )
         return replace(common, **self.settings)
 
@@ -75,8 +83,10 @@ def _varied(
     )
 
 
-# Not the trainer's default, which follows from this table.
-_BATCH_SIZE = 8
+# Not the trainer's defaults, which follow from these tables and from train_speed.py.
+_BASELINE_SETTINGS = {"batch_size": 8, "points": 32, "updates": 1}
+# Times the trainer's default: four times the RMS of the embeddings.
+BASELINE_RATE = 2.0
 BASELINE = Run("baseline")
 _SIXTEENTH, _QUARTER = Fraction(1, 16), Fraction(1, 4)
 _SHORT = Run("time=1_16", share=_SIXTEENTH)

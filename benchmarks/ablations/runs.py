@@ -114,6 +114,7 @@ def shown_settings(run: Run, settings: TrainSettings) -> dict[str, Any]:
         "num_prompt_tokens": settings.num_prompt_tokens,
         "num_ept": settings.num_ept,
         "points": settings.points,
+        "updates": settings.updates,
         "loss": settings.loss,
         "alpha": settings.alpha,
         "init": run.init_from or settings.init,

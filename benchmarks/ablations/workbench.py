@@ -146,7 +146,7 @@ class Workbench:
             prompts=PromptTokens(result.table, self.base),
             steps=result.steps,
             seconds=result.seconds,
-            tokens=result.steps * settings.batch_size * settings.length,
+            tokens=round(result.steps * settings.text_tokens_per_step),
             positions=result.positions,
             positions_per_second=result.positions_per_second,
             learning_rate=settings.learning_rate,

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ pytest.importorskip("accelerate")
 
 from tests.unit.tiny_base import write_texts, write_tiny_model
 from vllm_ppd.prompts import PromptTokens
+from vllm_ppd.train.batch import Batch
 from vllm_ppd.train.forward import insertion_loss
 from vllm_ppd.train.job import TrainJob
 from vllm_ppd.train.settings import Distillation, TrainSettings
@@ -28,12 +28,15 @@ SETTINGS = TrainSettings(
     length=24,
     batch_size=2,
     points=4,
+    # Three steps end in the middle of the second batch.
+    updates=2,
     learning_rate=0.05,
     distillation=Distillation(continuations=12, prompt_length=8, batch_size=3),
 )
 FLAGS = (
-    f"--steps {STEPS} --length 24 --batch-size 2 --points 4 --learning-rate 0.05 "
-    "--self-distill 12 --self-distill-prompt 8 --self-distill-batch-size 3"
+    f"--steps {STEPS} --length 24 --batch-size 2 --points 4 --updates 2 "
+    "--learning-rate 0.05 --self-distill 12 --self-distill-prompt 8 "
+    "--self-distill-batch-size 3"
 )
 
 
@@ -58,12 +61,11 @@ def two_processes_in_one(trainer: Trainer, initial: torch.Tensor) -> torch.Tenso
     for step in range(STEPS):
         losses = []
         for process in range(2):
-            trainer._step = step
-            trainer.accelerator = SimpleNamespace(
-                device=torch.device("cpu"), process_index=process
+            number, update = divmod(step, SETTINGS.updates)
+            batch = Batch.draw(trainer.train_stream, SETTINGS, number, process)
+            loss, _ = insertion_loss(
+                trainer.model, table, batch.ids, batch.insertions[update], alpha=0.8
             )
-            ids, insertion = trainer._batch()
-            loss, _ = insertion_loss(trainer.model, table, ids, insertion, alpha=0.8)
             losses.append(loss)
         optimiser.param_groups[0]["lr"] = SETTINGS.learning_rate_at(step / STEPS)
         optimiser.zero_grad()

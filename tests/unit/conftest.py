@@ -80,7 +80,7 @@ def job(model_folder: Path, data: Path, tmp_path: Path) -> Any:
         data=[str(data)],
         out=str(tmp_path / "out"),
         settings=TrainSettings(
-            steps=8, length=24, batch_size=2, points=6, learning_rate=0.01
+            steps=8, length=24, batch_size=2, points=6, updates=2, learning_rate=0.01
         ),
         schedule=Schedule(evaluations=2, evaluation_sequences=4, checkpoint_every=3),
         cpu=True,

@@ -33,7 +33,9 @@ from vllm_ppd.train.settings import SettingsError, TrainSettings  # noqa: E402
 from vllm_ppd.train.table import initial_table  # noqa: E402
 from vllm_ppd.train.trainer import Interrupted, Trainer  # noqa: E402
 
-SETTINGS = TrainSettings(steps=8, length=24, batch_size=2, points=6, learning_rate=0.01)
+SETTINGS = TrainSettings(
+    steps=8, length=24, batch_size=2, points=6, updates=2, learning_rate=0.01
+)
 
 
 def test_a_run_learns_and_writes(job: TrainJob, data: Path) -> None:
@@ -242,6 +244,7 @@ def test_chat_data_without_template(tmp_path: Path, tokenizer, monkeypatch) -> N
         ({"steps": 0}, "steps is 0"),
         ({"steps": None, "minutes": 0.0}, "minutes is 0"),
         ({"points": 0}, "points is 0"),
+        ({"updates": 0}, "updates is 0"),
         ({"num_ept": 1.5}, "num_ept is 1.5"),
         ({"learning_rate": -1.0}, "learning_rate is -1"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
@@ -266,7 +269,7 @@ def test_the_default_learning_rate_follows_the_embeddings(job: TrainJob) -> None
     dataclasses.replace(job, settings=settings).run()
     record = json.loads((Path(job.out) / "training.json").read_text())
     # Embeddings were drawn with a standard deviation of 0.2.
-    assert record["settings"]["learning_rate"] == pytest.approx(0.8, rel=0.1)
+    assert record["settings"]["learning_rate"] == pytest.approx(0.4, rel=0.1)
 
 
 def test_bad_models(job: TrainJob, model_folder: Path, tmp_path: Path) -> None:

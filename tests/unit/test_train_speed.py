@@ -28,13 +28,21 @@ def test_times_sooner_is_between_first_times_of_equal_quality() -> None:
     one = [point(60, 1.2), point(120, 1.4), point(240, 1.4)]
     many = [point(3, 1.3), point(6, 1.38), point(12, 1.45), point(24, 1.41)]
     found = train_speed.compared(one, many)
-    assert found == {
-        "tokens_per_step": 1.4,
-        "one_point_s": 120,
-        "many_points_s": 12,
-        "times_sooner": 10.0,
-    }
-    never = train_speed.compared(one, many[:2])
+    assert found == [
+        {
+            "tokens_per_step": 1.2,
+            "one_point_s": 60,
+            "many_points_s": 3,
+            "times_sooner": 20.0,
+        },
+        {
+            "tokens_per_step": 1.4,
+            "one_point_s": 120,
+            "many_points_s": 12,
+            "times_sooner": 10.0,
+        },
+    ]
+    never = train_speed.compared(one, many[:2])[-1]
     assert (never["many_points_s"], never["times_sooner"]) == (None, None)
 
 
@@ -60,7 +68,7 @@ def test_a_quick_run(tmp_path: Path, capsys) -> None:
     write_texts(tmp_path / "held_out.jsonl", seed=1)
     out = tmp_path / "speed.json"
     argv = ["--quick", "--quiet", "--model", str(tmp_path / "tiny"), "--points", "4"]
-    argv += ["--data", str(tmp_path / "train.jsonl"), "--length", "24"]
+    argv += ["--data", str(tmp_path / "train.jsonl"), "--lengths", "24", "48"]
     argv += ["--held-out", str(tmp_path / "held_out.jsonl"), "--batch-tokens", "48"]
     argv += ["--work", str(tmp_path / "work"), "--speed-lengths", "24", "48"]
     assert train_speed.main([*argv, "--out", str(out)]) == 0
@@ -69,11 +77,12 @@ def test_a_quick_run(tmp_path: Path, capsys) -> None:
     assert out.with_suffix(".png").stat().st_size > 1000
     assert [cell["batch_size"] for cell in results["cells"]] == [2, 1]
     assert set(results["cells"][0]["points"]) == {"1", "4"}
-    curves = results["quality"]["curves"]
-    assert len(curves["one"]) == len(curves["many"]) == 5
-    # The longest one-point training has what was found best for it.
-    choices = results["quality"]["one_point_choices"]
-    best = max(choices, key=lambda p: p["tokens_per_step"])
-    for name in ("learning_rate", "batch_size"):
-        assert curves["one"][-1][name] == best[name]
+    assert [cell["length"] for cell in results["quality"]] == [24, 48]
+    for cell in results["quality"]:
+        curves = cell["curves"]
+        assert len(curves["one"]) == len(curves["many"]) == 5
+        # The longest one-point training has what was found best for it.
+        best = max(cell["one_point_choices"], key=lambda p: p["tokens_per_step"])
+        for name in ("learning_rate", "batch_size"):
+            assert curves["one"][-1][name] == best[name]
     assert str(tmp_path) not in json.dumps(results)

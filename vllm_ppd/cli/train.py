@@ -117,13 +117,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("optimisation")
     setting(group, "length", int, "tokens per training sequence")
-    setting(group, "batch_size", int, "sequences per step and process")
-    setting(group, "points", int, "insertion points per sequence")
+    setting(group, "batch_size", int, "sequences per pass and process")
+    setting(group, "points", int, "insertion points per sequence and step")
+    setting(group, "updates", int, "steps per pass of a batch through the frozen model")
     setting(
         group,
         "learning_rate",
         float,
-        "AdamW's peak, decayed by a cosine (default: 4 times the root mean square of "
+        "AdamW's peak, decayed by a cosine (default: twice the root mean square of "
         "the model's embeddings)",
     )
     setting(group, "alpha", float, "distance i counts alpha^(i-1)")

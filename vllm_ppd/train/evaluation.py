@@ -15,6 +15,8 @@ __all__ = ["evaluate"]
 
 # Held-out points do not depend on a run's seed, so that runs can be compared.
 _SEED = 20_240_528
+# Rates want more of them than a step of training does.
+_LEAST_POINTS = 32
 
 
 @torch.no_grad()
@@ -43,7 +45,7 @@ def evaluate(
         ids, allowed = stream.windows(part, settings.length)
         insertion = sample_insertion(
             torch.ones_like(ids),
-            settings.points,
+            max(settings.points, _LEAST_POINTS),
             settings.num_prompt_tokens,
             settings.num_ept,
             generator,

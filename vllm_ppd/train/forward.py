@@ -6,7 +6,7 @@ import torch
 
 from vllm_ppd.train.insertion import Insertion
 from vllm_ppd.train.loss import NO_TOKEN, Targets, prompt_loss
-from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.train.model import FrozenModel, OrdinaryRows
 from vllm_ppd.train.scores import Scores
 from vllm_ppd.train.settings import LossKind
 
@@ -20,6 +20,7 @@ def insertion_loss(
     insertion: Insertion,
     *,
     alpha: float,
+    ordinary: OrdinaryRows | None = None,
     kind: LossKind = "kl",
     chunk_elements: int = 1 << 22,
     with_scores: bool = False,
@@ -27,11 +28,15 @@ def insertion_loss(
 ) -> tuple[torch.Tensor, Scores | None]:
     """Loss (a scalar, see vllm_ppd.train.loss) of prompt `embeddings` [m, e, hidden].
 
-    `ids` is int64 [batch, T]. `with_greedy` also counts what lies on the greedy path,
-    for which the vocabulary head runs over every ordinary row. Raises ValueError when
-    no insertion point is valid.
+    `ids` is int64 [batch, T]. `ordinary` is what an earlier pass over them left; the
+    pass is made here without it. `with_greedy` also counts what lies on the greedy
+    path, for which the vocabulary head runs over every ordinary row. Raises ValueError
+    when no insertion point is valid.
     """
-    ordinary = model.ordinary_rows(ids, insertion.attention_mask)
+    if ordinary is None:
+        ordinary = model.ordinary_rows(ids, insertion.attention_mask)
+    else:
+        ordinary.drop_prompt_rows()
     sequence, target = insertion.target_index()
     following = torch.cat([ids, torch.full_like(ids[:, :1], NO_TOKEN)], dim=1)
     inside = torch.cat(

@@ -29,7 +29,7 @@ from transformers import (
 from vllm_ppd.train.insertion import Insertion, token_positions
 from vllm_ppd.train.settings import Quantization
 
-__all__ = ["FrozenModel", "ModelError"]
+__all__ = ["FrozenModel", "ModelError", "OrdinaryRows"]
 
 
 class ModelError(ValueError):
@@ -43,6 +43,17 @@ class OrdinaryRows:
     hidden: torch.Tensor
     """[batch, T, hidden], the last layer's output, ready for the vocabulary head."""
     cache: DynamicCache
+
+    def drop_prompt_rows(self) -> None:
+        """Cut the cache back to the ordinary rows, so that others can follow them.
+
+        To be called after the backward pass of the rows that are dropped.
+        """
+        length = self.hidden.shape[1]
+        for layer in self.cache.layers:
+            # Detached, because the rows that go bring their gradient's history.
+            layer.keys = layer.keys[..., :length, :].detach()
+            layer.values = layer.values[..., :length, :].detach()
 
 
 class FrozenModel:
@@ -173,8 +184,8 @@ class FrozenModel:
     ) -> torch.Tensor:
         """Last-layer output [batch, R, hidden] of the prompt rows, differentiable.
 
-        `embeddings` [m, e, hidden] is the prompt table in any floating dtype. Uses up
-        `ordinary`, whose cache grows by the prompt rows.
+        `embeddings` [m, e, hidden] is the prompt table in any floating dtype. The cache
+        of `ordinary` grows by the prompt rows; see `OrdinaryRows.drop_prompt_rows`.
         """
         batch, points = insertion.points.shape
         # Repeated before the cast: gradients of all points then add up in float32.

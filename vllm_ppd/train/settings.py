@@ -78,11 +78,14 @@ class TrainSettings:
     length: int = 256
     """Tokens per training sequence."""
     batch_size: int = 1
-    """Sequences per step and process. There are few parameters to train, and the many
+    """Sequences per pass and process. There are few parameters to train, and the many
     insertion points of one sequence tell enough about them: more and smaller steps
     get further (benchmarks/ablations)."""
-    points: int = 32
-    """Insertion points per sequence."""
+    points: int = 8
+    """Insertion points per sequence and update."""
+    updates: int = 8
+    """Optimiser steps per pass of a batch through the frozen model, each with insertion
+    points of its own."""
     learning_rate: float | None = None
     """Peak of AdamW's cosine schedule (no warm-up, no weight decay); None is the
     `default_learning_rate` of the model. The paper has 0.01."""
@@ -114,6 +117,7 @@ class TrainSettings:
             "length",
             "batch_size",
             "points",
+            "updates",
             "max_tokens",
             *(n for n in ("steps", "patience") if getattr(self, n) is not None),
         ):
@@ -156,6 +160,11 @@ class TrainSettings:
         if not in_range:
             bound = f"of at least {least}" if least is not None else "above 0"
             raise SettingsError(f"{name} is {value!r}; expected {kind} {bound}")
+
+    @property
+    def text_tokens_per_step(self) -> float:
+        """Tokens of text that a step of one process goes through, on average."""
+        return self.batch_size * self.length / self.updates
 
     def learning_rate_at(self, progress: float) -> float:
         """Cosine from the peak at progress 0 to zero at 1 and beyond.

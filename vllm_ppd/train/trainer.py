@@ -1,8 +1,10 @@
 """The training loop (as the paper trains): AdamW on the prompt table, model frozen.
 
-Batches depend on the seed, the step and the process only, never on what came before,
-so a run continued from its checkpoint is the run that was never stopped. (With a time
-budget the learning rate follows the clock; then this holds up to timing.)
+A batch runs through the frozen model once and serves several steps, each with other
+insertion points: what the pass leaves does not change with the table. Batches depend on
+the seed, the step and the process only, never on what came before, so a run continued
+from its checkpoint, also in the middle of a batch, is the run that was never stopped.
+(With a time budget the learning rate follows the clock; then this holds up to timing.)
 """
 
 from __future__ import annotations
@@ -18,17 +20,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from vllm_ppd.train.batch import Batch
 from vllm_ppd.train.checkpoint import Checkpoint
 from vllm_ppd.train.data import TokenStream
-from vllm_ppd.train.documents import DataError
 from vllm_ppd.train.early_stop import best_record, evaluations_since_best
 from vllm_ppd.train.evaluation import evaluate
 from vllm_ppd.train.forward import insertion_loss
-from vllm_ppd.train.insertion import Insertion, sample_insertion
-from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.train.model import FrozenModel, OrdinaryRows
 from vllm_ppd.train.progress import Moment, joined, training_bar
 from vllm_ppd.train.scores import Scores
-from vllm_ppd.train.seeds import mixed_seed
 from vllm_ppd.train.settings import TrainSettings
 from vllm_ppd.train.stopping import stopping_signals
 from vllm_ppd.train.table import PromptTable
@@ -96,6 +96,7 @@ class Trainer:
         self._positions = 0
         self._history: list[dict[str, Any]] = []
         self._best: torch.Tensor | None = None
+        self._pass: tuple[int, Batch, OrdinaryRows] | None = None
         self._stop = False
 
     @property
@@ -130,7 +131,7 @@ class Trainer:
     def _loop(self, module: Any, optimiser: Any) -> Result:
         start = time.monotonic() - self._used
         processes = self.accelerator.num_processes
-        tokens = self.settings.batch_size * self.settings.length
+        tokens = self.settings.text_tokens_per_step
         before, first = self._positions, self._step
         busy, smooth = 1e-9, math.nan
         recent = Scores.zeros(self.settings.num_prompt_tokens)
@@ -183,12 +184,14 @@ class Trainer:
         """One update; loss, supervised predictions and, at times, their scores."""
         for group in optimiser.param_groups:
             group["lr"] = self.settings.learning_rate_at(progress)
-        ids, insertion = self._batch()
+        batch, ordinary = self._batch_of_step()
+        insertion = batch.insertions[self._step % self.settings.updates]
         loss, scores = insertion_loss(
             self.model,
             module(),
-            ids,
+            batch.ids,
             insertion,
+            ordinary=ordinary,
             alpha=self.settings.alpha,
             kind=self.settings.loss,
             with_scores=self._step % _SCORE_EVERY == 0,
@@ -199,34 +202,21 @@ class Trainer:
         count = int(insertion.valid.sum()) * self.settings.num_prompt_tokens
         return loss.item(), count, scores
 
-    def _batch(self) -> tuple[torch.Tensor, Insertion]:
-        settings, device = self.settings, self.accelerator.device
-        generator = torch.Generator().manual_seed(
-            mixed_seed(settings.seed, self._step, self.accelerator.process_index)
-        )
-        # In chats a whole batch may be the user's words; draw again then.
-        for _ in range(100):
-            ids, allowed = self.train_stream.windows(
-                self.train_stream.random_starts(
-                    settings.batch_size, settings.length, generator
-                ),
-                settings.length,
-            )
-            insertion = sample_insertion(
-                torch.ones_like(ids),
-                settings.points,
-                settings.num_prompt_tokens,
-                settings.num_ept,
-                generator,
-                allowed,
-            )
-            if bool(insertion.valid.any()):
-                return ids.to(device), insertion.to(device)
-        raise DataError(
-            f"no window of {settings.length} tokens has "
-            f"{settings.num_prompt_tokens + 1} tokens of the assistant in a row; use "
-            "data with longer answers"
-        )
+    def _batch_of_step(self) -> tuple[Batch, OrdinaryRows]:
+        """Sequences of this step, and the pass over them, made once for its updates."""
+        number = self._step // self.settings.updates
+        if self._pass is None or self._pass[0] != number:
+            # Freed before the next one takes its memory.
+            self._pass = None
+            batch = Batch.draw(
+                self.train_stream,
+                self.settings,
+                number,
+                self.accelerator.process_index,
+            ).to(self.accelerator.device)
+            mask = batch.insertions[0].attention_mask
+            self._pass = (number, batch, self.model.ordinary_rows(batch.ids, mask))
+        return self._pass[1:]
 
     def _progress(self) -> tuple[float, bool]:
         """Part of the budget used, and whether to stop; equal in all processes."""

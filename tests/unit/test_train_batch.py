@@ -1,0 +1,132 @@
+"""Several updates on one pass over a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from vllm_ppd.train.batch import Batch
+from vllm_ppd.train.forward import insertion_loss
+from vllm_ppd.train.job import TrainJob
+from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.train.trainer import Trainer
+
+STEPS, UPDATES = 7, 3
+
+
+@pytest.fixture
+def several(job: TrainJob) -> TrainJob:
+    """Seven steps: two whole batches, and one that ends after its first update."""
+    settings = dataclasses.replace(
+        job.settings, steps=STEPS, updates=UPDATES, dtype="float32"
+    )
+    return dataclasses.replace(job, settings=settings)
+
+
+def trainer_of(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """The trainer of a job, and the table that it would start from."""
+    caught = []
+
+    def catch(self, initial, *, resume):
+        caught.append((self, initial))
+        raise RuntimeError("caught")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="caught"):
+        patch.setattr(Trainer, "run", catch)
+        job.run()
+    return caught[0]
+
+
+def by_hand(trainer: Trainer, initial: torch.Tensor) -> torch.Tensor:
+    """The same training with a pass of its own for every update."""
+    table, settings = torch.nn.Parameter(initial.clone()), trainer.settings
+    optimiser = torch.optim.AdamW([table], weight_decay=0.0)
+    for step in range(STEPS):
+        number, update = divmod(step, UPDATES)
+        batch = Batch.draw(trainer.train_stream, settings, number, 0)
+        loss, _ = insertion_loss(
+            trainer.model, table, batch.ids, batch.insertions[update], alpha=0.8
+        )
+        optimiser.param_groups[0]["lr"] = settings.learning_rate_at(step / STEPS)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return table.detach()
+
+
+def test_a_pass_serves_several_updates(several: TrainJob, monkeypatch) -> None:
+    """K updates on one pass are K passes with the same insertion points."""
+    trainer, initial = trainer_of(several, monkeypatch)
+    expected = by_hand(trainer, initial)
+    assert (expected - initial).abs().max() > 0.01
+    passes = []
+    ordinary_rows = FrozenModel.ordinary_rows
+
+    def counted(self, ids, mask):
+        passes.append(ids)
+        return ordinary_rows(self, ids, mask)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenModel, "ordinary_rows", counted)
+        patch.setattr(Trainer, "_evaluate_if_due", lambda self, progress: False)
+        # Without evaluations there is no result to write, but there is the table.
+        found = trainer.run(initial).table
+    assert len(passes) == 3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_resume_anywhere_in_a_batch(several: TrainJob, monkeypatch, stop: int) -> None:
+    whole = dataclasses.replace(several, out=several.out + "-whole").run().table
+    train_step = Trainer._train_step
+
+    def killed(self, *args):
+        if self._step == stop:
+            raise RuntimeError("killed")
+        return train_step(self, *args)
+
+    schedule = dataclasses.replace(several.schedule, checkpoint_every=1)
+    several = dataclasses.replace(several, schedule=schedule)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Trainer, "_train_step", killed)
+        several.run()
+    resumed = dataclasses.replace(several, resume=True).run().table
+    assert torch.equal(resumed, whole)
+
+
+def test_rows_of_an_earlier_update_are_gone(job: TrainJob, monkeypatch) -> None:
+    trainer, initial = trainer_of(job, monkeypatch)
+    batch = Batch.draw(trainer.train_stream, trainer.settings, 0, 0)
+    insertion = batch.insertions[0]
+    ordinary = trainer.model.ordinary_rows(batch.ids, insertion.attention_mask)
+    before = [layer.keys.clone() for layer in ordinary.cache.layers]
+    table = initial.clone().requires_grad_()
+    trainer.model.prompt_rows(table, insertion, ordinary).sum().backward()
+    assert ordinary.cache.layers[0].keys.shape != before[0].shape
+    ordinary.drop_prompt_rows()
+    for layer, keys in zip(ordinary.cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert not layer.keys.requires_grad and not layer.values.requires_grad
+
+
+def test_batches_repeat_and_differ(job: TrainJob, monkeypatch) -> None:
+    trainer, _ = trainer_of(job, monkeypatch)
+
+    def draw(number: int, process: int = 0) -> Batch:
+        return Batch.draw(trainer.train_stream, trainer.settings, number, process)
+
+    first = draw(3)
+    points = [part.points for part in first.insertions]
+    assert len(points) == trainer.settings.updates
+    assert not torch.equal(points[0], points[1])
+    for one, other in zip(first.insertions, draw(3).insertions, strict=True):
+        assert torch.equal(one.points, other.points)
+    assert torch.equal(first.ids, draw(3).ids)
+    assert not torch.equal(first.ids, draw(4).ids)
+    assert not torch.equal(first.ids, draw(3, process=1).ids)
