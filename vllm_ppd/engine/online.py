@@ -32,11 +32,11 @@ logger = init_logger("vllm.ppd")
 # first every step is counted, for nothing is known of the traffic yet.
 _COUNT_EVERY, _ASK_EVERY, _GLANCE_EVERY = 4, 32, 16
 _COUNT_FIRST = 512
-# Tokens counted before another plan is searched: twice as many each time that none was
-# found to be better, because the search takes a core for a while.
-_ENOUGH, _MOST = 400.0, 100_000.0
+# Tokens counted before another plan is searched: twice as many each time, because the
+# search takes a core for a while, and few tokens make plans that soon change again.
+_ENOUGH, _MOST = 400.0, 50_000.0
 # A rank that is alone rests so many times as long as its last search took.
-_REST = 10.0
+_REST = 30.0
 # Share of the steps from which on a load is worth a search.
 _SELDOM = 0.05
 # With several ranks the answer is waited for, so many steps after the question.
@@ -222,7 +222,6 @@ class OnlineTrees:
             self._enough = min(2 * self._enough, _MOST)
             if plan is None:
                 return False
-            self._enough = _ENOUGH
             drafter.set_plan(plan)
             self.changes += 1
             if self._guard is not None:
