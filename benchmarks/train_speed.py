@@ -1,7 +1,7 @@
 """How much faster do many insertion points per sequence train than one?
 
-    python benchmarks/train_speed.py --quick
-    python benchmarks/train_speed.py --out benchmarks/results/train_speed.json
+    python -m benchmarks.train_speed --quick
+    python -m benchmarks.train_speed --out benchmarks/results/train_speed.json
 
 The paper inserts its prompt tokens at one place of each training sequence. Here the
 same trainer does that (`points = 1`) and inserts at many places, in turn on the same
@@ -31,15 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablations.examination import Examination
-from ablations.plan import Run
-from ablations.progress import Progress
-from ablations.runs import RunFolder
-from ablations.workbench import Texts, Workbench
-from environment import ROOT, environment_card, git_state, shown_path
-from stats import Spread
-from train_speed_plot import draw
 
+from benchmarks.ablations.examination import Examination
+from benchmarks.ablations.plan import Run
+from benchmarks.ablations.progress import Progress
+from benchmarks.ablations.runs import RunFolder
+from benchmarks.ablations.workbench import Texts, Workbench
+from benchmarks.environment import ROOT, environment_card, git_state, shown_path
+from benchmarks.stats import Spread
+from benchmarks.train_speed_plot import draw
 from vllm_ppd.atomic import write_json
 from vllm_ppd.train.settings import TrainSettings
 from vllm_ppd.train.trainer import Interrupted

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
+from benchmarks import train_speed
 from tests.unit.tiny_base import write_texts, write_tiny_model
-
-# The scripts import each other as siblings, as they do when run.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-train_speed: Any = importlib.import_module("train_speed")
 
 
 def point(seconds: float, tokens_per_step: float) -> dict[str, float]:
