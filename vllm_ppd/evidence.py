@@ -106,7 +106,8 @@ class Evidence:
         """The same with matches as they are in ordinary text, where none were measured.
 
         A chain is right about half of the time after a match of 2 or 3 tokens, three
-        quarters after a longer one, and surer the further it has held.
+        quarters after a longer one, and surer the further it has held. Moves are about
+        those of the demo model (its evidence.json).
         """
         if len(self.chain):
             return self

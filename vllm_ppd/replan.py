@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,13 @@ from vllm_ppd.plan import TreePlan
 from vllm_ppd.plan_search import best_plan, shared_curve
 from vllm_ppd.profile import LatencyProfile
 
-__all__ = ["Replanner", "better_plan"]
+__all__ = ["Replanner", "SearchPace", "better_plan"]
 
 # Relative gain in speed, in some tier, for which trees are changed.
 _LEAST_GAIN = 1.03
+# Tokens before the first search, and the most before any.
+_ENOUGH, _MOST = 400.0, 50_000.0
+REST = 30.0
 
 
 def better_plan(
@@ -75,6 +79,36 @@ def better_plan(
         if then >= _LEAST_GAIN * here:
             return plan
     return None
+
+
+class SearchPace:
+    """When the next search may begin.
+
+    Each needs twice as many tokens as the one before, because a search takes a core for
+    a while, and few tokens make plans that soon change again. After it there is a rest
+    as many times as long as it took.
+
+    Args:
+        by_clock: whether there are rests. Not where ranks must ask in the same step.
+    """
+
+    def __init__(self, by_clock: bool):
+        self._by_clock = by_clock
+        self._enough = _ENOUGH
+        self._asked_s = self._rested_s = 0.0
+
+    def due(self, observations: float) -> bool:
+        """Whether so many tokens are enough, and the rest is over."""
+        rested = not self._by_clock or time.monotonic() >= self._rested_s
+        return rested and observations >= self._enough
+
+    def begun(self) -> None:
+        self._asked_s = time.monotonic()
+
+    def ended(self) -> None:
+        now = time.monotonic()
+        self._rested_s = now + REST * (now - self._asked_s)
+        self._enough = min(2 * self._enough, _MOST)
 
 
 class Replanner:

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from tests.kernels.implementations import DEVICE
-from tests.kernels.trees import FIRST_SOFT_ID, random_policy, random_rows
+from tests.kernels.trees import FIRST_SOFT_ID, random_plan, random_rows
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.kernels.evidence_counts import count_evidence
 from vllm_ppd.kernels.tree_tables import TreeTables
 from vllm_ppd.kernels.tree_walk import tree_walk_reference
 from vllm_ppd.learning import EvidenceLearner
-from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.step import TreeStep
 from vllm_ppd.tables import PolicyTables
 from vllm_ppd.verify import TreeWalk
@@ -44,12 +43,7 @@ def test_against_the_host(batch, ept):
     for seed in range(5):
         random.seed(f"{seed} {batch} {ept}")
         rng = np.random.default_rng([seed, batch, ept])
-        plan = TreePlan(
-            tuple(
-                Tier(most, tuple(random_policy(3, 10, ept) for _ in range(3)))
-                for most in (2, None)
-            )
-        )
+        plan = random_plan(ept)
         pure = PolicyTables(plan, FIRST_SOFT_ID, 80)
         tables = TreeTables.on(DEVICE, pure)
         ids = np.arange(len(plan.trees)) - 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.kernels.implementations import DEVICE
-from tests.kernels.trees import FIRST_SOFT_ID, random_policy, random_rows
+from tests.kernels.trees import FIRST_SOFT_ID, random_plan, random_policy, random_rows
 from vllm_ppd.kernels.step_counts import count_step
 from vllm_ppd.kernels.tree_tables import TreeTables
 from vllm_ppd.kernels.tree_walk import tree_walk_reference
@@ -26,13 +26,7 @@ def test_against_the_host(batch, ept):
     for seed in range(5):
         random.seed(f"{seed} {batch} {ept}")
         rng = np.random.default_rng([seed, batch, ept])
-        # Two loads and three match classes, whose trees are numbered on and on.
-        plan = TreePlan(
-            tuple(
-                Tier(most, tuple(random_policy(3, 10, ept) for _ in range(3)))
-                for most in (2, None)
-            )
-        )
+        plan = random_plan(ept)
         pure = PolicyTables(plan, FIRST_SOFT_ID, 80)
         tables = TreeTables.on(DEVICE, pure)
         # One less than the trees are deep, so that some guesses have no prompt row.

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 
+from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.tables import PolicyTables
 from vllm_ppd.tree import SparseTree, TreePolicy
 
@@ -33,6 +34,16 @@ def random_policy(states: int = 3, nodes: int = 9, ept: int = 1) -> TreePolicy:
     for state in range(1, states + 1):
         trees.append(random_tree(state, random.randint(2, nodes), states, ept))
     return TreePolicy(tuple(trees))
+
+
+def random_plan(ept: int) -> TreePlan:
+    """Two loads and three match classes, whose trees are numbered on and on."""
+    return TreePlan(
+        tuple(
+            Tier(most, tuple(random_policy(3, 10, ept) for _ in range(3)))
+            for most in (2, None)
+        )
+    )
 
 
 def tables_of(policy: TreePolicy, num_rows: int | None = None) -> PolicyTables:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vllm_ppd import replan
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.evidence_search import best_policy
 from vllm_ppd.fixed_rows import better_within
@@ -11,7 +12,7 @@ from vllm_ppd.learning import EvidenceLearner
 from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.plan_search import best_plan
 from vllm_ppd.profile import LatencyProfile
-from vllm_ppd.replan import Replanner, better_plan
+from vllm_ppd.replan import Replanner, SearchPace, better_plan
 from vllm_ppd.step import TreeStep
 from vllm_ppd.tables import PolicyTables
 from vllm_ppd.verify import TreeWalk
@@ -203,3 +204,24 @@ def test_the_search_runs_in_a_process_of_its_own():
     replanner.submit(known, PROFILE, plan, max_rows=8, num_ept=1, max_requests=-1)
     replanner.close()
     assert not replanner.busy
+
+
+def test_searches_grow_rare_and_rest(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(replan.time, "monotonic", lambda: now[0])
+    pace, together = SearchPace(by_clock=True), SearchPace(by_clock=False)
+    assert pace.due(400.0) and not pace.due(399.0)
+    for one in (pace, together):
+        one.begun()
+    now[0] = 2.0
+    for one in (pace, together):
+        one.ended()
+    # Thirty times the two seconds that the search took.
+    now[0] = 61.9
+    assert not pace.due(1e9) and together.due(800.0) and not together.due(799.0)
+    now[0] = 62.0
+    assert pace.due(800.0) and not pace.due(799.0)
+    for _ in range(20):
+        pace.ended()
+    now[0] = 1e9
+    assert pace.due(50_000.0) and not pace.due(49_999.0)

@@ -7,7 +7,6 @@ is alone also goes by the clock.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from vllm_ppd.evidence import Evidence
 from vllm_ppd.learning import EvidenceLearner
 from vllm_ppd.load_guard import LoadGuard
 from vllm_ppd.profile import LatencyProfile
-from vllm_ppd.replan import Replanner
+from vllm_ppd.replan import Replanner, SearchPace
 from vllm_ppd.step import TreeStep
 from vllm_ppd.step_timing import corrected
 from vllm_ppd.verify import TreeWalk
@@ -32,11 +31,6 @@ logger = init_logger("vllm.ppd")
 # first every step is counted, for nothing is known of the traffic yet.
 _COUNT_EVERY, _ASK_EVERY, _GLANCE_EVERY = 4, 32, 16
 _COUNT_FIRST = 512
-# Tokens counted before another plan is searched: twice as many each time, because the
-# search takes a core for a while, and few tokens make plans that soon change again.
-_ENOUGH, _MOST = 400.0, 50_000.0
-# A rank that is alone rests so many times as long as its last search took.
-_REST = 30.0
 # Share of the steps from which on a load is worth a search.
 _SELDOM = 0.05
 # With several ranks the answer is waited for, so many steps after the question.
@@ -64,10 +58,9 @@ class OnlineTrees:
         self._guard = LoadGuard() if self._alone else None
         self._learner = EvidenceLearner(drafter.plan_settings.evidence())
         self._replanner = Replanner()
+        self._pace = SearchPace(by_clock=self._alone)
         self.changes = 0
         self._steps = self._asked_at = 0
-        self._asked_s = self._rested_s = 0.0
-        self._enough = _ENOUGH
         # Steps by running requests since the last question.
         self._loads: Counter[int] = Counter()
         # request -> (tokens before the chain, match class, chain)
@@ -217,9 +210,7 @@ class OnlineTrees:
                 plan = replanner.take(wait=True)
             if replanner.busy:
                 return False
-            now = time.monotonic()
-            self._rested_s = now + _REST * (now - self._asked_s)
-            self._enough = min(2 * self._enough, _MOST)
+            self._pace.ended()
             if plan is None:
                 return False
             drafter.set_plan(plan)
@@ -228,9 +219,7 @@ class OnlineTrees:
                 self._guard.renew()
             logger.debug("PPD changed its trees to what the traffic accepts")
             return True
-        if self._alone and time.monotonic() < self._rested_s:
-            return False
-        if self._learner.observations >= self._enough:
+        if self._pace.due(self._learner.observations):
             settings = drafter.plan_settings
             replanner.submit(
                 self._learner.evidence(),
@@ -244,7 +233,8 @@ class OnlineTrees:
             )
             self._learner.forget()
             self._loads.clear()
-            self._asked_at, self._asked_s = self._steps, time.monotonic()
+            self._asked_at = self._steps
+            self._pace.begun()
         return False
 
     def _usual_loads(self) -> list[int]:

@@ -15,9 +15,8 @@ _COPY_NOISE = 0.02
 
 
 # AdamW moves every coordinate by about the learning rate, whatever the gradient, so
-# the rate that suits a model is in proportion to its embeddings. Measured on the demo
-# model: of 0.25 to 2, two is best over 1,200 steps, and half over 150; runs that matter
-# are longer.
+# the rate that suits a model is in proportion to its embeddings. Two is for trainings
+# of a thousand steps and more; shorter ones want less (docs/training.md).
 _RATE_PER_RMS = 2.0
 _RATE_SAMPLE = 4096
 

@@ -8,8 +8,6 @@ arrive at different steps, do not learn.
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import torch
 from vllm.logger import init_logger
@@ -19,7 +17,7 @@ from vllm_ppd.engine.v2.host_copy import HostCopy
 from vllm_ppd.engine.v2.trees import DeviceTrees
 from vllm_ppd.learning import EvidenceLearner
 from vllm_ppd.plan_choice import PlanSettings
-from vllm_ppd.replan import Replanner
+from vllm_ppd.replan import Replanner, SearchPace
 
 __all__ = ["DeviceOnlineTrees"]
 
@@ -29,11 +27,6 @@ logger = init_logger("vllm.ppd")
 COUNT_EVERY, ASK_EVERY = 4, 32
 # A move counts as often as the two that are counted where a request follows another.
 _WEIGHT = 2 * COUNT_EVERY
-# Tokens counted before other trees are searched: twice as many each time that none were
-# found to be better, because the search takes a core for a while.
-ENOUGH, _MOST = 400.0, 100_000.0
-# There is a rest so many times as long as the last search took.
-REST = 10.0
 
 
 class DeviceOnlineTrees:
@@ -60,10 +53,9 @@ class DeviceOnlineTrees:
         self._copy = HostCopy(self._sums.values)
         self._seen = np.zeros(len(self._sums.values), dtype=np.int64)
         self._replanner = Replanner()
+        self._pace = SearchPace(by_clock=True)
         self.changes = 0
         self._steps = 0
-        self._asked_s = self._rested_s = 0.0
-        self._enough = ENOUGH
         trees.begun = self._sums.add_ends
 
     @torch.inference_mode()
@@ -102,19 +94,17 @@ class DeviceOnlineTrees:
         )
 
     def _replan(self) -> None:
-        replanner, now = self._replanner, time.monotonic()
+        replanner = self._replanner
         if replanner.busy:
             plan = replanner.take()
             if replanner.busy:
                 return
-            self._rested_s = now + REST * (now - self._asked_s)
-            self._enough = min(2 * self._enough, _MOST)
+            self._pace.ended()
             if plan is not None:
-                self._enough = ENOUGH
                 self._trees.set_plan(plan)
                 self.changes += 1
                 logger.debug("PPD changed its trees to what the traffic accepts")
-        elif now >= self._rested_s and self._learner.observations >= self._enough:
+        elif self._pace.due(self._learner.observations):
             replanner.submit(
                 self._learner.evidence(),
                 None,
@@ -123,7 +113,7 @@ class DeviceOnlineTrees:
                 rows=self._rows,
             )
             self._learner.forget()
-            self._asked_s = now
+            self._pace.begun()
 
     def close(self) -> None:
         self._replanner.close()
