@@ -41,7 +41,7 @@ from benchmarks.environment import ROOT, environment_card, git_state, shown_path
 from benchmarks.stats import Spread
 from benchmarks.train_speed_plot import draw
 from vllm_ppd.atomic import write_json
-from vllm_ppd.train.settings import TrainSettings
+from vllm_ppd.train.settings import RATE_STEPS, TrainSettings
 from vllm_ppd.train.trainer import Interrupted
 
 # Parts of --seconds. Many points get at most a fifth: the claim is a tenth.
@@ -66,13 +66,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--held-out", nargs="+", default=[str(held_out)], help="text to judge by")
     add("--max-tokens", type=int, default=4_000_000, help="leave further text unread")
     add("--batch-tokens", type=int, default=2048, help="text per step")
-    for name, what in (
-        ("points", "per sequence and update, quality over time"),
-        ("updates", "per pass over a batch, for many points"),
-        ("batch-size", "sequences, for many points"),
-    ):
-        own = getattr(TrainSettings, name.replace("-", "_"))
-        add(f"--{name}", type=int, default=own, help=what)
+    own = TrainSettings(steps=1)
+    add("--points", type=int, default=own.points, help="the many, in quality over time")
+    add("--batch-size", type=int, default=own.batch_size, help="of many points")
     lengths = {"nargs": "+", "type": int, "default": [256, 1024]}
     add("--lengths", **lengths, help="of sequences, for quality over time")
     add("--seconds", type=float, default=120.0, help="longest one-point training")
@@ -93,7 +89,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.examination |= {"prompts": 4, "continuation": 16, "sequences": 2}
     name = "train_speed-quick" if args.quick else "train_speed"
     args.work = args.work or ROOT / "build" / name
-    for flag in ("seconds", "speed_seconds", "rounds", "threads", "points", "updates"):
+    for flag in ("seconds", "speed_seconds", "rounds", "threads", "points"):
         if not getattr(args, flag) > 0:
             shown = "--" + flag.replace("_", "-")
             parser.error(f"{shown} is {getattr(args, flag)}; expected above 0")
@@ -165,7 +161,7 @@ def one_point(share: Fraction, factor: float, batch_size: int) -> Run:
 def many_points(share: Fraction, **settings: int) -> Run:
     shown = ",".join(f"{name}={value}" for name, value in settings.items())
     name = f"many,{shown},{share.numerator}_{share.denominator}"
-    return Run(name, settings, share=share)
+    return Run(name, {**settings, "rate_steps": RATE_STEPS}, share=share)
 
 
 def quality(record: Mapping[str, Any]) -> float:
@@ -235,7 +231,11 @@ def measure_quality(
         },
     )
     folder.open()
-    own = {name: getattr(args, name) for name in ("points", "updates", "batch_size")}
+    own: dict[str, Any] = {
+        "points": args.points,
+        "batch_size": args.batch_size,
+        "updates": TrainSettings(steps=1, length=length).updates,
+    }
     shares = [*ONE_SHARES, *MANY_SHARES, *(TUNED_AT,) * (len(ONE_CHOICES) - 1)]
     progress = Progress([float(share) * args.seconds for share in shares], args.quiet)
 
@@ -264,6 +264,7 @@ def measure_quality(
     return {
         "length": length,
         "one_point_choices": curve_of(list(tuned.values())),
+        "updates": own["updates"],
         "curves": curves,
         "comparison": compared(curves["one"], curves["many"]),
     }
@@ -284,9 +285,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     speeds = measure_speeds(bench, args)
     shown = {
         name: getattr(args, name)
-        for name in (
-            *("batch_tokens", "batch_size", "points", "updates", "seconds", "threads"),
-        )
+        for name in (*("batch_tokens", "batch_size", "points", "seconds", "threads"),)
     }
     return {
         "format": "ppd_benchmark",

@@ -36,7 +36,7 @@ def draw(results: Mapping[str, Any], out: Path) -> None:
     (rows,) = own["examination"]["rows"]
     names = {
         "one": "1 point per sequence",
-        "many": f"{own['points']} points, {own['updates']} updates per pass",
+        "many": f"{own['points']} points, {{updates}} updates per pass",
     }
     for panel, cell in zip(others, results["quality"], strict=True):
         for name, curve in cell["curves"].items():
@@ -44,7 +44,7 @@ def draw(results: Mapping[str, Any], out: Path) -> None:
                 [point["seconds"] for point in curve],
                 [point["tokens_per_step"] for point in curve],
                 marker="o",
-                label=names[name],
+                label=names[name].format(updates=cell["updates"]),
             )
         level = cell["comparison"][-1]["tokens_per_step"]
         panel.axhline(level, color="grey", linewidth=0.8, linestyle="--")

@@ -17,6 +17,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from accelerate import Accelerator  # noqa: E402
+
 from vllm_ppd.cli import train as command  # noqa: E402
 from vllm_ppd.prompts import PromptTokens, PromptTokensError  # noqa: E402
 from vllm_ppd.train import model as model_module  # noqa: E402
@@ -260,16 +262,50 @@ def test_bad_settings(changes: dict, word: str) -> None:
 
 
 def test_learning_rate_is_a_cosine() -> None:
-    rates = [SETTINGS.learning_rate_at(p) for p in (0.0, 0.5, 1.0, 1.2)]
+    rates = [SETTINGS.learning_rate_at(p, 8) for p in (0.0, 0.5, 1.0, 1.2)]
     assert rates == pytest.approx([0.01, 0.005, 0.0, 0.0])
 
 
-def test_the_default_learning_rate_follows_the_embeddings(job: TrainJob) -> None:
-    settings = dataclasses.replace(SETTINGS, learning_rate=None, steps=1)
+def test_short_runs_take_their_part_of_the_learning_rate() -> None:
+    settings = dataclasses.replace(SETTINGS, rate_steps=100)
+    rates = [settings.learning_rate_at(0.0, steps) for steps in (0, 25, 100, 999)]
+    assert rates == pytest.approx([0.0, 0.0025, 0.01, 0.01])
+
+
+def test_the_default_learning_rate_follows_the_embeddings(
+    job: TrainJob, monkeypatch
+) -> None:
+    settings = dataclasses.replace(SETTINGS, learning_rate=None, steps=2)
+    used = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        used.extend(group["lr"] for group in self.param_groups)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     dataclasses.replace(job, settings=settings).run()
-    record = json.loads((Path(job.out) / "training.json").read_text())
+    recorded = json.loads((Path(job.out) / "training.json").read_text())["settings"]
     # Embeddings were drawn with a standard deviation of 0.2.
-    assert record["settings"]["learning_rate"] == pytest.approx(0.4, rel=0.1)
+    assert recorded["learning_rate"] == pytest.approx(0.4, rel=0.1)
+    peak = recorded["learning_rate"] * 2 / recorded["rate_steps"]
+    assert used == pytest.approx([peak, peak / 2])
+
+
+def test_a_time_budget_guesses_the_steps_for_the_learning_rate(job: TrainJob) -> None:
+    settings = dataclasses.replace(SETTINGS, steps=None, minutes=1.0)
+    trainer = Trainer(
+        model=None, train_stream=None, held_out=None, settings=settings,
+        accelerator=Accelerator(cpu=True), folder=Path(job.out), run_id={},
+    )  # fmt: skip
+    trainer._done, trainer._busy, trainer._used = 30, 5.0, 15.0
+    assert trainer._progress() == (0.25, 360.0, False)
+
+
+def test_updates_follow_the_length() -> None:
+    lengths = {8: 1, 256: 8, 1000: 31}
+    for length, updates in lengths.items():
+        assert TrainSettings(steps=1, length=length).updates == updates
 
 
 def test_bad_models(job: TrainJob, model_folder: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def by_hand(trainer: Trainer, initial: torch.Tensor) -> torch.Tensor:
         loss, _ = insertion_loss(
             trainer.model, table, batch.ids, batch.insertions[update], alpha=0.8
         )
-        optimiser.param_groups[0]["lr"] = settings.learning_rate_at(step / STEPS)
+        optimiser.param_groups[0]["lr"] = settings.learning_rate_at(step / STEPS, STEPS)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

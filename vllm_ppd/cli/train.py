@@ -14,6 +14,8 @@ from typing import Any, get_args
 
 from vllm_ppd.train.settings import (
     DTYPES,
+    RATE_STEPS,
+    TOKENS_PER_UPDATE,
     Distillation,
     LossKind,
     TrainSettings,
@@ -23,7 +25,7 @@ _DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(TrainSettings)
     # These are made of flags of other names.
-    if field.name not in ("distillation", "quantization")
+    if field.name not in ("distillation", "quantization", "rate_steps")
 }
 
 
@@ -119,13 +121,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     setting(group, "length", int, "tokens per training sequence")
     setting(group, "batch_size", int, "sequences per pass and process")
     setting(group, "points", int, "insertion points per sequence and step")
-    setting(group, "updates", int, "steps per pass of a batch through the frozen model")
+    setting(
+        group,
+        "updates",
+        int,
+        "steps per pass of a batch through the frozen model (default: one for every "
+        f"{TOKENS_PER_UPDATE} tokens of a sequence)",
+    )
     setting(
         group,
         "learning_rate",
         float,
         "AdamW's peak, decayed by a cosine (default: twice the root mean square of "
-        "the model's embeddings)",
+        f"the model's embeddings, and less in runs of under {RATE_STEPS} steps)",
     )
     setting(group, "alpha", float, "distance i counts alpha^(i-1)")
     kinds = get_args(LossKind)

@@ -24,7 +24,7 @@ from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream
 from vllm_ppd.train.documents import DataError, sha256_of_files
 from vllm_ppd.train.model import FrozenModel
 from vllm_ppd.train.self_distillation import SelfDistillation
-from vllm_ppd.train.settings import INITS, SettingsError, TrainSettings
+from vllm_ppd.train.settings import INITS, RATE_STEPS, SettingsError, TrainSettings
 from vllm_ppd.train.table import default_learning_rate, initial_table
 from vllm_ppd.train.trainer import (
     CHECKPOINT_FILE,
@@ -126,8 +126,9 @@ class TrainJob:
             model.use_flex_attention()
         if settings.learning_rate is None:
             rate = default_learning_rate(model, train_stream)
-            settings = dataclasses.replace(settings, learning_rate=rate)
-            described["learning_rate"] = rate
+            chosen: dict[str, Any] = {"learning_rate": rate, "rate_steps": RATE_STEPS}
+            settings = dataclasses.replace(settings, **chosen)
+            described |= chosen
         initial = initial_table(
             init,
             (settings.num_prompt_tokens, settings.num_ept),

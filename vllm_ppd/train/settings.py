@@ -9,6 +9,8 @@ from typing import Literal, get_args
 __all__ = [
     "DTYPES",
     "INITS",
+    "RATE_STEPS",
+    "TOKENS_PER_UPDATE",
     "Distillation",
     "LossKind",
     "Quantization",
@@ -20,6 +22,10 @@ LossKind = Literal["kl", "labels"]
 Quantization = Literal["4bit"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 INITS = ("text", "vocabulary")
+TOKENS_PER_UPDATE = 32
+# The `rate_steps` of the default learning rate.
+RATE_STEPS = 1200
+_OPTIONAL_COUNTS = ("steps", "patience", "rate_steps")
 
 
 class SettingsError(ValueError):
@@ -83,12 +89,17 @@ class TrainSettings:
     get further (benchmarks/ablations)."""
     points: int = 8
     """Insertion points per sequence and update."""
-    updates: int = 8
+    updates: int = None  # type: ignore[assignment]
     """Optimiser steps per pass of a batch through the frozen model, each with insertion
-    points of its own."""
+    points of its own; None is one for every 32 tokens of `length`: the longer a pass
+    takes, the more it should serve."""
     learning_rate: float | None = None
     """Peak of AdamW's cosine schedule (no warm-up, no weight decay); None is the
-    `default_learning_rate` of the model. The paper has 0.01."""
+    `default_learning_rate` of the model, with its `rate_steps`. The paper has 0.01."""
+    rate_steps: int | None = None
+    """Steps of a run that takes the whole `learning_rate`: shorter runs take their part
+    of it, as they have no time to settle what large steps stir up. None takes it
+    whole."""
     alpha: float = 0.8
     """Distance i counts alpha^(i-1)."""
     loss: LossKind = "kl"
@@ -106,6 +117,9 @@ class TrainSettings:
     """Train on text that the model writes itself; None is the data as they are."""
 
     def __post_init__(self) -> None:
+        if self.updates is None:
+            updates = max(1, self.length // TOKENS_PER_UPDATE)
+            object.__setattr__(self, "updates", updates)  # frozen, but not yet made
         if (self.steps is None) == (self.minutes is None):
             raise SettingsError(
                 f"steps is {self.steps} and minutes is {self.minutes}; "
@@ -119,7 +133,7 @@ class TrainSettings:
             "points",
             "updates",
             "max_tokens",
-            *(n for n in ("steps", "patience") if getattr(self, n) is not None),
+            *(n for n in _OPTIONAL_COUNTS if getattr(self, n) is not None),
         ):
             self._check(name, type(getattr(self, name)) is int, 1, "a whole number")
         for name in ("learning_rate", "minutes"):
@@ -166,12 +180,14 @@ class TrainSettings:
         """Tokens of text that a step of one process goes through, on average."""
         return self.batch_size * self.length / self.updates
 
-    def learning_rate_at(self, progress: float) -> float:
+    def learning_rate_at(self, progress: float, steps: float) -> float:
         """Cosine from the peak at progress 0 to zero at 1 and beyond.
 
+        steps: of the whole run, or what it will come to at its present speed.
         Raises SettingsError while `learning_rate` is None.
         """
         if self.learning_rate is None:
             raise SettingsError("learning_rate is None; expected it resolved by now")
+        part = min(1.0, steps / self.rate_steps) if self.rate_steps else 1.0
         done = min(max(progress, 0.0), 1.0)
-        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.learning_rate * part * 0.5 * (1.0 + math.cos(math.pi * done))

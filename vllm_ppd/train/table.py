@@ -16,7 +16,7 @@ _COPY_NOISE = 0.02
 
 # AdamW moves every coordinate by about the learning rate, whatever the gradient, so
 # the rate that suits a model is in proportion to its embeddings. Two is for trainings
-# of a thousand steps and more; shorter ones want less (docs/training.md).
+# of RATE_STEPS steps and more.
 _RATE_PER_RMS = 2.0
 _RATE_SAMPLE = 4096
 

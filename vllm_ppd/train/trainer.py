@@ -93,6 +93,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self._step = 0
         self._used = 0.0
+        # Seconds and number of this start's steps.
+        self._busy, self._done = 1e-9, 0
         self._positions = 0
         self._history: list[dict[str, Any]] = []
         self._best: torch.Tensor | None = None
@@ -119,7 +121,9 @@ class Trainer:
             table = PromptTable(saved.table.to(self.accelerator.device))
         self._table = table
         optimiser = torch.optim.AdamW(
-            table.parameters(), lr=self.settings.learning_rate_at(0.0), weight_decay=0.0
+            table.parameters(),
+            lr=0.0,
+            weight_decay=0.0,  # the rate is set step by step
         )
         self._optimiser = optimiser
         if saved is not None:
@@ -132,14 +136,13 @@ class Trainer:
         start = time.monotonic() - self._used
         processes = self.accelerator.num_processes
         tokens = self.settings.text_tokens_per_step
-        before, first = self._positions, self._step
-        busy, smooth = 1e-9, math.nan
+        before, smooth = self._positions, math.nan
         recent = Scores.zeros(self.settings.num_prompt_tokens)
         hidden = self.quiet or not self.accelerator.is_main_process
         with training_bar(self.settings, self._step, self._used, hidden) as bar:
             while True:
                 self._used = time.monotonic() - start
-                progress, stop = self._progress()
+                progress, steps, stop = self._progress()
                 exhausted = self._evaluate_if_due(progress)
                 if progress >= 1.0 or exhausted:
                     break
@@ -151,8 +154,11 @@ class Trainer:
                         f"{self.checkpoint_path}"
                     )
                 begun = time.monotonic()
-                loss, count, scores = self._train_step(module, optimiser, progress)
-                busy += time.monotonic() - begun
+                loss, count, scores = self._train_step(
+                    module, optimiser, self.settings.learning_rate_at(progress, steps)
+                )
+                self._busy += time.monotonic() - begun
+                self._done += 1
                 self._positions += count
                 smooth = loss if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss
                 if scores is not None:
@@ -163,8 +169,10 @@ class Trainer:
                     start=start,
                     loss=smooth,
                     scores=recent,
-                    positions_per_second=(self._positions - before) * processes / busy,
-                    tokens_per_second=(self._step - first) * tokens * processes / busy,
+                    positions_per_second=(self._positions - before)
+                    * processes
+                    / self._busy,
+                    tokens_per_second=self._done * tokens * processes / self._busy,
                 ).show(bar)
         table, held_out = self._kept()
         return Result(
@@ -174,16 +182,16 @@ class Trainer:
             steps=self._step,
             seconds=self._used,
             positions=self._positions * processes,
-            positions_per_second=(self._positions - before) * processes / busy,
+            positions_per_second=(self._positions - before) * processes / self._busy,
             history=self._history,
         )
 
     def _train_step(
-        self, module: Any, optimiser: Any, progress: float
+        self, module: Any, optimiser: Any, rate: float
     ) -> tuple[float, int, Scores | None]:
         """One update; loss, supervised predictions and, at times, their scores."""
         for group in optimiser.param_groups:
-            group["lr"] = self.settings.learning_rate_at(progress)
+            group["lr"] = rate
         batch, ordinary = self._batch_of_step()
         insertion = batch.insertions[self._step % self.settings.updates]
         loss, scores = insertion_loss(
@@ -218,14 +226,21 @@ class Trainer:
             self._pass = (number, batch, self.model.ordinary_rows(batch.ids, mask))
         return self._pass[1:]
 
-    def _progress(self) -> tuple[float, bool]:
-        """Part of the budget used, and whether to stop; equal in all processes."""
+    def _progress(self) -> tuple[float, float, bool]:
+        """Part of the budget used, steps of the whole run, and whether to stop.
+
+        Equal in all processes. With a time budget the steps are a guess, from the
+        speed so far.
+        """
         if self.settings.steps is not None:
-            progress = self._step / self.settings.steps
+            steps: float = self.settings.steps
+            progress = self._step / steps
         else:
-            progress = self._used / (60.0 * (self.settings.minutes or 1.0))
-        progress, stop = self._agreed([progress, self._stop])
-        return float(progress), bool(stop)
+            budget = 60.0 * (self.settings.minutes or 1.0)
+            steps = self._done / self._busy * budget
+            progress = self._used / budget
+        progress, steps, stop = self._agreed([progress, steps, self._stop])
+        return float(progress), float(steps), bool(stop)
 
     def _agreed(self, values: list[Any]) -> list[Any]:
         """The main process's values, in all processes."""
