@@ -46,7 +46,11 @@ class PPDCPUWorker(CPUWorker):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
-        return attach_drafts(output, self.model_runner.take_draft_token_ids())
+        drafts = self.model_runner.take_draft_token_ids()
+        if drafts is not None and not any(drafts.draft_token_ids):
+            # Scheduled guesses are gone from the scheduler already: nothing to say.
+            drafts = None
+        return attach_drafts(output, drafts)
 
     def ppd_report(self) -> dict[str, Any]:
         """What the trees do now; ask with ``llm.collective_rpc("ppd_report")``."""
