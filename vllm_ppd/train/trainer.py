@@ -121,9 +121,10 @@ class Trainer:
             table = PromptTable(saved.table.to(self.accelerator.device))
         self._table = table
         optimiser = torch.optim.AdamW(
+            # The rate is set step by step.
             table.parameters(),
             lr=0.0,
-            weight_decay=0.0,  # the rate is set step by step
+            weight_decay=0.0,
         )
         self._optimiser = optimiser
         if saved is not None:
@@ -237,7 +238,8 @@ class Trainer:
             progress = self._step / steps
         else:
             budget = 60.0 * (self.settings.minutes or 1.0)
-            steps = self._done / self._busy * budget
+            # The first step has no speed to go by, but is a step.
+            steps = max(1.0, self._done / self._busy * budget)
             progress = self._used / budget
         progress, steps, stop = self._agreed([progress, steps, self._stop])
         return float(progress), float(steps), bool(stop)
