@@ -67,7 +67,7 @@ def two_processes_in_one(trainer: Trainer, initial: torch.Tensor) -> torch.Tenso
                 trainer.model, table, batch.ids, batch.insertions[update], alpha=0.8
             )
             losses.append(loss)
-        optimiser.param_groups[0]["lr"] = SETTINGS.learning_rate_at(step / STEPS)
+        optimiser.param_groups[0]["lr"] = SETTINGS.learning_rate_at(step / STEPS, STEPS)
         optimiser.zero_grad()
         torch.stack(losses).mean().backward()
         optimiser.step()
