@@ -24,8 +24,10 @@ __all__ = ["LoadGuard"]
 _GUESSING, _PLAIN = 64, 32
 # Steps after a switch that are not counted: guesses have to be built up first.
 _SETTLING = 2
-# Steps between comparisons: as many again each time that the answer stays the same.
+# Steps between comparisons: as many again each time that the answer stays the same, and
+# so many that looking at the slower way costs no more than this share of the time.
 _FIRST_WAIT, _LONGEST_WAIT = 256, 8192
+_BUDGET = 0.01
 # How much faster guessing has to look to go on, and to begin again: noise should not
 # decide, and at equal speed plain decoding is the simpler way.
 _STAY, _RETURN = 1.03, 1.05
@@ -95,6 +97,17 @@ class _Load:
             return False
         plain = self.speeds.get(False)
         return plain is not None and _speed(self.steps, True) < _HOPELESS * plain
+
+    @property
+    def affordable_wait(self) -> int:
+        """Steps before the next look at the other way, for what that will cost."""
+        kept, other = self.speculating, not self.speculating
+        worth = self.speeds[other] / self.speeds[kept]
+        looked_at = _PLAIN
+        if not kept:
+            looked_at = _FIRST_LOOK if worth < _HOPELESS else _GUESSING
+        lost = (_SETTLING + looked_at) * self.times[other][0] * (1 - worth)
+        return int(lost / (_BUDGET * self.times[kept][0]))
 
     def falls(self, running: int, tokens: int) -> bool:
         """Count a step with guesses; whether they come true less often than usual."""
@@ -202,8 +215,9 @@ class LoadGuard:
             least = _STAY if load.speculating else _RETURN
             better = load.speeds[True] >= least * load.speeds[False]
             same = better == load.speculating
-            load.wait = min(2 * load.wait, _LONGEST_WAIT) if same else _FIRST_WAIT
             load.speculating = better
+            wait = 2 * load.wait if same else _FIRST_WAIT
+            load.wait = min(max(wait, load.affordable_wait), _LONGEST_WAIT)
         load.left = load.wait
 
 

@@ -36,7 +36,9 @@ __all__ = ["Replanner", "SearchPace", "better_plan"]
 _LEAST_GAIN = 1.03
 # Tokens before the first search, and the most before any.
 _ENOUGH, _MOST = 400.0, 50_000.0
-REST = 30.0
+# Rests, as multiples of what the search before took: at first, and in the long run. A
+# search disturbs a small machine, where it has to share a core with the engine.
+_REST, _LONG_REST = 30.0, 100.0
 
 
 def better_plan(
@@ -86,7 +88,7 @@ class SearchPace:
 
     Each needs twice as many tokens as the one before, because a search takes a core for
     a while, and few tokens make plans that soon change again. After it there is a rest
-    as many times as long as it took.
+    many times as long as it took, in the long run a hundred times.
 
     Args:
         by_clock: whether there are rests. Not where ranks must ask in the same step.
@@ -94,7 +96,7 @@ class SearchPace:
 
     def __init__(self, by_clock: bool):
         self._by_clock = by_clock
-        self._enough = _ENOUGH
+        self._enough, self._rest = _ENOUGH, _REST
         self._asked_s = self._rested_s = 0.0
 
     def due(self, observations: float) -> bool:
@@ -107,7 +109,8 @@ class SearchPace:
 
     def ended(self) -> None:
         now = time.monotonic()
-        self._rested_s = now + REST * (now - self._asked_s)
+        self._rested_s = now + self._rest * (now - self._asked_s)
+        self._rest = min(2 * self._rest, _LONG_REST)
         self._enough = min(2 * self._enough, _MOST)
 
 
@@ -146,6 +149,8 @@ class Replanner:
         )
         self._process = subprocess.Popen(
             [sys.executable, "-m", "vllm_ppd.replan", str(question), str(answer)],
+            # Its matrices are small: more threads would only wait for each other.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

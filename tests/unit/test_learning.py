@@ -222,6 +222,11 @@ def test_searches_grow_rare_and_rest(monkeypatch):
     now[0] = 62.0
     assert pace.due(800.0) and not pace.due(799.0)
     for _ in range(20):
+        pace.begun()
+        now[0] += 1.0
         pace.ended()
-    now[0] = 1e9
+    # In the long run a hundred times.
+    now[0] += 99.9
+    assert not pace.due(1e9)
+    now[0] += 0.1
     assert pace.due(50_000.0) and not pace.due(49_999.0)

@@ -68,6 +68,19 @@ def test_probes_grow_rare():
     assert 1 - world.run(8000) < 0.01 < early < 0.2
 
 
+@pytest.mark.parametrize("gain", [0.5, 0.7, 1.6, 2.5])
+def test_looks_at_the_slower_way_cost_one_per_cent(gain):
+    world = World(gain)
+    # Until both have been looked at for the first time.
+    world.run(110)
+    seconds = {True: 0.0, False: 0.0}
+    for _ in range(5000):
+        guessed = bool(world.run(1))
+        seconds[guessed] += 2 / gain if guessed else 1.0
+    lost = seconds[gain < 1] * (1 - min(gain, 1 / gain))
+    assert lost <= 0.012 * sum(seconds.values())
+
+
 def test_it_comes_back_when_the_text_changes():
     world = World(0.8)
     world.run(1000)

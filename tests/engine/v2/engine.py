@@ -296,7 +296,6 @@ def learn(llm: Any, prompts: Any, params: Any, rounds: int) -> Any:
 
     Returns what was generated each time, changes, and (observations, tries, moves).
     """
-    from vllm_ppd import replan
     from vllm_ppd.engine.v2 import online
     from vllm_ppd.plan import Tier, TreePlan
     from vllm_ppd.tree import SparseTree, TreePolicy
@@ -315,14 +314,14 @@ def learn(llm: Any, prompts: Any, params: Any, rounds: int) -> Any:
         )
     )
     learning = runner._ppd_online
-    usual = online.COUNT_EVERY, online.ASK_EVERY, replan.REST
-    online.COUNT_EVERY, online.ASK_EVERY, replan.REST = 2, 4, 0.0
-    learning._pace._enough = 20.0
+    usual = online.COUNT_EVERY, online.ASK_EVERY
+    online.COUNT_EVERY, online.ASK_EVERY = 2, 4
+    learning._pace._enough, learning._pace._rest = 20.0, 0.0
     try:
         while len(outputs) < rounds and not learning.changes:
             outputs.append(engine_process.generate(llm, prompts, params))
     finally:
-        online.COUNT_EVERY, online.ASK_EVERY, replan.REST = usual
+        online.COUNT_EVERY, online.ASK_EVERY = usual
     moves = learning._sums.parts(learning._seen).moves
     return outputs, learning.changes, moves.tolist()
 
