@@ -175,7 +175,7 @@ class LoadGuard:
         """
         now = self._clock()
         before, self._last = self._last, (now, running) if pure else None
-        load = self._loads.setdefault(running.bit_length(), _Load())
+        load = self._load(running.bit_length())
         if pure and before is not None and before[1] == running:
             load.left -= 1
             fallen = False
@@ -193,6 +193,20 @@ class LoadGuard:
                 self._change_phase(load)
         self._mode = load.guessing
         return self._mode
+
+    def _load(self, key: int) -> _Load:
+        """The range of loads, new if need be.
+
+        What does not pay with fewer requests will not with more, so a new range begins
+        as the next lower one is, and looks for itself soon.
+        """
+        load = self._loads.get(key)
+        if load is None:
+            load = self._loads[key] = _Load()
+            lower = [other for other in self._loads if other < key]
+            if lower and not self._loads[max(lower)].speculating:
+                load.speculating, load.left = False, load.wait
+        return load
 
     def _change_phase(self, load: _Load) -> None:
         mode = load.guessing

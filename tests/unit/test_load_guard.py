@@ -94,7 +94,11 @@ def test_loads_are_told_apart():
     world.run(2000, running=16)
     assert world.run(500, running=20) < 0.2
     assert world.run(40, running=1) > 0.9
-    assert world.run(40, running=40) > 0.9
+    # Above a load at which it does not pay it is not tried at once, but soon.
+    assert world.run(200, running=40) < 0.1
+    world.gain = 1.5
+    world.run(600, running=40)
+    assert world.run(500, running=40) > 0.9
 
 
 def test_a_new_plan_is_tried_soon_and_not_at_once():
