@@ -37,6 +37,10 @@ NGRAM = {
 }
 
 
+# A text that gives several passages is cut into parts so many times as long.
+PART = 10
+
+
 class Decoder(Protocol):
     """What is measured; an EngineProcess, or a fake in tests."""
 
@@ -111,31 +115,41 @@ def running(
 def pick_texts(path: Path, count: int, characters: int, seed: int = 0) -> list[str]:
     """Passages of `characters` from inside held-out texts, the same at every call.
 
-    Passages begin at any line, as a file's start is often a licence. Raises ValueError
-    when there are too few texts of that length.
+    Passages begin at any line, as a file's start is often a licence. One per text; where
+    that is not enough, one per part of `PART` times as many characters. Raises ValueError
+    when there are too few of that length.
     """
+    texts = list(read_texts(path))
     chosen = random.Random(seed)
-    passages = []
-    for text in read_texts(path):
-        starts = [0, *(i + 1 for i, c in enumerate(text) if c == "\n")]
-        starts = [start for start in starts if start + characters <= len(text)]
-        if starts:
-            start = chosen.choice(starts)
-            passages.append(text[start : start + characters])
+    passages = [p for text in texts if (p := _passage(text, characters, chosen))]
+    if len(passages) < count:
+        size = PART * characters
+        parts = [t[i : i + size] for t in texts for i in range(0, len(t), size)]
+        passages = [p for part in parts if (p := _passage(part, characters, chosen))]
     if len(passages) < count:
         raise ValueError(
-            f"{path} has {len(passages)} texts of {characters} characters or more, "
-            f"and {count} are asked for; lower --num-prompts or --prompt-tokens"
+            f"{path} has {len(passages)} texts or parts of texts of {characters} "
+            f"characters or more, and {count} are asked for; "
+            "lower --num-prompts or --prompt-tokens"
         )
     return chosen.sample(passages, count)
+
+
+def _passage(text: str, characters: int, chosen: random.Random) -> str | None:
+    starts = [0, *(i + 1 for i, c in enumerate(text) if c == "\n")]
+    starts = [start for start in starts if start + characters <= len(text)]
+    if not starts:
+        return None
+    start = chosen.choice(starts)
+    return text[start : start + characters]
 
 
 def encode_prompts(
     engine: EngineProcess, path: Path, count: int, length: int
 ) -> list[list[int]]:
     """`count` prompts of exactly `length` tokens from a file of held-out texts."""
-    # Text has rarely more than five characters per token; shorter ones are dropped.
-    texts = pick_texts(path, count, 5 * length)
+    # Text has hardly ever more than eight characters per token.
+    texts = pick_texts(path, count, 8 * length)
     prompts = [ids[:length] for ids in engine.encode(texts)]
     short = sum(len(ids) < length for ids in prompts)
     if short:

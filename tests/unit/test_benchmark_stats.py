@@ -198,8 +198,11 @@ def test_passages_are_the_same_every_time(tmp_path: Path) -> None:
     assert found == harness.pick_texts(file, 4, 300)
     assert len(set(found)) == 4
     assert all(len(p) == 300 and p.startswith("line ") for p in found)
-    with pytest.raises(ValueError, match="5 texts of 300"):
-        harness.pick_texts(file, 6, 300)
+    # More than there are texts: several from each, from other places.
+    more = harness.pick_texts(file, 10, 300)
+    assert len(set(more)) == 10 and all(p.startswith("line ") for p in more)
+    with pytest.raises(ValueError, match="10 texts or parts of texts of 300"):
+        harness.pick_texts(file, 11, 300)
 
 
 def test_cpu_model() -> None:
