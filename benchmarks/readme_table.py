@@ -22,12 +22,15 @@ def spread(figure: dict[str, float], digits: int = 2) -> str:
 
 
 def decoders(*documents: dict[str, Any]) -> list[str]:
-    """One row per number of requests, one column per temperature and decoder."""
-    cells = {
-        (cell["batch"], cell["temperature"]): cell["decoders"]
-        for document in documents
-        for cell in document["cells"]
-    }
+    """One row per number of requests, one column per temperature and decoder.
+
+    Where several documents measured a decoder in the same condition the last counts.
+    """
+    cells: dict[tuple[int, float], dict[str, Any]] = {}
+    for document in documents:
+        for cell in document["cells"]:
+            where = cell["batch"], cell["temperature"]
+            cells.setdefault(where, {}).update(cell["decoders"])
     loads = sorted({load for load, _ in cells})
     temperatures = sorted({temperature for _, temperature in cells})
     names = ["greedy" if t == 0 else f"at {t:g}" for t in temperatures]
@@ -80,11 +83,15 @@ def replayed(name: str, what: str) -> list[str]:
 
 def section() -> str:
     results = json.loads((RESULTS / "demo_model.json").read_text())
-    # Other numbers of requests, each measured in a run of its own.
+    # More numbers of requests, a run per temperature, without n-gram.
     loads = [
-        json.loads(path.read_text())
-        for path in sorted(RESULTS.glob("demo_model_load*.json"))
+        json.loads(path.read_text()) for path in sorted(RESULTS.glob("loads_*.json"))
     ]
+    rounds = ", ".join(
+        f"{document['settings']['rounds']} at {t:g}"
+        for document in loads
+        for t in document["settings"]["temperature"]
+    )
     machine = results["environment"]
     engine = results["engines"]["ppd"]
     settings = results["settings"]
@@ -93,8 +100,9 @@ def section() -> str:
         "model "
         f"({machine['cpu']}, {machine['usable_cores']} cores; vLLM {engine['vllm']}, "
         f"{engine['dtype']}, {'eager' if engine['eager'] else 'compiled'}; held-out "
-        f"Python sources, {settings['max_tokens']} tokens each; engines take turns, "
-        f"medians of {settings['rounds']} rounds, slowest and fastest in brackets):",
+        f"Python sources, {settings['max_tokens']} tokens each; engines take turns; "
+        f"medians of rounds, {rounds}, slowest and fastest in brackets; n-gram from a run "
+        f"of all three, {settings['rounds']} rounds):",
         "",
         *decoders(results, *loads),
         "",

@@ -29,7 +29,7 @@ logger = init_logger("vllm.ppd")
 
 # Steps between looks: counting takes tens of microseconds, asking for a plan less. At
 # first every step is counted, for nothing is known of the traffic yet.
-_COUNT_EVERY, _ASK_EVERY, _GLANCE_EVERY = 4, 32, 16
+_COUNT_EVERY, _ASK_EVERY, _GLANCE_EVERY = 4, 32, 64
 _COUNT_FIRST = 512
 # Share of the steps from which on a load is worth a search.
 _SELDOM = 0.05
