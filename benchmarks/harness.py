@@ -115,9 +115,9 @@ def running(
 def pick_texts(path: Path, count: int, characters: int, seed: int = 0) -> list[str]:
     """Passages of `characters` from inside held-out texts, the same at every call.
 
-    Passages begin at any line, as a file's start is often a licence. One per text; where
-    that is not enough, one per part of `PART` times as many characters. Raises ValueError
-    when there are too few of that length.
+    Passages begin at any line, as a file's start is often a licence. One per text;
+    where that is not enough, one per part of `PART` times as many characters. Raises
+    ValueError when there are too few of that length.
     """
     texts = list(read_texts(path))
     chosen = random.Random(seed)

@@ -101,8 +101,8 @@ def section() -> str:
         f"({machine['cpu']}, {machine['usable_cores']} cores; vLLM {engine['vllm']}, "
         f"{engine['dtype']}, {'eager' if engine['eager'] else 'compiled'}; held-out "
         f"Python sources, {settings['max_tokens']} tokens each; engines take turns; "
-        f"medians of rounds, {rounds}, slowest and fastest in brackets; n-gram from a run "
-        f"of all three, {settings['rounds']} rounds):",
+        f"medians of rounds, {rounds}, slowest and fastest in brackets; n-gram from a "
+        f"run of all three, {settings['rounds']} rounds):",
         "",
         *decoders(results, *loads),
         "",
