@@ -104,6 +104,6 @@ def test_loads_that_are_worth_a_search():
 
 def test_time_passes_where_nobody_guesses():
     online = Steps().online
-    for _ in range(64):
+    for _ in range(256):
         online.after_step(3, None, None)
     assert online._learner.observations == 4 * 3
