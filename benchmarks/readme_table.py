@@ -87,10 +87,14 @@ def section() -> str:
     loads = [
         json.loads(path.read_text()) for path in sorted(RESULTS.glob("loads_*.json"))
     ]
-    rounds = ", ".join(
-        f"{document['settings']['rounds']} at {t:g}"
+    by_temperature = {
+        t: document["settings"]["rounds"]
         for document in loads
         for t in document["settings"]["temperature"]
+    }
+    rounds = ", ".join(
+        f"{by_temperature[t]} {f'at {t:g}' if t else 'greedy'}"
+        for t in sorted(by_temperature)
     )
     machine = results["environment"]
     engine = results["engines"]["ppd"]

@@ -39,6 +39,7 @@ from benchmarks.ablations.runs import RunFolder
 from benchmarks.ablations.workbench import Texts, Workbench
 from benchmarks.environment import ROOT, environment_card, git_state, shown_path
 from benchmarks.stats import Spread
+from benchmarks.train_speed_curves import ROWS, compared, curve_of, quality
 from benchmarks.train_speed_plot import draw
 from vllm_ppd.atomic import write_json
 from vllm_ppd.train.settings import RATE_STEPS, TrainSettings
@@ -50,8 +51,6 @@ MANY_SHARES = tuple(Fraction(1, n) for n in (80, 40, 20, 10, 5))
 TUNED_AT = Fraction(1, 4)
 # Learning rate over the default, and sequences per batch.
 ONE_CHOICES = ((0.5, 1), (0.25, 1), (0.125, 1), (0.25, 2), (0.125, 2), (0.0625, 2))
-# Quality is tokens per step of the best trees with so many rows, a middling number.
-ROWS = 16
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -162,55 +161,6 @@ def many_points(share: Fraction, **settings: int) -> Run:
     shown = ",".join(f"{name}={value}" for name, value in settings.items())
     name = f"many,{shown},{share.numerator}_{share.denominator}"
     return Run(name, {**settings, "rate_steps": RATE_STEPS}, share=share)
-
-
-def quality(record: Mapping[str, Any]) -> float:
-    """Tokens per step that a training's prompt tokens reach on held-out prompts."""
-    return record["rows"][str(ROWS)]["walked_tau"]
-
-
-def curve_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Points of a curve: what was spent, and what it brought."""
-    return [
-        {
-            "run": record["run"],
-            "seconds": record["cost"]["seconds"],
-            "tokens_per_step": quality(record),
-            "top1": record["acceptance"]["top1"],
-            "top10": record["acceptance"]["top10"],
-            "positions": record["cost"]["positions"],
-            "learning_rate": record["cost"]["learning_rate"],
-            "batch_size": record["settings"]["batch_size"],
-        }
-        for record in records
-    ]
-
-
-def compared(
-    one: Sequence[Mapping[str, Any]], many: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """How much sooner `many` reaches each level that `one` reaches, the best last.
-
-    Both are curves. Seconds are those of the shortest training that is as good;
-    None when there is none.
-    """
-
-    def seconds(curve: Sequence[Mapping[str, Any]], level: float) -> float | None:
-        times = [p["seconds"] for p in curve if p["tokens_per_step"] >= level]
-        return min(times, default=None)
-
-    found = []
-    for level in sorted({point["tokens_per_step"] for point in one}):
-        slow, fast = seconds(one, level), seconds(many, level)
-        found.append(
-            {
-                "tokens_per_step": level,
-                "one_point_s": slow,
-                "many_points_s": fast,
-                "times_sooner": round(slow / fast, 2) if slow and fast else None,
-            }
-        )
-    return found
 
 
 def measure_quality(

@@ -25,7 +25,7 @@ _GUESSING, _PLAIN = 64, 32
 # Steps after a switch that are not counted: guesses have to be built up first.
 _SETTLING = 2
 # Steps between comparisons: as many again each time that the answer stays the same, and
-# so many that looking at the slower way costs no more than this share of the time.
+# so many that looking at the slower way costs about this share of the time.
 _FIRST_WAIT, _LONGEST_WAIT = 256, 8192
 _BUDGET = 0.01
 # How much faster guessing has to look to go on, and to begin again: noise should not

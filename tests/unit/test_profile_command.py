@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_ppd.cli import main, profile
+from vllm_ppd.cli import main, profile, profile_engine
 from vllm_ppd.cli.engine_process import EngineFailedError
 from vllm_ppd.fingerprint import BaseModelFingerprint
 from vllm_ppd.profile import LatencyProfile, cache_file
@@ -43,7 +43,7 @@ class Engine:
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
     fake = Engine()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(profile, "start_once", fake.start)
+    monkeypatch.setattr(profile_engine, "start_once", fake.start)
     monkeypatch.setattr(profile, "profile_key", lambda settings: KEY)
     return fake
 
@@ -205,15 +205,15 @@ def test_progress_is_read_off_the_engines_log(tmp_path: Path, monkeypatch) -> No
         log = tmp_path / "profiling.log"
 
     seen: list[tuple] = []
-    monkeypatch.setattr(profile, "_POLL_S", 0.005)
-    with profile._watched(Logged(), lambda *shown: seen.append(shown)):  # type: ignore
+    monkeypatch.setattr(profile_engine, "_POLL_S", 0.005)
+    with profile_engine._watched(Logged(), lambda *shown: seen.append(shown)):  # type: ignore
         # No log yet; then loading; then the bar as tqdm rewrites it.
         Logged.log.write_text("Loading shards: 100%| 1/1 [00:00<00:00, 16it/s]\n")
-        profile.threading.Event().wait(0.05)
+        profile_engine.threading.Event().wait(0.05)
         assert seen == []
         with Logged.log.open("a") as log:
             for done in (0, 3, 9):
                 log.write(f"\rPPD measures steps:  1%|# | {done}/35 [00:05<00:16,")
         while not seen:
-            profile.threading.Event().wait(0.005)
+            profile_engine.threading.Event().wait(0.005)
     assert set(seen) == {("measuring steps", 9, 35)}

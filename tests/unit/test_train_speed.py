@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
-from benchmarks import train_speed
+from benchmarks import train_speed, train_speed_curves
 from tests.unit.tiny_base import write_texts, write_tiny_model
 
 
@@ -21,7 +21,7 @@ def point(seconds: float, tokens_per_step: float) -> dict[str, float]:
 def test_times_sooner_is_between_first_times_of_equal_quality() -> None:
     one = [point(60, 1.2), point(120, 1.4), point(240, 1.4)]
     many = [point(3, 1.3), point(6, 1.38), point(12, 1.45), point(24, 1.41)]
-    found = train_speed.compared(one, many)
+    found = train_speed_curves.compared(one, many)
     assert found == [
         {
             "tokens_per_step": 1.2,
@@ -36,7 +36,7 @@ def test_times_sooner_is_between_first_times_of_equal_quality() -> None:
             "times_sooner": 10.0,
         },
     ]
-    never = train_speed.compared(one, many[:2])[-1]
+    never = train_speed_curves.compared(one, many[:2])[-1]
     assert (never["many_points_s"], never["times_sooner"]) == (None, None)
 
 

@@ -28,7 +28,8 @@ __all__ = ["OnlineTrees"]
 logger = init_logger("vllm.ppd")
 
 # Steps between looks: counting takes tens of microseconds, asking for a plan less. At
-# first every step is counted, for nothing is known of the traffic yet.
+# first every step is counted, for nothing is known of the traffic yet. Where nobody
+# guesses, looking for matches is pure cost, and rarer.
 _COUNT_EVERY, _ASK_EVERY, _GLANCE_EVERY = 4, 32, 64
 _COUNT_FIRST = 512
 # Share of the steps from which on a load is worth a search.
