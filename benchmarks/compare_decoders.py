@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="prompt tokens of that model",
     )
-    add("--decoders", type=names, default=list(DECODERS), help="plain,ppd,ngram")
+    add("--decoders", type=names, default=list(DECODERS[:3]), help=",".join(DECODERS))
     add(
         "--ppd-config",
         type=json.loads,
@@ -94,7 +94,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help='held-out text, {"text": ...} a line',
     )
     add("--num-prompts", type=int, default=16, help="requests per round, at least")
-    add("--waves", type=int, default=1, help="at least so many times the batch")
+    add("--waves", type=int, default=3, help="at least so many times the batch")
     add("--prompt-tokens", type=int, default=64, help="length of each prompt")
     add("--max-tokens", type=int, default=128, help="tokens written per request")
     add("--batch", type=numbers(int), default=[1, 4, 16], help="requests at a time")
@@ -116,7 +116,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.dry_run:
         args.num_prompts, args.prompt_tokens, args.max_tokens = 2, 16, 8
         args.batch, args.temperature, args.rounds = [1, 2], [0.0, 1.0], 3
-        args.eager = True
+        args.eager, args.waves = True, 1
     if args.rounds < 3:
         parser.error("--rounds must be at least 3, or there is no spread to show")
     if min(*args.batch, args.num_prompts, args.waves) < 1:

@@ -28,7 +28,8 @@ from vllm_ppd.cli.engine_process import (
 )
 from vllm_ppd.cli.generation import Batch, Generation
 
-DECODERS = ("plain", "ppd", "ngram")
+# "fixed" is PPD that keeps to the trees it starts with.
+DECODERS = ("plain", "ppd", "ngram", "fixed")
 NGRAM = {
     "method": "ngram",
     "num_speculative_tokens": 3,
@@ -80,8 +81,10 @@ def decoder_settings(
     """Arguments of `vllm.LLM` for a decoder; raises ValueError for an unknown one."""
     if name == "plain":
         return dict(base)
-    if name == "ppd":
+    if name in ("ppd", "fixed"):
         speculative = {"method": "ppd", "model": prompt_tokens, **ppd}
+        if name == "fixed":
+            speculative["online"] = False
     elif name == "ngram":
         speculative = {**NGRAM, **ngram}
     else:

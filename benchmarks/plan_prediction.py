@@ -15,8 +15,13 @@ the machine's latency profile. For each way to sample and each number of request
 
 Expected and measured are tokens per step of one request, and tokens per second of all,
 without the first step, which reads the prompt. Steps count that begin in texts as long
-as the calibration's; requests write on for as many tokens as a step can bring. The last
-line printed is one JSON document.
+as the calibration's; requests write on for as many tokens as a step can bring.
+
+Seconds are those of a machine that is now faster, now slower. So the same engine also
+writes the same prompts without guesses, in turn, a group of requests at a time, and
+what is compared is how much faster guessing is: as expected; as measured; and the bound
+tau / (L(rows) / L(1)) of the tokens per step that were measured, L being the profile's
+seconds of a step. The last line printed is one JSON document.
 """
 
 from __future__ import annotations
@@ -25,7 +30,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +40,7 @@ from continuations import prompt_ids
 from decoding import acceptance_length, decode_counts
 from environment import ROOT, environment_card, shown_path
 from harness import document, running
-from stats import Spread
+from stats import Spread, ratios
 
 from vllm_ppd.acceptance import AcceptanceStats
 from vllm_ppd.atomic import write_json
@@ -47,7 +53,7 @@ from vllm_ppd.cli.engine_process import (
 from vllm_ppd.cli.generation import Batch
 from vllm_ppd.default_trees import ACCEPTANCE_FILE
 from vllm_ppd.evidence import Evidence
-from vllm_ppd.plan import TreePlan
+from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.plan_report import evidence_for, load_figures
 from vllm_ppd.profile import LatencyProfile
 from vllm_ppd.train.calibration_settings import CalibrationSettings
@@ -56,6 +62,7 @@ from vllm_ppd.train.data import read_stream
 CALIBRATED, LEARNT = "calibrated", "learnt"
 # Tokens that a step can bring: those of a tree's longest path, and one.
 _REACH = 16
+_NO_GUESSES = TreePlan((Tier(None),))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,16 +92,34 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run_round(
-    engine: EngineProcess,
-    prompts: Sequence[Sequence[int]],
-    batch: int,
-    params: dict[str, Any],
-) -> list[Batch]:
-    return [
-        engine.generate(prompts[first : first + batch], params)
-        for first in range(0, len(prompts), batch)
-    ]
+def groups(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[list[int]]]:
+    for first in range(0, len(prompts), size):
+        yield [list(ids) for ids in prompts[first : first + size]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """All prompts once with the plan's guesses, and once without any."""
+
+    guessing: list[Batch]
+    plain: list[Batch]
+
+    @classmethod
+    def of(
+        cls,
+        engine: EngineProcess,
+        plan: TreePlan,
+        prompts: Sequence[Sequence[int]],
+        batch: int,
+        params: dict[str, Any],
+    ) -> Round:
+        found = cls([], [])
+        for group in groups(prompts, batch):
+            engine.hold(_NO_GUESSES)
+            found.plain.append(engine.generate(group, params))
+            engine.hold(plan)
+            found.guessing.append(engine.generate(group, params))
+        return found
 
 
 def decode_rate(batch: Batch) -> tuple[int, float]:
@@ -110,12 +135,18 @@ def decode_rate(batch: Batch) -> tuple[int, float]:
     return tokens, ended - begun
 
 
+def speed_of(batches: Sequence[Batch]) -> float:
+    """Tokens per second of all requests that run together."""
+    pairs = [decode_rate(each) for each in batches]
+    return sum(tokens for tokens, _ in pairs) / sum(seconds for _, seconds in pairs)
+
+
 def cell_of(
     kind: str,
     temperature: float,
     batch: int,
     report: dict[str, Any],
-    rounds: Sequence[Sequence[Batch]],
+    rounds: Sequence[Round],
     max_tokens: int,
 ) -> dict[str, Any]:
     plan = TreePlan.from_dict(report["plan"])
@@ -124,16 +155,16 @@ def cell_of(
     expected = load_figures(plan, evidence_for(plan, evidence), profile, batch)
     counts = [
         decode_counts(request, max_tokens + _REACH, _REACH)
-        for batches in rounds
-        for each in batches
+        for one in rounds
+        for each in one.guessing
         for request in each.requests
     ]
     tau, width = acceptance_length(counts)
-    speeds = []
-    for batches in rounds:
-        pairs = [decode_rate(each) for each in batches]
-        speeds.append(sum(t for t, _ in pairs) / sum(s for _, s in pairs))
-    speed = Spread.of(speeds)
+    speeds = [speed_of(one.guessing) for one in rounds]
+    plain = [speed_of(one.plain) for one in rounds]
+    speed, over_plain = Spread.of(speeds), Spread.of(ratios(speeds, plain))
+    # The measured tokens per step, at what the profile says steps cost.
+    bound = tau * expected.plain_seconds / expected.seconds
     return {
         "plan": kind,
         "temperature": temperature,
@@ -148,11 +179,16 @@ def cell_of(
             "tokens_per_step": round(tau, 4),
             "half_width_95": round(width, 4),
             "tokens_per_s": speed.to_dict(2),
+            "plain_tokens_per_s": Spread.of(plain).to_dict(2),
+            "over_plain": over_plain.to_dict(4),
+            "bound": round(bound, 4),
         },
         "expected_over_measured": {
             "tokens_per_step": round(expected.tau / tau, 4),
             "tokens_per_s": round(expected.tokens_per_second / speed.median, 4),
+            "over_plain": round(expected.gain / over_plain.median, 4),
         },
+        "over_plain_of_bound": round(over_plain.median / bound, 4),
         "plan_changes": report["plan_changes"],
     }
 
@@ -172,14 +208,17 @@ def measure(
     longer = {**params, "max_tokens": max_tokens + _REACH}
     for _ in range(args.learning_rounds if kind == LEARNT else 1):
         for batch in args.batch:
-            run_round(engine, prompts, batch, learnt)
+            for group in groups(prompts, batch):
+                engine.generate(group, learnt)
     settle()
     report = engine.report()
-    engine.hold()
+    plan = TreePlan.from_dict(report["plan"])
     cells = []
     for batch in args.batch:
         say(f"{kind}, temperature {temperature:g}, {batch} at a time")
-        rounds = [run_round(engine, prompts, batch, longer) for _ in range(args.rounds)]
+        rounds = [
+            Round.of(engine, plan, prompts, batch, longer) for _ in range(args.rounds)
+        ]
         cells.append(cell_of(kind, temperature, batch, report, rounds, max_tokens))
     return cells
 
@@ -246,19 +285,21 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = [
         "| plan | temperature | requests | tokens/step expected | measured (95 %) | "
-        "ratio | tokens/s expected | measured | ratio |",
-        "|---" * 9 + "|",
+        "ratio | over plain expected | measured (min-max) | ratio | bound | "
+        "of the bound |",
+        "|---" * 11 + "|",
     ]
     for cell in cells:
         expected, measured = cell["expected"], cell["measured"]
-        ratio = cell["expected_over_measured"]
+        ratio, faster = cell["expected_over_measured"], measured["over_plain"]
         lines.append(
             f"| {cell['plan']} | {cell['temperature']:g} | {cell['batch']} "
             f"| {expected['tokens_per_step']:.3f} "
             f"| {measured['tokens_per_step']:.3f} ± {measured['half_width_95']:.3f} "
-            f"| {ratio['tokens_per_step']:.3f} | {expected['tokens_per_s']:.0f} "
-            f"| {measured['tokens_per_s']['median']:.0f} "
-            f"| {ratio['tokens_per_s']:.3f} |"
+            f"| {ratio['tokens_per_step']:.3f} | {expected['over_plain']:.3f} "
+            f"| {faster['median']:.3f} ({faster['min']:.3f}-{faster['max']:.3f}) "
+            f"| {ratio['over_plain']:.3f} | {measured['bound']:.3f} "
+            f"| {cell['over_plain_of_bound']:.3f} |"
         )
     return "\n".join(lines)
 
@@ -276,11 +317,12 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: {error}")
         return 2 if isinstance(error, ValueError) else 1
     print(table(results["cells"]))
-    errors = [
-        abs(c["expected_over_measured"]["tokens_per_step"] - 1)
-        for c in results["cells"]
-    ]
-    say(f"tokens per step: off by {median(errors):.1%} in the median")
+    for name, shown in (
+        ("tokens_per_step", "tokens per step"),
+        ("over_plain", "speed over plain decoding"),
+    ):
+        errors = [abs(c["expected_over_measured"][name] - 1) for c in results["cells"]]
+        say(f"{shown}: off by {median(errors):.1%} in the median")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, results)

@@ -16,8 +16,8 @@ from typing import Any
 
 from result_file import read_results
 
-COLOURS = {"ppd": "#2a9d8f", "ngram": "#e9a23b"}
-LABELS = {"ppd": "PPD", "ngram": "n-gram"}
+COLOURS = {"ppd": "#2a9d8f", "ngram": "#e9a23b", "fixed": "#8a8d91"}
+LABELS = {"ppd": "PPD", "ngram": "n-gram", "fixed": "PPD, not learning"}
 
 
 def compared(results: dict[str, Any]) -> list[str]:

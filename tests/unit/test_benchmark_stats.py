@@ -174,6 +174,8 @@ def test_decoder_settings() -> None:
         "model": "p",
         "num_speculative_tokens": 7,
     }
+    fixed = harness.decoder_settings("fixed", base, "p", {}, {})["speculative_config"]
+    assert fixed == {"method": "ppd", "model": "p", "online": False}
     ngram = harness.decoder_settings("ngram", base, "p", {}, {"prompt_lookup_max": 2})
     assert ngram["speculative_config"]["prompt_lookup_max"] == 2
     with pytest.raises(ValueError, match="known: plain, ppd, ngram"):

@@ -17,14 +17,19 @@ pytest.importorskip("accelerate")
 
 from vllm_ppd.acceptance import AcceptanceStats
 from vllm_ppd.cli.generation import Batch, Generation, Step
+from vllm_ppd.evidence import Evidence
 from vllm_ppd.latency import LatencyCurve
+from vllm_ppd.plan import TreePlan
+from vllm_ppd.profile import LatencyProfile
 from vllm_ppd.train.calibrate import Measurement
 from vllm_ppd.train.reliability import Reliability
+from vllm_ppd.tree import SparseTree, TreePolicy
 from vllm_ppd.tree_search import optimal_policy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 decoding: Any = importlib.import_module("decoding")
 prediction: Any = importlib.import_module("prediction")
+plan_prediction: Any = importlib.import_module("plan_prediction")
 memory: Any = importlib.import_module("memory")
 
 
@@ -102,6 +107,45 @@ def test_lengths_are_those_of_the_calibration() -> None:
     }
     with pytest.raises(SystemExit):
         prediction.parse_arguments(["--rows", "1"])
+
+
+def test_guessing_is_compared_with_plain_steps_of_the_same_round() -> None:
+    # One candidate that is right half of the time, where a step with guesses takes
+    # 1.2 times as long as one without.
+    tree = SparseTree((0,), (0,), (1, 1), 1)
+    evidence = Evidence.of(AcceptanceStats(np.array([[0.5]])))
+    report = {
+        "plan": TreePlan.of(TreePolicy((tree, tree))).to_dict(),
+        "evidence": evidence.to_dict(),
+        "profile": LatencyProfile((1,), (1, 8), ((0.1, 0.12),), {}).to_dict(),
+        "plan_changes": 0,
+    }
+    rows = tree.num_rows
+    step_s = 0.1 + 0.02 * (rows - 1) / 7
+
+    def of(*sizes: int, step_s: float) -> list[Batch]:
+        one = request(*sizes, step_s=step_s)
+        return [Batch(one.seconds, len(sizes), (one,))]
+
+    # The machine is half as fast in the second round, whose ratio stays the same.
+    rounds = [
+        plan_prediction.Round(
+            of(1, 2, 1, 2, 1, step_s=slow * step_s), of(*[1] * 5, step_s=slow * 0.1)
+        )
+        for slow in (1, 2)
+    ]
+    cell = plan_prediction.cell_of("learnt", 0.0, 1, report, rounds, 100)
+    assert cell["expected"]["tokens_per_step"] == pytest.approx(1.5)
+    assert cell["measured"]["tokens_per_step"] == pytest.approx(1.5)
+    assert cell["measured"]["over_plain"]["min"] == pytest.approx(
+        0.15 / step_s, abs=1e-4
+    )
+    assert cell["measured"]["over_plain"]["max"] == pytest.approx(
+        0.15 / step_s, abs=1e-4
+    )
+    assert cell["measured"]["bound"] == pytest.approx(0.15 / step_s, abs=1e-4)
+    assert cell["expected_over_measured"]["over_plain"] == pytest.approx(1)
+    assert cell["over_plain_of_bound"] == pytest.approx(1)
 
 
 def engine(weights: int, blocks: int, used: int, process: int) -> dict[str, Any]:

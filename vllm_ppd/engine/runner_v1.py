@@ -257,6 +257,8 @@ class PPDRunnerMixin:
             # Guesses pending elsewhere were laid out for trees that are gone.
             self.ppd_trees = dict.fromkeys(self.ppd_trees, 0)
         first_tree = drafter.first_tree(batch)
+        if self._ppd_opted_out.issuperset(self.input_batch.req_ids):  # type: ignore
+            first_tree = 0
         if first_tree and online is not None:
             rows = scheduler_output.total_num_scheduled_tokens
             if not online.pays(step, sampled_token_ids, rows):
