@@ -13,6 +13,7 @@ machine:
   own learning-rate schedule, as nobody stops in the middle of one), judged after their
   clock has stopped. One point per sequence gets the best of several learning rates and
   batch sizes for each length of sequence; many points get the trainer's defaults.
+  These are short, and several seeds of them (`--seeds`) say how much is chance.
 
 Finished trainings are kept in the work folder, and the same command goes on from them.
 """
@@ -53,6 +54,12 @@ TUNED_AT = Fraction(1, 4)
 ONE_CHOICES = ((0.5, 1), (0.25, 1), (0.125, 1), (0.25, 2), (0.125, 2), (0.0625, 2))
 
 
+def choice(text: str) -> tuple[float, int]:
+    """An argparse type: a learning rate over the default, and sequences per batch."""
+    rate, batch = text.split(":")
+    return float(rate), int(batch)
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -71,6 +78,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     lengths = {"nargs": "+", "type": int, "default": [256, 1024]}
     add("--lengths", **lengths, help="of sequences, for quality over time")
     add("--seconds", type=float, default=120.0, help="longest one-point training")
+    add("--seeds", type=int, default=1, help="of each training with many points")
+    choices = {"nargs": "+", "type": choice, "default": ONE_CHOICES}
+    shown = "for one point: learning rate over the default, and sequences per batch"
+    add("--one-choices", **choices, metavar="RATE:BATCH", help=shown)
     add("--speed-points", type=int, nargs="+", default=[1, 16, 64, 128, 256])
     add("--speed-lengths", **lengths)
     add("--speed-seconds", type=float, default=6.0, help="per measurement of speed")
@@ -88,7 +99,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.examination |= {"prompts": 4, "continuation": 16, "sequences": 2}
     name = "train_speed-quick" if args.quick else "train_speed"
     args.work = args.work or ROOT / "build" / name
-    for flag in ("seconds", "speed_seconds", "rounds", "threads", "points"):
+    for flag in ("seconds", "speed_seconds", "rounds", "threads", "points", "seeds"):
         if not getattr(args, flag) > 0:
             shown = "--" + flag.replace("_", "-")
             parser.error(f"{shown} is {getattr(args, flag)}; expected above 0")
@@ -186,14 +197,19 @@ def measure_quality(
         "batch_size": args.batch_size,
         "updates": TrainSettings(steps=1, length=length).updates,
     }
-    shares = [*ONE_SHARES, *MANY_SHARES, *(TUNED_AT,) * (len(ONE_CHOICES) - 1)]
+    seeds = range(args.seeds)
+    shares = [
+        *ONE_SHARES,
+        *MANY_SHARES * args.seeds,
+        *(TUNED_AT,) * (len(args.one_choices) - 1),
+    ]
     progress = Progress([float(share) * args.seconds for share in shares], args.quiet)
 
-    def record(run: Run) -> dict[str, Any]:
+    def record(run: Run, seed: int = 0) -> dict[str, Any]:
         with progress.run(run.name):
-            return folder.record(run, 0) or folder.finish(
+            return folder.record(run, seed) or folder.finish(
                 run,
-                0,
+                seed,
                 run.train_settings(args.seconds, length, bench.learning_rate),
                 bench,
                 examination,
@@ -201,19 +217,22 @@ def measure_quality(
             )
 
     try:
-        tuned = {how: record(one_point(TUNED_AT, *how)) for how in ONE_CHOICES}
+        tuned = {how: record(one_point(TUNED_AT, *how)) for how in args.one_choices}
         best = max(tuned, key=lambda how: quality(tuned[how]))
         one = [
-            tuned[best] if share == TUNED_AT else record(one_point(share, *best))
+            [tuned[best] if share == TUNED_AT else record(one_point(share, *best))]
             for share in ONE_SHARES
         ]
-        many = [record(many_points(share, **own)) for share in MANY_SHARES]
+        many = [
+            [record(many_points(share, **own), seed) for seed in seeds]
+            for share in MANY_SHARES
+        ]
     finally:
         progress.close()
     curves = {"one": curve_of(one), "many": curve_of(many)}
     return {
         "length": length,
-        "one_point_choices": curve_of(list(tuned.values())),
+        "one_point_choices": curve_of([[each] for each in tuned.values()]),
         "updates": own["updates"],
         "curves": curves,
         "comparison": compared(curves["one"], curves["many"]),
@@ -235,7 +254,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     speeds = measure_speeds(bench, args)
     shown = {
         name: getattr(args, name)
-        for name in (*("batch_tokens", "batch_size", "points", "seconds", "threads"),)
+        for name in (
+            *("batch_tokens", "batch_size", "points", "seconds", "threads", "seeds"),
+        )
     }
     return {
         "format": "ppd_benchmark",
@@ -275,7 +296,8 @@ def show(results: Mapping[str, Any]) -> None:
             for point in curve:
                 print(
                     f"  {name:>4}  {point['seconds']:7.1f} s  "
-                    f"{point['tokens_per_step']:.3f} tokens per step"
+                    f"{point['tokens_per_step']:.3f} tokens per step "
+                    f"({min(point['seeds']):.3f}-{max(point['seeds']):.3f})"
                 )
         for level in cell["comparison"]:
             print(f"  {level}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 # Quality is tokens per step of the best trees with so many rows, a middling number.
@@ -14,20 +15,24 @@ def quality(record: Mapping[str, Any]) -> float:
     return record["rows"][str(ROWS)]["walked_tau"]
 
 
-def curve_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Points of a curve: what was spent, and what it brought."""
+def curve_of(records: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Points of a curve: what was spent, and what it brought in the mean of the seeds.
+
+    records: of every duration, those of all seeds.
+    """
     return [
         {
-            "run": record["run"],
-            "seconds": record["cost"]["seconds"],
-            "tokens_per_step": quality(record),
-            "top1": record["acceptance"]["top1"],
-            "top10": record["acceptance"]["top10"],
-            "positions": record["cost"]["positions"],
-            "learning_rate": record["cost"]["learning_rate"],
-            "batch_size": record["settings"]["batch_size"],
+            "run": seeds[0]["run"],
+            "seconds": round(fmean(each["cost"]["seconds"] for each in seeds), 2),
+            "tokens_per_step": round(fmean(map(quality, seeds)), 4),
+            "seeds": [quality(each) for each in seeds],
+            "top1": seeds[0]["acceptance"]["top1"],
+            "top10": seeds[0]["acceptance"]["top10"],
+            "positions": seeds[0]["cost"]["positions"],
+            "learning_rate": seeds[0]["cost"]["learning_rate"],
+            "batch_size": seeds[0]["settings"]["batch_size"],
         }
-        for record in records
+        for seeds in records
     ]
 
 

@@ -52,8 +52,9 @@ def test_batches_of_all_lengths_have_as_much_text() -> None:
     args = train_speed.parse_arguments([])
     assert train_speed.batch_of(args, 256) * 256 == 2048
     assert train_speed.batch_of(args, 1024) * 1024 == 2048
-    with pytest.raises(SystemExit):
-        train_speed.parse_arguments(["--speed-points", "4", "8"])
+    for bad in (["--speed-points", "4", "8"], ["--one-choices", "0.5"]):
+        with pytest.raises(SystemExit):
+            train_speed.parse_arguments(bad)
 
 
 def test_a_quick_run(tmp_path: Path, capsys) -> None:
@@ -65,6 +66,7 @@ def test_a_quick_run(tmp_path: Path, capsys) -> None:
     argv += ["--data", str(tmp_path / "train.jsonl"), "--lengths", "24", "48"]
     argv += ["--held-out", str(tmp_path / "held_out.jsonl"), "--batch-tokens", "48"]
     argv += ["--work", str(tmp_path / "work"), "--speed-lengths", "24", "48"]
+    argv += ["--seeds", "2", "--one-choices", "0.5:1", "0.25:2"]
     assert train_speed.main([*argv, "--out", str(out)]) == 0
     results = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
@@ -75,6 +77,13 @@ def test_a_quick_run(tmp_path: Path, capsys) -> None:
     for cell in results["quality"]:
         curves = cell["curves"]
         assert len(curves["one"]) == len(curves["many"]) == 5
+        for name, seeds in (("one", 1), ("many", 2)):
+            for each in curves[name]:
+                assert len(each["seeds"]) == seeds
+                assert each["tokens_per_step"] == pytest.approx(
+                    sum(each["seeds"]) / seeds, abs=1e-4
+                )
+        assert [p["batch_size"] for p in cell["one_point_choices"]] == [1, 2]
         # The longest one-point training has what was found best for it.
         best = max(cell["one_point_choices"], key=lambda p: p["tokens_per_step"])
         for name in ("learning_rate", "batch_size"):
