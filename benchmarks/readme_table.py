@@ -87,13 +87,13 @@ def section() -> str:
     loads = [
         json.loads(path.read_text()) for path in sorted(RESULTS.glob("loads_*.json"))
     ]
-    by_temperature = {
-        t: document["settings"]["rounds"]
-        for document in loads
-        for t in document["settings"]["temperature"]
-    }
+    by_temperature: dict[float, set[int]] = {}
+    for document in loads:
+        for t in document["settings"]["temperature"]:
+            by_temperature.setdefault(t, set()).add(document["settings"]["rounds"])
     rounds = ", ".join(
-        f"{by_temperature[t]} {f'at {t:g}' if t else 'greedy'}"
+        f"{' or '.join(map(str, sorted(by_temperature[t])))} "
+        f"{f'at {t:g}' if t else 'greedy'}"
         for t in sorted(by_temperature)
     )
     machine = results["environment"]
