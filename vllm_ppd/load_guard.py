@@ -123,7 +123,8 @@ class _Load:
 
 
 class LoadGuard:
-    """Decides for each range of load; ranges are powers of two of running requests.
+    """Decides for each range of load: 1, 2, 3 to 4, 5 to 8, ... running requests, like
+    a plan's tiers. A full server that now and then has one less stays in its range.
 
     Not for ranks that must agree: each would believe its own clock.
 
@@ -134,8 +135,8 @@ class LoadGuard:
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
         self._loads: dict[int, _Load] = {}
-        # When the last step ended, and its requests, if it only decoded.
-        self._last: tuple[float, int] | None = None
+        # When the last step ended.
+        self._last: float | None = None
         # Whether the step under way may have guesses.
         self._mode = True
 
@@ -174,16 +175,16 @@ class LoadGuard:
             pure: whether it only decoded; other steps are not compared.
         """
         now = self._clock()
-        before, self._last = self._last, (now, running) if pure else None
-        load = self._load(running.bit_length())
-        if pure and before is not None and before[1] == running:
+        before, self._last = self._last, now
+        load = self._load((running - 1).bit_length())
+        if pure and before is not None:
             load.left -= 1
             fallen = False
             if self._mode == load.guessing:
                 if load.settling:
                     load.settling -= 1
                 else:
-                    load.steps.append(_Step(now - before[0], tokens, rows / running))
+                    load.steps.append(_Step(now - before, tokens, rows / running))
                     load.running = running
                     if load.speculating and not load.probing:
                         fallen = load.falls(running, tokens)

@@ -101,6 +101,20 @@ def test_loads_are_told_apart():
     assert world.run(500, running=40) > 0.9
 
 
+def test_a_full_server_whose_requests_come_and_go():
+    """Requests end in most steps, so that the next step has some less and the one after
+    it reads prompts: what lies between counts all the same."""
+    world = World(0.8)
+    share = 0.0
+    for turn in range(1000):
+        world.run(1, running=62 + turn % 3, pure=False)
+        share = 0.99 * share + 0.01 * world.run(1, running=63 + turn % 2)
+    assert share < 0.2
+    # No step more, and the range is another.
+    assert world.run(1, running=64) == 0
+    assert len(world.guard.timings) == 1
+
+
 def test_a_new_plan_is_tried_soon_and_not_at_once():
     world = World(0.8)
     world.run(9000)
