@@ -70,7 +70,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="prompt tokens of that model",
     )
-    add("--decoders", type=names, default=list(DECODERS[:3]), help=",".join(DECODERS))
+    usual = ["plain", "ppd", "ngram"]
+    add("--decoders", type=names, default=usual, help=",".join(DECODERS))
     add(
         "--ppd-config",
         type=json.loads,

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +19,8 @@ from stats import Sameness, summarise
 
 from vllm_ppd.cli.demo_prompts import read_texts
 from vllm_ppd.cli.engine_process import (
-    EngineFailedError,
     EngineProcess,
+    engine_processes,
     settle,
     start_all,
 )
@@ -97,22 +95,9 @@ def running(
     settings: Mapping[str, Mapping[str, Any]], in_process: bool, say: Any
 ) -> Iterator[dict[str, EngineProcess]]:
     """All engines, started one after the other; logs stay only if one fails."""
-    folder = Path(tempfile.mkdtemp(prefix="vllm-ppd-bench-"))
-    engines: dict[str, EngineProcess] = {}
-    keep = False
-    try:
-        for name, options in settings.items():
-            engines[name] = EngineProcess(name, dict(options), folder, in_process)
+    with engine_processes(settings, "bench", in_process) as engines:
         start_all(list(engines.values()), say)
         yield engines
-    except EngineFailedError:
-        keep = True
-        raise
-    finally:
-        for engine in engines.values():
-            engine.close()
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def pick_texts(path: Path, count: int, characters: int, seed: int = 0) -> list[str]:

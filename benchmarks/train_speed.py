@@ -50,6 +50,8 @@ from vllm_ppd.train.trainer import Interrupted
 ONE_SHARES = tuple(Fraction(1, n) for n in (16, 8, 4, 2, 1))
 MANY_SHARES = tuple(Fraction(1, n) for n in (80, 40, 20, 10, 5))
 TUNED_AT = Fraction(1, 4)
+# Arguments that the results name.
+SHOWN = ("batch_tokens", "batch_size", "points", "seconds", "threads", "seeds")
 # Learning rate over the default, and sequences per batch.
 ONE_CHOICES = ((0.5, 1), (0.25, 1), (0.125, 1), (0.25, 2), (0.125, 2), (0.0625, 2))
 
@@ -252,12 +254,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     # First: it is short, and says at once whether the machine is quiet.
     speeds = measure_speeds(bench, args)
-    shown = {
-        name: getattr(args, name)
-        for name in (
-            *("batch_tokens", "batch_size", "points", "seconds", "threads", "seeds"),
-        )
-    }
+    shown = {name: getattr(args, name) for name in SHOWN}
     return {
         "format": "ppd_benchmark",
         "format_version": 1,

@@ -8,7 +8,6 @@ a plan knows no guess worth a row.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 
 from benchmarks.decoding import acceptance_length, decode_counts
 from vllm_ppd.atomic import write_json
-from vllm_ppd.cli.engine_process import EngineFailedError, EngineProcess
+from vllm_ppd.cli.engine_process import EngineProcess, engine_processes, start_all
 from vllm_ppd.cli.generation import Batch
 from vllm_ppd.plan import TreePlan
 
@@ -83,24 +82,13 @@ def running(
 ) -> Iterator[EngineProcess]:
     """An engine for plans of at most as many rows as `widest`, whose trees it has at
     first; its log stays only if it fails."""
-    folder = Path(tempfile.mkdtemp(prefix="vllm-ppd-trees-"))
-    tree = folder / "plan.json"
-    write_json(tree, widest.to_dict())
-    settings = engine_settings(work, tree, conditioned, suffix)
-    engine = EngineProcess("trees", settings, folder)
-    keep = False
-    try:
-        engine.wait_imported()
-        engine.begin_start()
-        engine.wait_ready()
-        yield engine
-    except EngineFailedError:
-        keep = True
-        raise
-    finally:
-        engine.close()
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "plan.json"
+        write_json(tree, widest.to_dict())
+        settings = engine_settings(work, tree, conditioned, suffix)
+        with engine_processes({"trees": settings}, "trees") as engines:
+            start_all(list(engines.values()))
+            yield engines["trees"]
 
 
 def measure_plan(engine: Engine, work: Work, plan: TreePlan) -> dict[str, Any]:

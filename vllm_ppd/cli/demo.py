@@ -12,9 +12,7 @@ import contextlib
 import io
 import math
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,30 +130,6 @@ class Narrator:
             yield lambda new: progress.update(task, description=new)
 
 
-@contextlib.contextmanager
-def engines(
-    names_and_settings: Sequence[tuple[str, dict[str, Any]]],
-) -> Iterator[list[EngineProcess]]:
-    """Engine processes that end with the block; their logs stay only if it fails."""
-    from vllm_ppd.cli.engine_process import EngineFailedError, EngineProcess
-
-    folder = Path(tempfile.mkdtemp(prefix="vllm-ppd-demo-"))
-    running: list[EngineProcess] = []
-    keep = False
-    try:
-        for name, settings in names_and_settings:
-            running.append(EngineProcess(name, settings, folder))
-        yield running
-    except EngineFailedError:
-        keep = True
-        raise
-    finally:
-        for engine in running:
-            engine.close()
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def measure(
     pair: Sequence[EngineProcess],
     prompts: Sequence[str],
@@ -251,7 +225,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_ppd.cli.demo_prompts import excerpts
     from vllm_ppd.cli.demo_report import verdict
     from vllm_ppd.cli.demo_view import header, print_plainly, replay, summary
-    from vllm_ppd.cli.engine_process import start_all
+    from vllm_ppd.cli.engine_process import engine_processes, start_all
 
     model, prompt_tokens = check(args)
     prompts = args.prompt or excerpts(TEXTS, args.num_prompts)
@@ -272,7 +246,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_model_len:
         settings["max_model_len"] = args.max_model_len
     ppd = {"speculative_config": {"method": "ppd", "model": prompt_tokens}}
-    both = (("plain vLLM", settings), ("vLLM with PPD", {**settings, **ppd}))
+    both = {"plain vLLM": settings, "vLLM with PPD": {**settings, **ppd}}
     params = {"temperature": args.temperature, "max_tokens": args.max_tokens}
     console.print(header(_short(model), _short(prompt_tokens), args))
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
@@ -283,7 +257,8 @@ def run(args: argparse.Namespace) -> int:
             style="yellow",
         )
 
-    with engines(both) as pair:
+    with engine_processes(both, "demo") as engines:
+        pair = list(engines.values())
         with narrator.busy("importing vLLM") as say:
             start_all(pair, say, parallel=True)
             ids = pair[0].encode(prompts)

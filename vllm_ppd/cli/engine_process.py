@@ -26,12 +26,14 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +42,13 @@ from vllm_ppd.cli.generation import Batch, Generation
 if TYPE_CHECKING:
     from vllm_ppd.plan import TreePlan
 
-__all__ = ["EngineFailedError", "EngineProcess", "settle", "start_all"]
+__all__ = [
+    "EngineFailedError",
+    "EngineProcess",
+    "engine_processes",
+    "settle",
+    "start_all",
+]
 
 # An idle vLLM worker on CPU polls for a second after its last step, on the very core
 # that the next engine's worker is bound to.
@@ -244,6 +252,31 @@ class EngineProcess:
     def _ended(self, timeout_s: float | None) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout_s)
+
+
+@contextlib.contextmanager
+def engine_processes(
+    settings: Mapping[str, Mapping[str, Any]], purpose: str, in_process: bool = False
+) -> Iterator[dict[str, EngineProcess]]:
+    """Engines by name, not yet started, that end with the block.
+
+    Their logs stay only if an engine fails. `purpose` is part of their folder's name.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f"vllm-ppd-{purpose}-"))
+    engines: dict[str, EngineProcess] = {}
+    keep = False
+    try:
+        for name, options in settings.items():
+            engines[name] = EngineProcess(name, dict(options), folder, in_process)
+        yield engines
+    except EngineFailedError:
+        keep = True
+        raise
+    finally:
+        for engine in engines.values():
+            engine.close()
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def start_all(

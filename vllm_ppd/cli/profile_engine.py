@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,23 +80,14 @@ def _out_of_the_way(file: Path) -> Iterator[None]:
 
 def start_once(settings: dict[str, Any], show: Callable[..., None]) -> None:
     """Start an engine and end it; its log stays only if it fails."""
-    from vllm_ppd.cli.engine_process import EngineFailedError, EngineProcess
+    from vllm_ppd.cli.engine_process import engine_processes
 
-    folder = Path(tempfile.mkdtemp(prefix="vllm-ppd-profile-"))
-    engine = EngineProcess("profiling", settings, folder)
-    keep = False
-    try:
+    with engine_processes({"profiling": settings}, "profile") as engines:
+        engine = engines["profiling"]
         with _watched(engine, show):
             engine.wait_imported()
             engine.begin_start()
             engine.wait_ready()
-    except EngineFailedError:
-        keep = True
-        raise
-    finally:
-        engine.close()
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
