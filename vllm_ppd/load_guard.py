@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import NamedTuple
 
+from vllm_ppd.prompt_cost import seconds_per_row
 from vllm_ppd.step_timing import StepTiming
 
 __all__ = ["LoadGuard"]
@@ -38,6 +39,11 @@ _FIRST_LOOK, _HOPELESS = 16, 0.9
 # and what was known of speeds is out of date. Looked at after so many steps that have
 # so many requests together, for a single text is now easy, now hard to guess.
 _FALLEN, _LOOK_STEPS, _LOOK_REQUESTS = 0.8, 32, 256
+# A step that also reads so many prompt rows per running request, or fewer, is compared
+# all the same, without what those cost: on a full server that is most steps.
+_PROMPT_ROWS = 8
+# Looks at a way to decode whose times are remembered.
+_LOOKS = 9
 # A step now and then waits for something else and takes more than so many medians.
 # Plain steps are all alike; of others some may have guesses, and those take longer.
 _OUTLIER = {True: 4.0, False: 2.0}
@@ -48,6 +54,7 @@ class _Step(NamedTuple):
     tokens: int
     rows: float
     """Per request."""
+    prompt_rows: int
 
 
 @dataclass
@@ -64,9 +71,12 @@ class _Load:
     steps: deque[_Step] = field(default_factory=lambda: deque(maxlen=_GUESSING))
     # Tokens per second with guesses and without, as last seen.
     speeds: dict[bool, float] = field(default_factory=dict)
-    # Seconds per step and rows per request, which say something of the machine.
-    times: dict[bool, tuple[float, float]] = field(default_factory=dict)
+    # Seconds per step and rows per request of the last looks, which say something of
+    # the machine.
+    times: dict[bool, deque[tuple[float, float]]] = field(default_factory=dict)
     running: int = 1
+    # Seconds that a prompt's row adds to a step; None until that was seen.
+    prompt_row_s: float | None = None
     # Tokens per request and step with guesses, usually; and steps, requests and tokens
     # since that was last looked at.
     usual: float | None = None
@@ -96,7 +106,31 @@ class _Load:
         if len(self.steps) not in (_FIRST_LOOK, 2 * _FIRST_LOOK):
             return False
         plain = self.speeds.get(False)
-        return plain is not None and _speed(self.steps, True) < _HOPELESS * plain
+        return plain is not None and _speed(self.counted, True) < _HOPELESS * plain
+
+    @property
+    def counted(self) -> list[_Step]:
+        """The phase's steps, as long as they would have taken without prompts."""
+        cost = self.prompt_row_s or 0.0
+        return [
+            step._replace(seconds=max(0.0, step.seconds - cost * step.prompt_rows))
+            for step in self.steps
+        ]
+
+    def learn_prompt_cost(self) -> None:
+        """From the phase's steps, which are alike but for the prompts in them."""
+        seen = seconds_per_row(
+            [step.prompt_rows for step in self.steps],
+            [step.seconds for step in self.steps],
+        )
+        if seen is not None:
+            known = self.prompt_row_s
+            self.prompt_row_s = seen if known is None else (known + seen) / 2
+
+    def time(self, mode: bool) -> tuple[float, float]:
+        """Seconds per step and rows per request in the median over looks."""
+        seconds, rows = zip(*self.times[mode], strict=True)
+        return median(seconds), median(rows)
 
     @property
     def affordable_wait(self) -> int:
@@ -106,8 +140,8 @@ class _Load:
         looked_at = _PLAIN
         if not kept:
             looked_at = _FIRST_LOOK if worth < _HOPELESS else _GUESSING
-        lost = (_SETTLING + looked_at) * self.times[other][0] * (1 - worth)
-        return int(lost / (_BUDGET * self.times[kept][0]))
+        lost = (_SETTLING + looked_at) * self.times[other][-1][0] * (1 - worth)
+        return int(lost / (_BUDGET * self.times[kept][-1][0]))
 
     def falls(self, running: int, tokens: int) -> bool:
         """Count a step with guesses; whether they come true less often than usual."""
@@ -161,32 +195,42 @@ class LoadGuard:
         found = []
         for load in self._loads.values():
             if len(load.times) == 2:
-                (guessing_s, rows), (plain_s, _) = load.times[True], load.times[False]
-                found.append(StepTiming(load.running, rows, plain_s, guessing_s))
+                (guessing_s, rows), (plain_s, _) = load.time(True), load.time(False)
+                looks = min(map(len, load.times.values()))
+                found.append(StepTiming(load.running, rows, plain_s, guessing_s, looks))
         return found
 
-    def next_step(self, running: int, tokens: int, rows: int, pure: bool) -> bool:
+    def next_step(
+        self, running: int, tokens: int, rows: int, prompt_rows: int = 0, new: int = 0
+    ) -> bool:
         """Count a step; True if the next one may have guesses.
 
         Args:
             running: requests in it.
             tokens: that it emitted.
-            rows: of all requests.
-            pure: whether it only decoded; other steps are not compared.
+            rows: of all requests, one for each that reads its prompt.
+            prompt_rows: that it read beside those. Steps that mostly read prompts are
+                not compared.
+            new: requests whose first step it is. Where all are new, there may have been
+                nothing to do before.
         """
         now = self._clock()
         before, self._last = self._last, now
         load = self._load((running - 1).bit_length())
-        if pure and before is not None:
+        compared = new < running and prompt_rows <= _PROMPT_ROWS * running
+        if compared and before is not None:
             load.left -= 1
             fallen = False
             if self._mode == load.guessing:
                 if load.settling:
                     load.settling -= 1
                 else:
-                    load.steps.append(_Step(now - before, tokens, rows / running))
+                    load.steps.append(
+                        _Step(now - before, tokens, rows / running, prompt_rows)
+                    )
                     load.running = running
-                    if load.speculating and not load.probing:
+                    # A request that begins has one token and says nothing of guesses.
+                    if load.speculating and not load.probing and not prompt_rows:
                         fallen = load.falls(running, tokens)
             if fallen:
                 load.start_over()
@@ -212,12 +256,14 @@ class LoadGuard:
     def _change_phase(self, load: _Load) -> None:
         mode = load.guessing
         if len(load.steps) >= _FIRST_LOOK:
-            speed, steps = _speed(load.steps, mode), _undisturbed(load.steps, mode)
+            load.learn_prompt_cost()
+            speed, steps = _speed(load.counted, mode), _undisturbed(load.counted, mode)
             load.speeds[mode] = (load.speeds.get(mode, speed) + speed) / 2
             # The mean time, not the median: where only some steps have guesses, those
             # are the long ones.
             seconds = fmean(step.seconds for step in steps)
-            load.times[mode] = seconds, fmean(step.rows for step in steps)
+            rows = fmean(step.rows for step in steps)
+            load.times.setdefault(mode, deque(maxlen=_LOOKS)).append((seconds, rows))
         load.steps.clear()
         load.settling = _SETTLING
         if not load.probing:

@@ -4,6 +4,8 @@ A profile is measured in the worker alone, once. Steps of a serving engine take 
 for scheduling and messages, and the machine is not always equally fast. Where both
 kinds of steps have been timed next to each other, with guesses and without, two numbers
 per load make up for that: how long a plain step takes, and what rows cost beyond it.
+The second is the difference of two times that swing, so at first the profile is
+believed in it: that all steps take longer by the same factor.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ __all__ = ["StepTiming", "corrected"]
 _MOST = 4.0
 # Rows that cost less than this share of a plain step say nothing about a factor.
 _LEAST_COST = 0.01
+# Looks that count as much as the profile does.
+_DOUBT = 2
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,14 @@ class StepTiming:
         requests: running.
         rows: rows per request of the steps with guesses.
         plain_s, guessing_s: seconds of a step without guesses and with them.
+        looks: how often both were looked at.
     """
 
     requests: int
     rows: float
     plain_s: float
     guessing_s: float
+    looks: int
 
 
 def corrected(profile: LatencyProfile, timings: Sequence[StepTiming]) -> LatencyProfile:
@@ -51,11 +57,13 @@ def corrected(profile: LatencyProfile, timings: Sequence[StepTiming]) -> Latency
         curve = profile.curve(timing.requests)
         plain = float(curve.seconds[0])
         beyond = curve(max(1.0, timing.rows)) - plain
+        slower = float(np.clip(timing.plain_s / plain, 1 / _MOST, _MOST))
         cost, extra = 1.0, timing.guessing_s - timing.plain_s
         if beyond > _LEAST_COST * plain:
-            cost = float(np.clip(extra / beyond, 1 / _MOST, _MOST))
-        first = table[index, 0] * np.clip(timing.plain_s / plain, 1 / _MOST, _MOST)
-        table[index] = first + cost * (table[index] - table[index, 0])
+            seen = float(np.clip(extra / (slower * beyond), 1 / _MOST, _MOST))
+            cost = seen ** (timing.looks / (timing.looks + _DOUBT))
+        first = table[index, 0]
+        table[index] = slower * (first + cost * (table[index] - first))
     return LatencyProfile.smoothed(
         profile.requests, profile.rows, table, dict(profile.key)
     )

@@ -9,6 +9,7 @@ import pytest
 
 from vllm_ppd.load_guard import LoadGuard
 from vllm_ppd.profile import LatencyProfile
+from vllm_ppd.prompt_cost import seconds_per_row
 from vllm_ppd.step_timing import StepTiming, corrected
 
 
@@ -22,8 +23,10 @@ class World:
         self._random = random.Random(seed)
         self._guessing = False
 
-    def run(self, steps: int, running: int = 4, pure: bool = True) -> float:
-        """Share of the steps that had guesses."""
+    def run(
+        self, steps: int, running: int = 4, prompt_rows: int = 0, new: int = 0
+    ) -> float:
+        """Share of the steps that had guesses. A prompt's row takes 0.01 s."""
         guessed = 0
         for _ in range(steps):
             guessing = self._guessing
@@ -34,9 +37,12 @@ class World:
                 tokens = sum(self._random.choice(self.tokens) for _ in range(running))
             # Guesses bring two tokens in the mean.
             self.now += 2 / self.gain if guessing else 1.0
+            self.now += 0.01 * prompt_rows
             if self._random.random() < 0.05:
                 self.now += 10.0
-            self._guessing = self.guard.next_step(running, tokens, rows, pure)
+            self._guessing = self.guard.next_step(
+                running, tokens, rows, prompt_rows, new
+            )
         return guessed / steps
 
 
@@ -57,7 +63,7 @@ def test_rare_guesses_are_judged_by_what_they_cost():
         dear = guessing and step % 4 == 0
         now += 3.0 if dear else 1.0
         share.append(guessing)
-        guessing = guard.next_step(2, 2 + 2 * dear, 2 + 6 * dear, True)
+        guessing = guard.next_step(2, 2 + 2 * dear, 2 + 6 * dear)
     assert sum(share[2000:]) < 0.15 * 4000
 
 
@@ -101,17 +107,20 @@ def test_loads_are_told_apart():
     assert world.run(500, running=40) > 0.9
 
 
-def test_a_full_server_whose_requests_come_and_go():
-    """Requests end in most steps, so that the next step has some less and the one after
-    it reads prompts: what lies between counts all the same."""
-    world = World(0.8)
+@pytest.mark.parametrize(("gain", "least", "most"), [(1.2, 0.9, 1.0), (0.85, 0.0, 0.2)])
+def test_a_full_server_whose_requests_come_and_go(gain, least, most):
+    """Nearly every step reads a prompt or two, which take as long as the step."""
+    world = World(gain)
     share = 0.0
     for turn in range(1000):
-        world.run(1, running=62 + turn % 3, pure=False)
-        share = 0.99 * share + 0.01 * world.run(1, running=63 + turn % 2)
-    assert share < 0.2
+        prompts = turn % 7 % 3
+        here = world.run(1, 62 + turn % 3, prompt_rows=100 * prompts, new=prompts)
+        share = 0.99 * share + 0.01 * here
+    assert least <= share <= most
     # 62 to 64 are one range.
-    assert len(world.guard.timings) == 1
+    (timing,) = world.guard.timings
+    assert timing.plain_s == pytest.approx(1.0)
+    assert timing.guessing_s == pytest.approx(2 / gain)
 
 
 def test_a_new_plan_is_tried_soon_and_not_at_once():
@@ -130,9 +139,34 @@ def test_a_new_plan_is_tried_soon_and_not_at_once():
     assert world.run(1000) > 0.9
 
 
-def test_steps_with_prefill_are_not_compared():
+def test_steps_that_mostly_read_prompts_are_not_compared():
     world = World(0.5)
-    assert world.run(3000, pure=False) > 0.99
+    assert world.run(3000, prompt_rows=200, new=1) > 0.99
+
+
+def test_waiting_for_a_request_is_no_step():
+    world = World(0.8)
+    for _ in range(300):
+        # Prompts of one token, after a while.
+        world.now += 0.8
+        world.run(1, running=1, prompt_rows=0, new=1)
+        world.run(4, running=1)
+    (timing,) = world.guard.timings
+    assert timing.plain_s == pytest.approx(1.0)
+    assert timing.guessing_s == pytest.approx(2.5)
+
+
+def test_one_disturbed_look_does_not_change_the_times():
+    world = World(0.8)
+    world.run(9000)
+    (before,) = world.guard.timings
+    assert before.looks >= 3
+    looked = len(world.guard._loads[2].times[True])
+    world.gain = 0.1
+    while len(world.guard._loads[2].times[True]) == looked:
+        world.run(1)
+    (timing,) = world.guard.timings
+    assert timing.guessing_s == pytest.approx(before.guessing_s)
 
 
 def test_both_ways_to_decode_are_timed():
@@ -153,23 +187,33 @@ PROFILE = LatencyProfile(
 )
 
 
+# So many looks that they are believed.
+SURE = 1_000_000
+
+
 def test_a_profile_follows_the_clock():
     assert corrected(PROFILE, []) is PROFILE
     # Twice as slow, and rows cost three times as much.
-    found = corrected(PROFILE, [StepTiming(1, 3.0, 2.0, 2.9)])
-    np.testing.assert_allclose(found.seconds[0], (2, 2.6, 3.2, 5.0))
-    np.testing.assert_allclose(found.seconds[1], (4, 4.6, 5.8, 7.0))
-    assert found.curve(1)(3) == pytest.approx(2.9)
+    found = corrected(PROFILE, [StepTiming(1, 3.0, 2.0, 2.9, SURE)])
+    np.testing.assert_allclose(found.seconds[0], (2, 2.6, 3.2, 5.0), rtol=1e-4)
+    np.testing.assert_allclose(found.seconds[1], (4, 4.6, 5.8, 7.0), rtol=1e-4)
+    assert found.curve(1)(3) == pytest.approx(2.9, rel=1e-4)
     # The nearest load counts, and noise cannot turn a machine upside down.
-    both = [StepTiming(1, 3.0, 1.0, 1.3), StepTiming(4, 2.0, 3.0, 2.5)]
+    both = [StepTiming(1, 3.0, 1.0, 1.3, SURE), StepTiming(4, 2.0, 3.0, 2.5, SURE)]
     found = corrected(PROFILE, both)
-    np.testing.assert_allclose(found.seconds[0], PROFILE.seconds[0])
-    np.testing.assert_allclose(found.seconds[2], (3, 3.25, 3.5, 4.0))
+    np.testing.assert_allclose(found.seconds[0], PROFILE.seconds[0], rtol=1e-4)
+    np.testing.assert_allclose(found.seconds[2], (3, 3.25, 3.5, 4.0), rtol=1e-4)
+
+
+def test_a_few_looks_are_half_believed():
+    # The whole machine is twice as slow; rows seem to cost four times that.
+    found = corrected(PROFILE, [StepTiming(1, 3.0, 2.0, 4.4, 2)])
+    np.testing.assert_allclose(found.seconds[0], (2, 2.8, 3.6, 6.0))
 
 
 def test_steps_without_guesses_say_nothing_about_rows():
-    found = corrected(PROFILE, [StepTiming(2, 1.0, 3.0, 3.0)])
-    np.testing.assert_allclose(found.seconds[1], (3, 3.2, 3.6, 4))
+    found = corrected(PROFILE, [StepTiming(2, 1.0, 3.0, 3.0, SURE)])
+    np.testing.assert_allclose(found.seconds[1], np.multiply(1.5, PROFILE.seconds[1]))
 
 
 @pytest.mark.parametrize("running", [1, 16])
@@ -181,3 +225,15 @@ def test_guesses_that_begin_to_fail_are_compared_at_once(running):
     world.tokens = [1, 1, 1, 2]
     world.run(600 if running == 1 else 120, running)
     assert world.run(1000, running) < 0.2
+
+
+def test_what_a_row_of_a_prompt_costs():
+    rows = [0, 0, 60, 64, 128, 0, 61, 62]
+    seconds = [1.0 + 0.5 * n for n in rows]
+    assert seconds_per_row(rows, seconds) == pytest.approx(0.5)
+    # A step that waited for something else, and prompts of nearly the same length.
+    seconds[3] += 50
+    assert seconds_per_row(rows, seconds) == pytest.approx(0.5)
+    assert seconds_per_row([0, 64, 64], [2.0, 1.0, 1.0]) == 0.0
+    assert seconds_per_row([64, 64], [2.0, 1.0]) is None
+    assert seconds_per_row([], []) is None

@@ -88,20 +88,21 @@ class OnlineTrees:
         return self._steps % _ASK_EVERY == 0 and self._replan()
 
     def pays(
-        self, step: TreeStep | None, emitted: list[list[int]], all_rows: int
+        self, step: TreeStep | None, emitted: list[list[int]], all_rows: int, new: int
     ) -> bool:
         """Whether the next step should have guesses at this load, by the clock.
 
         Args:
             step, emitted: of the step that ends.
             all_rows: scheduled in it, of prompts too.
+            new: requests that began with it.
         """
         if self._guard is None:
             return True
         running = len(emitted)
         rows = running if step is None else int(step.num_rows.sum())
         tokens = sum(map(len, emitted))
-        return self._guard.next_step(running, tokens, rows, rows == all_rows)
+        return self._guard.next_step(running, tokens, rows, all_rows - rows, new)
 
     @property
     def evidence(self) -> Evidence:

@@ -261,7 +261,8 @@ class PPDRunnerMixin:
             first_tree = 0
         if first_tree and online is not None:
             rows = scheduler_output.total_num_scheduled_tokens
-            if not online.pays(step, sampled_token_ids, rows):
+            new = len(scheduler_output.scheduled_new_reqs)
+            if not online.pays(step, sampled_token_ids, rows, new):
                 first_tree = 0
         if not first_tree:
             if online is not None and online.glances_now:
