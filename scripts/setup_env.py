@@ -220,7 +220,8 @@ def install_beside_pypi_torch() -> None:
     vLLM's CPU kernels load in it as well; only its metadata insist on the other build.
     So vLLM is installed without asking them, and what else they name after it.
     """
-    print(f"\n    pip finds no {CPU_TORCH} there either; taking PyPI's build")
+    print(f"\n    pip got no {CPU_TORCH} there either ({LOG} says why);")
+    print("    taking PyPI's build")
     why = "with CUDA's libraries, which stay unused: some 2.5 GB more to download"
     print(f"    ({why}) ...", end="", flush=True)
     run(*PIP, "install", PYPI_TORCH)
