@@ -5,13 +5,13 @@ for scheduling and messages, and the machine is not always equally fast. Where b
 kinds of steps have been timed next to each other, with guesses and without, two numbers
 per load make up for that: how long a plain step takes, and what rows cost beyond it.
 The second is the difference of two times that swing, so at first the profile is
-believed in it: that all steps take longer by the same factor.
+believed in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,8 +27,7 @@ _LEAST_COST = 0.01
 _DOUBT = 2
 
 
-@dataclass(frozen=True)
-class StepTiming:
+class StepTiming(NamedTuple):
     """Mean steps of one load, close in time.
 
     Attributes:
@@ -57,13 +56,12 @@ def corrected(profile: LatencyProfile, timings: Sequence[StepTiming]) -> Latency
         curve = profile.curve(timing.requests)
         plain = float(curve.seconds[0])
         beyond = curve(max(1.0, timing.rows)) - plain
-        slower = float(np.clip(timing.plain_s / plain, 1 / _MOST, _MOST))
         cost, extra = 1.0, timing.guessing_s - timing.plain_s
         if beyond > _LEAST_COST * plain:
-            seen = float(np.clip(extra / (slower * beyond), 1 / _MOST, _MOST))
+            seen = float(np.clip(extra / beyond, 1 / _MOST, _MOST))
             cost = seen ** (timing.looks / (timing.looks + _DOUBT))
-        first = table[index, 0]
-        table[index] = slower * (first + cost * (table[index] - first))
+        first = table[index, 0] * np.clip(timing.plain_s / plain, 1 / _MOST, _MOST)
+        table[index] = first + cost * (table[index] - table[index, 0])
     return LatencyProfile.smoothed(
         profile.requests, profile.rows, table, dict(profile.key)
     )

@@ -119,6 +119,7 @@ def test_guessing_is_compared_with_plain_steps_of_the_same_round() -> None:
         "evidence": evidence.to_dict(),
         "profile": LatencyProfile((1,), (1, 8), ((0.1, 0.12),), {}).to_dict(),
         "plan_changes": 0,
+        "timings": [],
     }
     rows = tree.num_rows
     step_s = 0.1 + 0.02 * (rows - 1) / 7

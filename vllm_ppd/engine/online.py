@@ -20,7 +20,7 @@ from vllm_ppd.load_guard import LoadGuard
 from vllm_ppd.profile import LatencyProfile
 from vllm_ppd.replan import Replanner, SearchPace
 from vllm_ppd.step import TreeStep
-from vllm_ppd.step_timing import corrected
+from vllm_ppd.step_timing import StepTiming, corrected
 from vllm_ppd.verify import TreeWalk
 
 __all__ = ["OnlineTrees"]
@@ -112,8 +112,12 @@ class OnlineTrees:
     @property
     def profile(self) -> LatencyProfile:
         """How long steps take, by what the clock has shown since."""
-        timings = [] if self._guard is None else self._guard.timings
-        return corrected(self._drafter.profile, timings)
+        return corrected(self._drafter.profile, self.timings)
+
+    @property
+    def timings(self) -> list[StepTiming]:
+        """What the clock has shown; nothing where several ranks must agree."""
+        return [] if self._guard is None else self._guard.timings
 
     @property
     def counts_now(self) -> bool:

@@ -327,6 +327,7 @@ class PPDRunnerMixin:
             "plan": drafter.plan.to_dict(),
             "evidence": evidence.to_dict(),
             "profile": (online.profile if online else drafter.profile).to_dict(),
+            "timings": [t._asdict() for t in online.timings] if online else [],
             "plan_changes": online.changes if online is not None else 0,
             "line": self._ppd_log.line(),
         }
