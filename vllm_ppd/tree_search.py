@@ -29,6 +29,7 @@ from vllm_ppd.policy_value import (
     long_run,
     relative_values,
 )
+from vllm_ppd.subtrees import useful_rows
 from vllm_ppd.tree import MAX_ROWS, TreePolicy
 from vllm_ppd.tree_growth import BestTrees
 
@@ -102,13 +103,16 @@ def optimal_policy(
     check_count("num_ept", num_ept)
     states = range(stats.num_prompt_tokens + 1)
     seconds = latency(np.arange(1, max_rows + 1))
+    # By state, as if no guess were left out.
+    tokens = np.cumsum([1.0, *np.cumprod(stats.acceptance.sum(axis=1))])
     fitting = min(stats.num_prompt_tokens, (max_rows - 1) // num_ept)
     trees = [_root_only(fitting, num_ept) for _ in states]
     for _ in range(_MAX_ROUNDS):
         chain = _single_class(trees, stats.acceptance, latency, num_ept)
         speed, h = relative_values(chain)
-        best = BestTrees(stats.acceptance, h, max_rows, num_ept)
-        worth = 1 + best.values[:, 1:] - speed * seconds  # [m + 1, max_rows]
+        rows = useful_rows(tokens, h, speed, seconds)
+        best = BestTrees(stats.acceptance, h, rows, num_ept)
+        worth = 1 + best.values[:, 1:] - speed * seconds[:rows]  # [m + 1, rows]
         most = worth.max(axis=1)
         least = _TOLERANCE * (1 + np.abs(h).max())
         improved = [state for state in states if most[state] > h[state] + least]
