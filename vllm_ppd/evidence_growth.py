@@ -9,6 +9,7 @@ chain, it either has the chain's next token as a child or has not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -66,10 +67,12 @@ class Candidates(NamedTuple):
         )
 
 
-def candidates_by_depth(evidence: Evidence) -> list[Candidates]:
+# The searches of a plan, one after the other, share one evidence.
+@lru_cache(maxsize=1)
+def candidates_by_depth(evidence: Evidence) -> tuple[Candidates, ...]:
     """The candidates at depth 1, 2, ... as deep as any has a chance."""
     deepest = max(evidence.max_depth(each) for each in range(evidence.num_classes))
-    return [Candidates.of(evidence, depth) for depth in range(1, deepest + 1)]
+    return tuple(Candidates.of(evidence, depth) for depth in range(1, deepest + 1))
 
 
 def most_tokens(evidence: Evidence, candidates: Sequence[Candidates]) -> np.ndarray:

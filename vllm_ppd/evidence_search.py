@@ -3,12 +3,7 @@
 The problem of `tree_search`, with two more things to look at: the state of a request
 is (prompt tokens at hand, match class), and a node is off or on the chain of an
 earlier match. Both the chances below a node and the worth of where a walk ends depend
-on them; otherwise the dynamic programme is that of `tree_growth`, per state:
-
-    node(n)       = max over k of h(k) + children_k(n - 1 - k * num_ept)
-    children_k(n) = best sharing of n rows among the ranks, each child worth
-                    chance * max(0, 1 - h(k) + node one level deeper)
-
+on them; otherwise the dynamic programme is the same (`subtrees`, `evidence_growth`),
 with h(k) the mean of the relative values h(k, c') over the next match class c', which
 is another mean at the root, where a walk that ends has accepted nothing, than below it.
 """
@@ -99,13 +94,7 @@ def policy_value(
     latency: LatencyCurve,
 ) -> tuple[float, float, np.ndarray]:
     """(tokens per step, tokens per second, [C + 1, m + 1] state distribution)."""
-    tokens, seconds, moves = _chain(_outcomes(trees, evidence), evidence, latency)
-    size = len(tokens)
-    system = np.vstack([(np.eye(size) - moves).T, np.ones(size)])
-    share = np.linalg.lstsq(system, np.append(np.zeros(size), 1.0), rcond=None)[0]
-    tau = float(share @ tokens)
-    shape = (evidence.num_classes, evidence.num_prompt_tokens + 1)
-    return tau, tau / float(share @ seconds), share.reshape(shape)
+    return _value(_outcomes(trees, evidence), evidence, latency)
 
 
 def best_policy(
@@ -153,7 +142,7 @@ def best_policy(
             trees[match_class][state] = tree
             steps[match_class][state] = _outcome(tree, evidence, state, match_class)
     chosen = tuple(tuple(row) for row in trees)
-    return EvidencePolicy(chosen, *policy_value(chosen, evidence, latency))
+    return EvidencePolicy(chosen, *_value(steps, evidence, latency))
 
 
 class _Outcome(NamedTuple):
@@ -202,6 +191,19 @@ def _chain(
     moves *= 1 - _RESTART
     moves[:, 0] += _RESTART
     return tokens, seconds, moves
+
+
+def _value(
+    steps: Sequence[Sequence[_Outcome]], evidence: Evidence, latency: LatencyCurve
+) -> tuple[float, float, np.ndarray]:
+    """The `policy_value` of trees whose steps are known."""
+    tokens, seconds, moves = _chain(steps, evidence, latency)
+    size = len(tokens)
+    system = np.vstack([(np.eye(size) - moves).T, np.ones(size)])
+    share = np.linalg.lstsq(system, np.append(np.zeros(size), 1.0), rcond=None)[0]
+    tau = float(share @ tokens)
+    shape = (evidence.num_classes, evidence.num_prompt_tokens + 1)
+    return tau, tau / float(share @ seconds), share.reshape(shape)
 
 
 def _relative_values(

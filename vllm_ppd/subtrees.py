@@ -110,18 +110,22 @@ class Subtrees:
         below = self._below
         # Subtrees that a row more makes no better are not worth that row.
         sizes = np.flatnonzero((below[:, 1:] > below[:, :-1]).any(axis=0)) + 1
-        for count, chance in enumerate(self._chances.T, start=1):
+        added = _times(self._chances.T, below)  # [R, B, n + 1]
+        pairs = zip(self._chances.T, added, strict=True)
+        for count, (chance, own) in enumerate(pairs, start=1):
             # The likelier of two siblings never has the smaller subtree (otherwise
             # exchange them), so this one gets at most an equal share.
             sizes = sizes[sizes * count < below.shape[1]]
             if not len(sizes) or not chance.any():
                 break
-            own, others = _times(chance, below), self._shared[-1]
             # An only child has all the rows.
-            shared, alone = own, self._free if count == 1 else 0
+            alone = self._free if count == 1 else 0
+            shared = own
             if alone < len(below):
-                rest = _share_rows(others[alone:], own[alone:], sizes, count)
-                shared = np.concatenate([own[:alone], rest])
+                others = self._shared[-1][alone:]
+                shared = _share_rows(others, own[alone:], sizes, count)
+                if alone:
+                    shared = np.concatenate([own[:alone], shared])
             self._totals.append(self._totals[-1] + chance)
             self._shared.append(shared)
             here = self._with_prompts(self._totals[-1], shared)
@@ -143,10 +147,11 @@ def useful_rows(
     return max(1, int(np.searchsorted(speed * seconds, most, side="right")))
 
 
-def _times(chance: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """[B, n + 1] what a child adds by its rows, if `chance` [B] is its own."""
-    added = np.full(values.shape, -np.inf)
-    np.multiply(chance[:, None], values[:, 1:], out=added[:, 1:])
+def _times(chances: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """[..., B, n + 1] what children of `chances` [..., B] add by their rows."""
+    # The minus infinity at no rows stays one, also where a chance is 0.
+    added = np.full((*chances.shape, values.shape[1]), -np.inf)
+    np.multiply(chances[..., None], values[:, 1:], out=added[..., 1:])
     return added
 
 
