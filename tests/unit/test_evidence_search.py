@@ -8,11 +8,13 @@ import pytest
 
 from vllm_ppd.acceptance import AcceptanceStats
 from vllm_ppd.evidence import Evidence, EvidenceError
+from vllm_ppd.evidence_growth import EvidenceTrees, candidates_by_depth, most_tokens
 from vllm_ppd.evidence_search import best_policy, node_chances, policy_value
 from vllm_ppd.latency import LatencyCurve
 from vllm_ppd.plain_tree import PlainTree
 from vllm_ppd.plan_search import best_plan, shared_curve
 from vllm_ppd.profile import LatencyProfile
+from vllm_ppd.subtrees import useful_rows
 from vllm_ppd.tree_search import optimal_policy
 
 CURVE = LatencyCurve((1, 2, 4, 8, 16), (1.0, 1.2, 1.3, 1.6, 2.4))
@@ -88,6 +90,73 @@ def test_no_policy_is_better(seed):
             trees[match_class][state] = tree
             _, speed, _ = policy_value(trees, evidence, CURVE)
             assert speed <= best * (1 + 1e-7)
+
+
+def worth(tree, evidence, state, match_class, ahead):
+    """In tokens, after the first, of a tree and of where walks through it end."""
+    reached = node_chances(tree, evidence, state, match_class)
+    ends = reached.copy()
+    for node, parent in enumerate(tree.parents, start=1):
+        ends[parent] -= reached[node]
+    after = [
+        ahead[min(node, 1), match_class, count]
+        for node, count in enumerate(tree.prompts)
+    ]
+    return reached[1:].sum() + ends @ np.array(after)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_tree_of_as_many_rows_is_worth_more(seed):
+    evidence = some_evidence(seed, m=1 + seed % 2)
+    m, rows = evidence.num_prompt_tokens, 4
+    ahead = np.random.default_rng(seed).normal(size=(2, 2, m + 1))
+    best = EvidenceTrees(candidates_by_depth(evidence), ahead, rows, 1)
+    choices = list(all_trees(rows, m, 3, 3))
+    for match_class, state in itertools.product(range(2), range(m + 1)):
+        where = evidence, state, match_class, ahead
+        worths = [worth(tree, *where) for tree in choices]
+        for most in range(1, rows + 1):
+            fitting = (
+                each
+                for each, tree in zip(worths, choices, strict=True)
+                if tree.num_rows <= most
+            )
+            value = best.values[match_class, state, most]
+            assert value == pytest.approx(max(fitting))
+            assert worth(best.tree(match_class, state, most), *where) == (
+                pytest.approx(value)
+            )
+
+
+@pytest.mark.parametrize("num_ept", [1, 3])
+@pytest.mark.parametrize("classes", [0, 2])
+def test_large_trees_are_worth_what_was_found(num_ept, classes):
+    evidence = some_evidence(5, m=3, ranks=6, classes=classes)
+    ahead = np.random.default_rng(classes).random((2, classes + 1, 4))
+    best = EvidenceTrees(candidates_by_depth(evidence), ahead, 60, num_ept)
+    assert (np.diff(best.values[..., 1:]) >= 0).all()
+    for match_class, state in itertools.product(range(classes + 1), range(4)):
+        for rows in (1, 17, 60):
+            tree = best.tree(match_class, state, rows)
+            assert tree.num_rows <= rows
+            value = best.values[match_class, state, rows]
+            assert worth(tree, evidence, state, match_class, ahead) == (
+                pytest.approx(value)
+            )
+
+
+def test_rows_that_cannot_pay_are_not_tried():
+    evidence = some_evidence(2, m=2, ranks=4, classes=2)
+    candidates = candidates_by_depth(evidence)
+    most = most_tokens(evidence, candidates)
+    # With rows for every candidate, these are the tokens of the largest trees.
+    all_rows = EvidenceTrees(candidates, np.zeros((2, 3, 3)), 1500, 1)
+    np.testing.assert_allclose(1 + all_rows.values[..., -1], most)
+    seconds = np.array([1.0, 2.0, 3.0, 4.0])
+    # A step may bring 1 token more where h is 1 less than elsewhere.
+    assert useful_rows(np.array([2.0, 2.0]), np.array([0.0, 1.0]), 1.0, seconds) == 3
+    assert useful_rows(np.array([2.0, 2.0]), np.array([0.0, 0.0]), 5.0, seconds) == 1
+    assert useful_rows(np.array([2.0, 2.0]), np.array([0.0, 0.0]), 0.1, seconds) == 4
 
 
 def test_the_value_is_what_a_simulation_gives():

@@ -22,6 +22,7 @@ from vllm_ppd.baseline_policies import (
     paper_policy,
     random_policy,
 )
+from vllm_ppd.default_trees import typical_acceptance
 from vllm_ppd.latency import LatencyCurve, LatencyError
 from vllm_ppd.plain_tree import PlainTree, path_probabilities
 from vllm_ppd.tree import SparseTree, TreeError, TreePolicy, chain_tree
@@ -506,11 +507,16 @@ def test_bad_latencies(rows, seconds, tail, word: str) -> None:
 
 def test_search_is_quick() -> None:
     """Far above what it takes (milliseconds), to hold under any load."""
-    for rows, seconds in ((64, 0.25), (512, 1.0)):
+    deep = typical_acceptance(8, 16)
+    for stats, rows, seconds in (
+        (VICUNA, 64, 0.25),
+        (VICUNA, 512, 1.0),
+        (deep, 512, 1.0),
+    ):
         times = []
         for _ in range(3):
             start = time.process_time()
-            optimal_policy(VICUNA, CONSTANT, rows)
+            optimal_policy(stats, CONSTANT, rows)
             times.append(time.process_time() - start)
         assert min(times) < seconds
 
