@@ -71,6 +71,8 @@ class _Load:
     steps: deque[_Step] = field(default_factory=lambda: deque(maxlen=_GUESSING))
     # Tokens per second with guesses and without, as last seen.
     speeds: dict[bool, float] = field(default_factory=dict)
+    # With guesses over without, of the last two comparisons.
+    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=2))
     # Seconds per step and rows per request of the last looks, which say something of
     # the machine.
     times: dict[bool, deque[tuple[float, float]]] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class _Load:
         The last steps are forgotten too: the change was somewhere among them.
         """
         self.speeds.clear()
+        self.ratios.clear()
         self.steps.clear()
         self.settling, self.left = _SETTLING, _SETTLING + _GUESSING
         # Which is doubled if guessing still pays.
@@ -117,8 +120,14 @@ class _Load:
             for step in self.steps
         ]
 
-    def learn_prompt_cost(self) -> None:
-        """From the phase's steps, which are alike but for the prompts in them."""
+    def learn_prompt_cost(self, guessing: bool) -> None:
+        """From the phase's steps, which are alike but for the prompts in them.
+
+        Plain ones, where there are any: what prompts cost more beside guesses is what
+        guesses cost.
+        """
+        if guessing and self.prompt_row_s is not None:
+            return
         seen = seconds_per_row(
             [step.prompt_rows for step in self.steps],
             [step.seconds for step in self.steps],
@@ -182,6 +191,7 @@ class LoadGuard:
         """
         for load in self._loads.values():
             load.speeds.pop(True, None)
+            load.ratios.clear()
             load.usual, load.lately[:] = None, (0, 0, 0)
             load.wait = _FIRST_WAIT
             load.left = min(load.left, _FIRST_WAIT)
@@ -254,11 +264,11 @@ class LoadGuard:
         return load
 
     def _change_phase(self, load: _Load) -> None:
-        mode = load.guessing
-        if len(load.steps) >= _FIRST_LOOK:
-            load.learn_prompt_cost()
+        mode, looked = load.guessing, len(load.steps) >= _FIRST_LOOK
+        if looked:
+            load.learn_prompt_cost(mode)
             speed, steps = _speed(load.counted, mode), _undisturbed(load.counted, mode)
-            load.speeds[mode] = (load.speeds.get(mode, speed) + speed) / 2
+            load.speeds[mode] = speed
             # The mean time, not the median: where only some steps have guesses, those
             # are the long ones.
             seconds = fmean(step.seconds for step in steps)
@@ -272,13 +282,34 @@ class LoadGuard:
             load.left = _SETTLING + (_PLAIN if load.speculating else _GUESSING)
             return
         load.probing = False
-        if len(load.speeds) == 2:
-            least = _STAY if load.speculating else _RETURN
-            better = load.speeds[True] >= least * load.speeds[False]
-            same = better == load.speculating
-            load.speculating = better
-            wait = 2 * load.wait if same else _FIRST_WAIT
-            load.wait = min(max(wait, load.affordable_wait), _LONGEST_WAIT)
+        load.left = load.wait
+        if looked and len(load.speeds) == 2:
+            self._compare(load)
+
+    def _compare(self, load: _Load) -> None:
+        """Choose by both speeds, as last seen and as seen before that.
+
+        The two were seen one after the other, at a machine that is now faster, now
+        slower. So what would change the answer is looked at once more, soon: guessing
+        begins again when it paid twice, and ends when it does not pay in the mean of
+        two looks, or at the first.
+        """
+        load.ratios.append(load.speeds[True] / load.speeds[False])
+        if load.speculating:
+            differs = load.ratios[-1] < _STAY
+            sure = fmean(load.ratios) < _STAY
+        else:
+            differs = load.ratios[-1] >= _RETURN
+            sure = len(load.ratios) > 1 and min(load.ratios) >= _RETURN
+        if differs and not sure:
+            load.left = _SETTLING + (_GUESSING if load.speculating else _PLAIN)
+            return
+        wait = _FIRST_WAIT if differs else 2 * load.wait
+        if differs:
+            load.speculating = not load.speculating
+            if not load.speculating:
+                load.ratios.clear()
+        load.wait = min(max(wait, load.affordable_wait), _LONGEST_WAIT)
         load.left = load.wait
 
 

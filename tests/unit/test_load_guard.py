@@ -107,6 +107,26 @@ def test_loads_are_told_apart():
     assert world.run(500, running=40) > 0.9
 
 
+def test_one_lucky_look_is_not_enough():
+    world = World(0.9)
+    world.run(1000)
+    load = world.guard._loads[2]
+    assert not load.speculating
+    for _ in range(3):
+        # The machine is slow until guesses are tried, and no longer.
+        while not load.probing:
+            world.now += 0.5
+            world.run(1)
+        looks = len(load.times[True])
+        while load.probing:
+            world.run(1)
+        assert len(load.times[True]) > looks and load.ratios[-1] > 1.1
+        assert not load.speculating
+        # Soon looked at again.
+        assert world.run(150) < 0.6
+        assert not load.speculating and load.ratios[-1] < 1
+
+
 @pytest.mark.parametrize(("gain", "least", "most"), [(1.2, 0.9, 1.0), (0.85, 0.0, 0.2)])
 def test_a_full_server_whose_requests_come_and_go(gain, least, most):
     """Nearly every step reads a prompt or two, which take as long as the step."""
