@@ -1,0 +1,117 @@
+"""One comparison of decoding with guesses and without, a block of steps each in turn.
+
+A machine is now faster, now slower, for seconds at a time. Blocks are short, so both
+ways to decode see the same of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, median
+from typing import NamedTuple
+
+from vllm_ppd.prompt_cost import seconds_per_row
+
+__all__ = ["BLOCK", "HOPELESS", "OTHER_BLOCKS", "Look", "TimedStep"]
+
+# Steps of a block that count, and blocks of the way to decode that is not in use. As
+# many of the one in use lie between and before them.
+BLOCK, OTHER_BLOCKS = 16, 3
+# Steps of each without which a look says nothing.
+_LEAST = BLOCK // 2
+# Guesses that are tried again are given up after a block if they are that much slower.
+HOPELESS = 0.9
+# A step now and then waits for something else and takes more than so many medians.
+# Plain steps are all alike; of others some may have guesses, and those take longer.
+_OUTLIER = {True: 4.0, False: 2.0}
+
+
+class TimedStep(NamedTuple):
+    """A step as the clock saw it."""
+
+    seconds: float
+    tokens: int
+    rows: float
+    """Per request."""
+    prompt_rows: int
+    """Of all requests, beside those."""
+
+
+class Look:
+    """Steps of both ways to decode.
+
+    Args:
+        kept: the way in use, True with guesses.
+        before: the last steps of it.
+    """
+
+    def __init__(self, kept: bool, before: Sequence[TimedStep]):
+        self._kept = kept
+        self._steps: dict[bool, list[TimedStep]] = {kept: [*before], not kept: []}
+        # The block under way; every odd one is of the other way.
+        self._block = 1
+
+    @property
+    def guessing(self) -> bool:
+        """The way to decode in this block."""
+        return self._kept == (self._block % 2 == 0)
+
+    @property
+    def says_something(self) -> bool:
+        return min(map(len, self._steps.values())) >= _LEAST
+
+    def add(self, step: TimedStep) -> None:
+        """Count a step of this block."""
+        self._steps[self.guessing].append(step)
+
+    def ends(self, prompt_row_s: float) -> bool:
+        """At a block's end: whether that was the last one; else the next one begins."""
+        if self._block >= 2 * OTHER_BLOCKS - 1:
+            return True
+        on_trial = self.guessing and not self._kept and self.says_something
+        if on_trial and self.ratio(prompt_row_s) < HOPELESS:
+            return True
+        self._block += 1
+        return False
+
+    def prompt_row_s(self) -> float | None:
+        """Seconds that a prompt's row adds to a step; None if that cannot be seen.
+
+        To plain steps, where they had prompts: what prompts cost more beside guesses is
+        what guesses cost.
+        """
+        for guessing in (False, True):
+            steps = self._steps[guessing]
+            rows = [step.prompt_rows for step in steps]
+            found = seconds_per_row(rows, [step.seconds for step in steps])
+            if found is not None:
+                return found
+        return None
+
+    def ratio(self, prompt_row_s: float) -> float:
+        """Tokens per second with guesses over those without."""
+        speeds = []
+        for guessing in (True, False):
+            steps = self._undisturbed(guessing, prompt_row_s)
+            seconds = sum(step.seconds for step in steps)
+            speeds.append(sum(step.tokens for step in steps) / seconds)
+        return speeds[0] / speeds[1]
+
+    def mean_step(self, guessing: bool, prompt_row_s: float) -> tuple[float, float]:
+        """Seconds and rows per request of a step of one way to decode.
+
+        The mean time, not the median: where only some steps have guesses, those are the
+        long ones.
+        """
+        steps = self._undisturbed(guessing, prompt_row_s)
+        return fmean(s.seconds for s in steps), fmean(s.rows for s in steps)
+
+    def _undisturbed(self, guessing: bool, prompt_row_s: float) -> list[TimedStep]:
+        """As long as steps would have taken without prompts, and without those that
+        waited for something else."""
+        steps = [
+            step._replace(seconds=step.seconds - prompt_row_s * step.prompt_rows)
+            for step in self._steps[guessing]
+        ]
+        usual = median(step.seconds for step in steps)
+        return [s for s in steps if 0 < s.seconds <= _OUTLIER[guessing] * usual]
