@@ -191,7 +191,7 @@ class LoadGuard:
             load.start_over()
             load.usual, load.lately[:] = None, (0, 0, 0)
             load.wait = _FIRST_WAIT
-            load.left = min(left, _FIRST_WAIT) if load.speculating else _FIRST_WAIT
+            load.left = min(left, _FIRST_WAIT)
 
     @property
     def timings(self) -> list[StepTiming]:
@@ -233,6 +233,7 @@ class LoadGuard:
                     fallen = load.falls(running, tokens)
             if fallen:
                 load.start_over()
+                # Doubled if guessing still pays.
                 load.wait = _FIRST_WAIT // 2
             elif load.left <= 0:
                 load.go_on()

@@ -24,6 +24,8 @@ HOPELESS = 0.9
 # A step now and then waits for something else and takes more than so many medians.
 # Plain steps are all alike; of others some may have guesses, and those take longer.
 _OUTLIER = {True: 4.0, False: 2.0}
+# Of a step's time that is left at least when what its prompts cost is taken away.
+_LEAST_SHARE = 0.1
 
 
 class TimedStep(NamedTuple):
@@ -109,9 +111,10 @@ class Look:
     def _undisturbed(self, guessing: bool, prompt_row_s: float) -> list[TimedStep]:
         """As long as steps would have taken without prompts, and without those that
         waited for something else."""
-        steps = [
-            step._replace(seconds=step.seconds - prompt_row_s * step.prompt_rows)
-            for step in self._steps[guessing]
-        ]
-        usual = median(step.seconds for step in steps)
-        return [s for s in steps if 0 < s.seconds <= _OUTLIER[guessing] * usual]
+        steps = []
+        for step in self._steps[guessing]:
+            left = step.seconds - prompt_row_s * step.prompt_rows
+            seconds = max(left, _LEAST_SHARE * step.seconds)
+            steps.append(step._replace(seconds=seconds))
+        most = _OUTLIER[guessing] * median(step.seconds for step in steps)
+        return [step for step in steps if step.seconds <= most]

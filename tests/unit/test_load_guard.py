@@ -10,6 +10,7 @@ import pytest
 from vllm_ppd.load_guard import LoadGuard
 from vllm_ppd.profile import LatencyProfile
 from vllm_ppd.prompt_cost import seconds_per_row
+from vllm_ppd.speed_look import Look, TimedStep
 from vllm_ppd.step_timing import StepTiming, corrected
 
 
@@ -271,3 +272,12 @@ def test_what_a_row_of_a_prompt_costs():
     assert seconds_per_row([0, 64, 64], [2.0, 1.0, 1.0]) == 0.0
     assert seconds_per_row([64, 64], [2.0, 1.0]) is None
     assert seconds_per_row([], []) is None
+
+
+def test_a_look_bears_a_wrong_idea_of_what_prompts_cost():
+    """Prompts became cheaper: by what they cost before, steps took no time at all."""
+    look = Look(False, [TimedStep(1.0, 4, 1.0, 100)] * 16)
+    for _ in range(16):
+        look.add(TimedStep(2.0, 12, 3.0, 100))
+    assert look.ratio(prompt_row_s=1.0) == pytest.approx(1.5)
+    assert look.mean_step(True, prompt_row_s=1.0) == (pytest.approx(0.2), 3.0)
