@@ -96,21 +96,15 @@ def engines_of(
 ) -> dict[str, dict[str, Any]]:
     """Arguments of `vllm.LLM` by decoder."""
     model, prompts = make_model(shape, stats, folder)
-    longest = max(args.contexts) + args.tokens + 2
-    widest = max(c * b for c, b in cells_of(args))
-    # The rows of two steps lie behind their requests' texts until they are verified.
-    room = widest + max(args.batches) * args.tokens + 4 * max(args.most_rows, 1024)
     base: dict[str, Any] = {
         "model": model,
         "load_format": "dummy",
         "skip_tokenizer_init": True,
         "dtype": args.dtype,
-        "max_model_len": longest,
-        "max_num_seqs": max(args.batches),
+        "max_model_len": max(args.contexts) + args.tokens + 2,
         "max_num_batched_tokens": 512 if args.dry_run else 8192,
         "enable_prefix_caching": False,
         "enforce_eager": args.dry_run,
-        "kv_cache_memory_bytes": kv_bytes(shape, room),
         "seed": 0,
         # Several engines hold their memory at once.
         "gpu_memory_utilization": 0.2,
@@ -124,7 +118,23 @@ def engines_of(
         optimal_policy(stats, curve, rows).policy.save(trees)
         fixed = {**ppd, "tree": str(trees)}
         found[f"ppd {rows}"] = {**base, "speculative_config": fixed}
-    return {name: each for name, each in found.items() if name in args.decoders}
+    found = {name: each for name, each in found.items() if name in args.decoders}
+    for name, each in found.items():
+        cells = [cell for cell in cells_of(args) if takes_part(name, cell[1], args)]
+        each["max_num_seqs"] = most = max((batch for _, batch in cells), default=1)
+        # The rows of two steps lie behind their requests' texts until they are
+        # verified.
+        room = max((c * b for c, b in cells), default=1) + most * args.tokens
+        each["kv_cache_memory_bytes"] = kv_bytes(
+            shape, room + 4 * max(args.most_rows, 1024)
+        )
+    return found
+
+
+def takes_part(name: str, batch: int, args: argparse.Namespace) -> bool:
+    """Whether a decoder is measured: fixed trees are about rows, not about crowds."""
+    rows = int(name.split()[1]) if name.startswith("ppd ") else 1
+    return rows == 1 or batch * rows <= args.most_rows
 
 
 def cells_of(args: argparse.Namespace) -> list[tuple[int, int]]:
@@ -153,9 +163,7 @@ def measure_shape(
             taking_part = {
                 name: engine
                 for name, engine in engines.items()
-                # Fixed trees are about what rows cost, not about crowds.
-                if not name.startswith("ppd ")
-                or batch * int(name.split()[1]) <= args.most_rows
+                if takes_part(name, batch, args)
             }
             task = {"batch": batch, "context": context, "tokens": args.tokens}
             rounds: dict[str, list[dict[str, float]]] = {n: [] for n in taking_part}

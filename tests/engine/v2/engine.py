@@ -21,6 +21,7 @@ from tests.engine.engine_process import (
     EngineProcess,
     _sampling_params,
 )
+from tests.engine.v2.graph_use import graph_use
 
 STUB = Path(__file__).parents[2] / "triton_cpu_stub"
 RAY_STUB = Path(__file__).parents[2] / "ray_cpu_stub"
@@ -345,4 +346,5 @@ OURS = (
     in_turn,
     learn,
     learns,
+    graph_use,
 )
