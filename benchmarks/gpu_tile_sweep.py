@@ -23,12 +23,15 @@ import torch
 from gpu_timing import choose_device, finish, microseconds
 from gpu_tree_attention import (
     SHAPES,
+    TOLERANCE,
     Cell,
     Step,
     flash_attention,
     run_reference,
     run_tree,
 )
+
+from vllm_ppd.kernels.tree_attention import tree_attention_reference
 
 ROWS = 64
 # model, batch, context
@@ -47,6 +50,7 @@ def sweep(step: Step, choices: list[Any], repeats: int) -> list[dict[str, Any]]:
     import vllm_ppd.kernels.triton.tree_attention as module
 
     stock = module._choose_shape
+    expected = reference(step)
     found = []
     for choice in choices:
         used: list[Any] = []
@@ -72,12 +76,24 @@ def sweep(step: Step, choices: list[Any], repeats: int) -> list[dict[str, Any]]:
         try:
             calls = [partial(run_tree, step, c, step.tree) for c in step.caches]
             times = microseconds(calls, step.query.device, repeats)
+            # A fast kernel that is wrong is no choice.
+            difference = (calls[0]() - expected).abs().max().item()
+            if difference > TOLERANCE:
+                raise ValueError(f"wrong by {difference:.2g}")
             found.append({"us": round(median(times), 1), "shape": used[-1]._asdict()})
-        except Exception as error:  # more shared memory than there is
+        except Exception as error:  # or more shared memory than there is
             found.append({"us": None, "shape": used[-1]._asdict(), "why": str(error)})
         finally:
             module._choose_shape = stock
     return found
+
+
+def reference(step: Step) -> torch.Tensor:
+    """What every choice has to compute."""
+    keys, values = step.caches[0].split(step.cell.head_size, dim=-1)
+    inputs = step.query, keys, values, step.output
+    tree_attention_reference(*inputs, step.tree, step.cell.scale)
+    return step.output.clone()
 
 
 def multiprocessors() -> int:

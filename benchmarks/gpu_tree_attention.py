@@ -35,6 +35,8 @@ SHAPES = {
     "8b": (32, 8, 128),  # Llama 3.1 8B
     "13b": (40, 40, 128),  # Vicuna 13B
 }
+# Of two kernels' outputs, 16-bit values of order 1.
+TOLERANCE = 0.02
 # Several times any GPU's own cache.
 CACHE_BYTES = 1 << 28
 
@@ -249,6 +251,12 @@ def main() -> None:
                     )
     flash = "vLLM's FlashAttention" if device.type == "cuda" else "a torch stand-in"
     finish("ppd_gpu_tree_attention", args, device, flash=flash, cells=cells)
+    wrong = [cell for cell in cells if cell["largest_difference"] > TOLERANCE]
+    if wrong:
+        raise SystemExit(
+            f"{len(wrong)} of {len(cells)} cells are wrong: their largest_difference "
+            f"is above {TOLERANCE}"
+        )
 
 
 if __name__ == "__main__":

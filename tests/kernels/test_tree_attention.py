@@ -164,20 +164,21 @@ def test_rows_that_may_be_more_than_any_request_has():
         assert torch.equal(check(step, splits=2), want)
 
 
-@pytest.mark.parametrize(("block_m", "tile"), [(16, 16), (32, 32)])
+@pytest.mark.parametrize(("block_m", "tile"), [(16, 16), (32, 32), (64, 128)])
 def test_other_tile_sizes(monkeypatch, block_m, tile):
-    """GPUs use smaller tiles where registers are short."""
+    """GPUs use smaller tiles where registers are short, and larger ones at leisure."""
     from vllm_ppd.kernels.triton import tree_attention as module
 
     choose = module._choose_shape
 
-    def smaller(requests, max_rows, kv_heads, group, *args):
+    def other(requests, max_rows, kv_heads, group, *args):
         shape = choose(requests, max_rows, kv_heads, group, *args)
         tiles = -(-max_rows * group // block_m)
         return shape._replace(block_m=block_m, row_tiles=tiles, tile=tile)
 
-    monkeypatch.setattr(module, "_choose_shape", smaller)
-    requests = [Request(40, 13), Request(0, 5)]
+    monkeypatch.setattr(module, "_choose_shape", other)
+    # Trees within a tile, at its start, across its middle and across two tiles.
+    requests = [Request(40, 13), Request(0, 5), Request(60, 9), Request(120, 70)]
     check(make_step(requests, 3, 1, 32, 16), 2)
     check(make_step(requests, 3, 1, 32, 16), 1, window=25)
 

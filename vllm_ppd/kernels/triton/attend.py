@@ -99,8 +99,14 @@ def _attend_tile(
         # tanh(x) = 1 - 2 / (1 + exp(2 x)), which neither overflows nor yields nan.
         scores = softcap * (1 - 2 / (1 + tl.exp2(scores)))
     if MASKED:
-        bits = _mask_bits(ancestors_ptr, row, tile * TILE - context, num_rows, WORDS)
-        seen = (bits[:, None] >> tl.arange(0, TILE)[None, :].to(tl.uint64)) & 1
+        tl.static_assert(TILE <= 128, "two words of mask bits per tile at most")
+        before = tile * TILE - context
+        bits = _mask_bits(ancestors_ptr, row, before, num_rows, WORDS)[:, None]
+        index = tl.arange(0, TILE)
+        if TILE > 64:
+            more = _mask_bits(ancestors_ptr, row, before + 64, num_rows, WORDS)
+            bits = tl.where((index < 64)[None, :], bits, more[:, None])
+        seen = (bits >> (index % 64)[None, :].to(tl.uint64)) & 1
         seen = (seen != 0) & in_range[None, :]
         if WINDOW > 0:
             # Rows of one depth share a position, whatever their slots.
