@@ -23,9 +23,9 @@ Patched:
   looked up by name, with no method to override. 0.32, 0.33.
 - on V2, ``vllm.config.vllm.NgramGPUTypes``: the methods for which vLLM schedules ahead
   of the device are a closed list. 0.32.
-- on V2, ``vllm.v1.worker.gpu.cudagraph_utils.build_dynamic_sd_schedule_lookup`` (while
-  an engine that will measure its machine lists its CUDA graphs): vLLM captures full
-  graphs for scheduled row counts alone, and others are measured too. 0.32, 0.33.
+- on V2, ``vllm.v1.worker.gpu.model_runner.ModelCudaGraphManager`` (while a runner lists
+  its CUDA graphs): its ``_init_candidates`` finds no full graph for many of the loads
+  that have several row counts between them (v2/graphs.py). 0.32, 0.33.
 - ``Scheduler.update_from_output`` (in processes that are sent PPD's settings for V2):
   hands vLLM the number of drafts that are no candidates; the scheduler is built inside
   the engine, and a scheduler class of one's own changes how vLLM schedules. 0.32, 0.33.

@@ -7,15 +7,13 @@ import inspect
 import pickle
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import vllm
 import vllm.config.vllm as vllm_config
-import vllm.v1.worker.gpu.cudagraph_utils as cudagraph_utils
 import vllm.v1.worker.gpu.model_runner as model_runner
-from vllm.config import CUDAGraphMode, SpeculativeConfig
+from vllm.config import SpeculativeConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -288,57 +286,6 @@ def test_earlier_matches_are_looked_for_in_device_memory():
         "v1/worker/gpu/model_runner.py",
         "v1/worker/gpu/spec_decode/__init__.py",
     ]
-
-
-def graphs(speculative: Any) -> list[int]:
-    """Rows per request for which vLLM's manager lists full CUDA graphs."""
-    manager: Any = object.__new__(cudagraph_utils.CudaGraphManager)
-    manager.compilation_config = SimpleNamespace(
-        cudagraph_capture_sizes=[1, 2, 4, 8, 16], max_cudagraph_capture_size=16
-    )
-    manager.vllm_config = SimpleNamespace(
-        speculative_config=speculative,
-        num_speculative_tokens=speculative.num_speculative_tokens,
-        cache_config=SimpleNamespace(use_kda_recoverssm=False),
-    )
-    manager.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    manager.decode_query_len = speculative.num_speculative_tokens + 1
-    manager.max_num_reqs, manager.varlen_decode = 4, False
-    manager.lora_capture_cases, manager.ubatch_runner = [0], None
-    manager._candidates, manager._capture_descs = {}, {}
-    manager._init_candidates()
-    descs = manager._capture_descs[CUDAGraphMode.FULL]
-    return sorted({desc.uniform_token_count for desc in descs})
-
-
-@pytest.mark.parametrize(
-    ("schedule", "before"), [(None, [8]), ([(1, 2, 7), (3, 4, 3)], [4, 8])]
-)
-def test_graphs_of_other_row_counts_can_be_asked_for(schedule, before):
-    from vllm_ppd.engine.v2.config import PPDSpeculativeConfig
-    from vllm_ppd.engine.v2.measure_steps import graphs_for
-
-    stock = cudagraph_utils.build_dynamic_sd_schedule_lookup
-    assert parameters(stock) == [
-        *("num_speculative_tokens_per_batch_size", "vllm_max_batch_size"),
-        "vllm_num_speculative_tokens",
-    ]
-    # What lists them is made where the runner's caches are.
-    assert "ModelCudaGraphManager(" in inspect.getsource(
-        GPUModelRunner.initialize_kv_cache
-    )
-    settings = PPDSpeculativeConfig(
-        num_speculative_tokens=7, num_speculative_tokens_per_batch_size=schedule
-    )
-    assert graphs(settings) == before
-    with graphs_for(settings, [1, 2, 4, 6, 8], 4):
-        assert graphs(settings) == [1, 2, 4, 6, 8]
-    assert graphs(settings) == before
-    assert settings.num_speculative_tokens_per_batch_size == schedule
-    assert cudagraph_utils.build_dynamic_sd_schedule_lookup is stock
-    with pytest.raises(RuntimeError), graphs_for(settings, [1, 2], 4):
-        raise RuntimeError("no memory for a graph")
-    assert graphs(settings) == before
 
 
 def test_rows_that_are_measured():

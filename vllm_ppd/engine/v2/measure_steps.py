@@ -8,13 +8,10 @@ device is idle until it is again.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-import vllm.v1.worker.gpu.cudagraph_utils as cudagraph_utils
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData
 
@@ -24,7 +21,7 @@ from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.profile import LatencyProfile
 from vllm_ppd.tree import TreePolicy
 
-__all__ = ["graphs_for", "measure_profile", "rows_to_measure"]
+__all__ = ["measure_profile", "rows_to_measure"]
 
 # Steps before the clock starts (the first has no guesses), and timed ones.
 _UNTIMED, _TIMED = 2, 8
@@ -38,38 +35,6 @@ def rows_to_measure(row_bounds: list[int]) -> list[int]:
     most = row_bounds[-1]
     powers = {1 << bit for bit in range(most.bit_length())}
     return sorted({n for n in powers if n <= most} | set(row_bounds))
-
-
-@contextmanager
-def graphs_for(speculative: Any, rows: list[int], max_requests: int) -> Iterator[None]:
-    """While vLLM lists the CUDA graphs to capture, add those of other row counts.
-
-    It captures full graphs for the row counts that its schedule has, and a step without
-    one takes longer than it would when it is served. While this engine serves, a load
-    between the sizes captured may find another row count's graph in their place, and
-    runs in pieces then; the next start has its own graphs only.
-
-    Args:
-        speculative: the engine's speculative settings.
-        rows: per request.
-        max_requests: most that run at once.
-    """
-    stock = cudagraph_utils.build_dynamic_sd_schedule_lookup
-    schedule = speculative.num_speculative_tokens_per_batch_size
-    if schedule is None:
-        # Without a schedule vLLM does not look.
-        most = speculative.num_speculative_tokens
-        speculative.num_speculative_tokens_per_batch_size = [(1, max_requests, most)]
-
-    def lookup(*args: Any, **kwargs: Any) -> list[int]:
-        return [*stock(*args, **kwargs), *(count - 1 for count in rows)]
-
-    cudagraph_utils.build_dynamic_sd_schedule_lookup = lookup
-    try:
-        yield
-    finally:
-        cudagraph_utils.build_dynamic_sd_schedule_lookup = stock
-        speculative.num_speculative_tokens_per_batch_size = schedule
 
 
 def measure_profile(runner: Any, key: dict[str, Any], quiet: bool) -> LatencyProfile:

@@ -2,8 +2,8 @@
 
 ``__init__``             PPD's speculator where vLLM would look up one of its own
 ``load_model``           prompt tokens into the embedding, trees into the model state
-``initialize_kv_cache``  the caches that accepted paths are moved in; CUDA graphs for
-                         measuring
+``initialize_kv_cache``  the caches that accepted paths are moved in; CUDA graphs of
+                         the steps that the plan makes
 ``sample``               logits for nodes only; then move the accepted paths
 ``sample_tokens``        how many of the drafts were candidates, for vLLM's metrics;
                          then perhaps other trees
@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,12 +25,9 @@ from vllm_ppd.engine.metrics import counts_of
 from vllm_ppd.engine.profiling import measure_and_file
 from vllm_ppd.engine.v2.candidate_rate import attach_candidates
 from vllm_ppd.engine.v2.drafts import WordDraftsHandler
+from vllm_ppd.engine.v2.graphs import graphs_of, measured_graphs, served_graphs
 from vllm_ppd.engine.v2.kv_move import PathMover
-from vllm_ppd.engine.v2.measure_steps import (
-    graphs_for,
-    measure_profile,
-    rows_to_measure,
-)
+from vllm_ppd.engine.v2.measure_steps import measure_profile, rows_to_measure
 from vllm_ppd.engine.v2.model_state import with_trees
 from vllm_ppd.engine.v2.online import DeviceOnlineTrees
 from vllm_ppd.engine.v2.sampling import TreeSampler
@@ -82,12 +78,16 @@ class TreeRunnerMixin:
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         runner: Any = self
-        speculative = runner.speculative_config
-        graphs: AbstractContextManager[None] = nullcontext()
+        speculative, most = runner.speculative_config, runner.max_num_reqs
+        sizes = served_graphs(
+            speculative.num_speculative_tokens_per_batch_size,
+            speculative.num_speculative_tokens,
+            most,
+        )
         if speculative.measure:
             rows = rows_to_measure(self.speculator.trees.row_bounds)
-            graphs = graphs_for(speculative, rows, runner.max_num_reqs)
-        with graphs:
+            sizes += measured_graphs(rows, most)
+        with graphs_of(sizes):
             super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         self._ppd_mover = PathMover(self)
 
