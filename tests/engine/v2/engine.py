@@ -208,7 +208,8 @@ def count_every_step(llm: Any, prompts: Any, params: Any) -> dict[str, float]:
 def host_reads(llm: Any, prompts: Any, params: Any) -> list[str]:
     """Where PPD's part of the runner would wait for the device, as file:function:what.
 
-    Everything is on the CPU here, but a read of a tensor's value is a read.
+    Everything is on the CPU here, but a read of a tensor's value is a read, and a
+    number written to places that a tensor names is a copy from the host's memory.
     """
     import torch
     import vllm
@@ -252,7 +253,15 @@ def host_reads(llm: Any, prompts: Any, params: Any) -> list[str]:
 
         return stock, method
 
+    def set_places(self: Any, index: Any, value: Any) -> None:
+        parts = index if isinstance(index, tuple) else (index,)
+        named = any(isinstance(part, torch.Tensor) for part in parts)
+        if named and not isinstance(value, torch.Tensor):
+            note("__setitem__")
+        methods["__setitem__"][0](self, index, value)
+
     methods = {name: watched(name) for name in ("tolist", "numpy", "cpu", "__array__")}
+    methods["__setitem__"] = torch.Tensor.__setitem__, set_places
     for name, (_, method) in methods.items():
         setattr(torch.Tensor, name, method)
     try:

@@ -12,18 +12,6 @@ from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.tree import TreePolicy, chain_tree
 
 
-def test_the_host_reads_nothing_from_the_device(ppd, tiny_ppd):
-    requests = prompts(3, seed=41)
-    params = [
-        {**GREEDY, "max_tokens": 5},
-        {**GREEDY, "max_tokens": 5, "temperature": 1.0, "seed": 1, "logprobs": 2},
-        {**GREEDY, "max_tokens": 5, "presence_penalty": 0.5},
-    ]
-    found = ppd.call("host_reads", tiny_ppd, prompts=requests, params=params)
-    # vLLM's upper bound of sequence lengths, which lives on the host.
-    assert found == ["sampling.py:_sample:numpy"]
-
-
 @pytest.fixture(scope="module")
 def tiers(tiny_trees: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Bushy trees for one request, a short chain for two, nothing from four on."""
@@ -37,12 +25,36 @@ def tiers(tiny_trees: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def with_tree(engine: dict[str, Any], tree: str) -> dict[str, Any]:
+    return {
+        **engine,
+        "speculative_config": {**engine["speculative_config"], "tree": tree},
+    }
+
+
+def test_the_host_reads_nothing_from_the_device(ppd, tiny_ppd):
+    requests = prompts(3, seed=41)
+    params = [
+        {**GREEDY, "max_tokens": 5},
+        {**GREEDY, "max_tokens": 5, "temperature": 1.0, "seed": 1, "logprobs": 2},
+        {**GREEDY, "max_tokens": 5, "presence_penalty": 0.5},
+    ]
+    found = ppd.call("host_reads", tiny_ppd, prompts=requests, params=params)
+    # vLLM's upper bound of sequence lengths, which lives on the host.
+    assert found == ["sampling.py:_sample:numpy"]
+
+
+def test_nor_does_it_where_nobody_guesses(ppd, tiny_ppd, tiers):
+    engine = with_tree(tiny_ppd, tiers)
+    requests = prompts(5, seed=42)
+    params = {**GREEDY, "max_tokens": 5}
+    found = ppd.call("host_reads", engine, prompts=requests, params=params)
+    assert found == []
+
+
 def test_trees_follow_the_load(plain, ppd, tiny_engine, tiny_ppd, tiers):
     """Requests end one by one: no trees, then short ones, then bushy ones."""
-    engine: dict[str, Any] = {
-        **tiny_ppd,
-        "speculative_config": {**tiny_ppd["speculative_config"], "tree": tiers},
-    }
+    engine = with_tree(tiny_ppd, tiers)
     requests = prompts(5, seed=43)
     params = [{**GREEDY, "max_tokens": 4 + 5 * i} for i in range(5)]
     same(

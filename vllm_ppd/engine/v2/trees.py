@@ -88,6 +88,7 @@ class DeviceTrees:
         # By slot: the tree of the pending guesses, and the offset.
         self._tree_ids = torch.zeros(most, dtype=torch.int64, device=device)
         self._offsets = torch.zeros(most, dtype=torch.int64, device=device)
+        self._bare_roots = torch.zeros_like(self._tree_ids)
         # By batch order.
         self.trees = torch.zeros(most, dtype=torch.int64, device=device)
         self.num_rows, self.starts, self.context_lens = torch.zeros(
@@ -206,8 +207,9 @@ class DeviceTrees:
         first = self.plan.first_trees[self.plan.tier_index(running)]
         self.matched = None
         if not first:
-            # The bare root: what vLLM schedules all the same are fillers.
-            self._tree_ids[slots] = 0
+            # The bare root: what vLLM schedules all the same are fillers. A number
+            # in the place of this tensor would make the host wait for the device.
+            self._tree_ids[slots] = self._bare_roots[: len(slots)]
             drafts.zero_()
             return
         evidence = self.guesser.match(slots)
