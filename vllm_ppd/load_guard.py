@@ -19,7 +19,8 @@ from vllm_ppd.step_timing import StepTiming
 
 __all__ = ["LoadGuard"]
 
-# Steps after a switch that are not counted: guesses have to be built up first.
+# Steps after a switch that are not counted: guesses have to be built up first, and the
+# first ones may come a step late.
 _SETTLING = 2
 # Steps between comparisons: as many again each time that the answer stays the same, and
 # so many that looking at the slower way costs about this share of the time.
@@ -239,6 +240,11 @@ class LoadGuard:
                 load.go_on()
         self._mode = load.guessing
         return self._mode
+
+    def guesses(self, running: int) -> bool:
+        """Whether steps of so many requests may have guesses, as far as is decided."""
+        load = self._loads.get((running - 1).bit_length())
+        return load is None or load.guessing
 
     def _load(self, key: int) -> _Load:
         """The range of loads, new if need be.

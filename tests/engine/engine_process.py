@@ -217,6 +217,50 @@ def hold(llm: Any, plan: dict[str, Any] | None = None) -> None:
     llm.llm_engine.model_executor.driver_worker.worker.ppd_hold(plan)
 
 
+class _Turns:
+    """A load guard that allows guesses for some steps and forbids them for as many."""
+
+    timings = ()
+
+    def __init__(self, period: int):
+        self._period, self._steps = period, 0
+
+    def guesses(self, running: int) -> bool:
+        return self._steps // self._period % 2 == 0
+
+    def next_step(self, running: int, tokens: int, *rows: int) -> bool:
+        assert running <= tokens + rows[1]
+        self._steps += 1
+        return self.guesses(running)
+
+    def renew(self) -> None:
+        pass
+
+
+def generate_by_turns(
+    llm: Any, prompts: list[Any], params: Any, period: int
+) -> tuple[list[dict[str, Any]], list[tuple[bool, bool]]]:
+    """Generate with guesses in turn allowed and forbidden.
+
+    Also whether each step had guesses, and whether vLLM's runner could know of any.
+    """
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    steps: list[tuple[bool, bool]] = []
+    prepare, guard = runner._prepare_inputs, runner._ppd_online._guard
+
+    def noting(scheduler_output: Any, *args: Any) -> Any:
+        guessed = bool(scheduler_output.scheduled_spec_decode_tokens)
+        steps.append((guessed, runner.speculative_config is not None))
+        return prepare(scheduler_output, *args)
+
+    runner._prepare_inputs, runner._ppd_online._guard = noting, _Turns(period)
+    try:
+        return generate(llm, prompts, params), steps
+    finally:
+        del runner._prepare_inputs
+        runner._ppd_online._guard = guard
+
+
 def compilations(llm: Any) -> dict[str, int]:
     """All that vLLM and torch have compiled or loaded as compiled in this process."""
     import dataclasses

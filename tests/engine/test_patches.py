@@ -133,6 +133,28 @@ def test_signatures(name, expected):
     assert parameters(getattr(GPUModelRunner, name)) == ["self", *expected]
 
 
+def test_a_runner_without_speculative_config_is_a_plain_one():
+    """PPD's runner takes it away for steps without guesses, before they begin."""
+    runner = GPUModelRunner
+    source = inspect.getsource(runner.execute_model)
+    assert source.index("self._update_states(") < source.index("self._prepare_inputs(")
+    source = inspect.getsource(runner._prepare_inputs)
+    assert "use_spec_decode = self.speculative_config is not None" in source
+    assert "self.discard_request_mask.np[:num_reqs] = (" in source
+    source = inspect.getsource(runner._build_attention_metadata)
+    assert "if self.speculative_config and spec_decode_common" in source
+    source = inspect.getsource(runner.sample_tokens)
+    sampled = source.index("self._sample(logits")
+    assert sampled < source.index("spec_config = self.speculative_config")
+    assert sampled < source.index("self._draft_token_req_ids = None")
+    # And so there are no drafts to take.
+    source = inspect.getsource(runner.take_draft_token_ids)
+    assert "or not self._draft_token_req_ids" in source
+    # What vLLM drops of the sampled tokens, counted before it does.
+    source = inspect.getsource(runner._bookkeeping_sync)
+    assert "self.discard_request_mask.np[:num_reqs]" in source
+
+
 def test_proposal_gets_the_hidden_states():
     names = parameters(GPUModelRunner.propose_draft_token_ids)
     assert names[1:5] == [

@@ -79,6 +79,20 @@ def test_trees_switch_with_the_load(plain, ppd, plain_engine, ppd_engine, texts,
     same(expected, ppd.generate(engine, prompts, params))
 
 
+@pytest.mark.parametrize("period", [2, 5])
+def test_guesses_by_turns(plain, ppd, plain_engine, ppd_engine, texts, period):
+    """As the load guard has it; steps without guesses are vLLM's own."""
+    prompts = mixed(texts, 6, first=70)
+    params = [{**GREEDY, "max_tokens": 40 + 9 * i} for i in range(6)]
+    expected = plain.generate(plain_engine, prompts, params)
+    found, steps = ppd.call(
+        "generate_by_turns", ppd_engine, prompts=prompts, params=params, period=period
+    )
+    same(expected, found)
+    assert (True, True) in steps and (True, False) not in steps
+    assert steps.count((False, False)) > len(steps) // 5
+
+
 def test_requests_may_opt_out(plain, ppd, plain_engine, ppd_engine, texts, tiers):
     engine = engine_with(ppd_engine, tree=tiers)
     prompts = [text[:200] for text in texts[40:42]]

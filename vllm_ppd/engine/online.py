@@ -88,21 +88,24 @@ class OnlineTrees:
         return self._steps % _ASK_EVERY == 0 and self._replan()
 
     def pays(
-        self, step: TreeStep | None, emitted: list[list[int]], all_rows: int, new: int
+        self, step: TreeStep | None, running: int, emitted: int, all_rows: int, new: int
     ) -> bool:
         """Whether the next step should have guesses at this load, by the clock.
 
         Args:
-            step, emitted: of the step that ends.
+            step: that ends.
+            running, emitted: its requests, and the tokens that it emitted.
             all_rows: scheduled in it, of prompts too.
             new: requests that began with it.
         """
         if self._guard is None:
             return True
-        running = len(emitted)
         rows = running if step is None else int(step.num_rows.sum())
-        tokens = sum(map(len, emitted))
-        return self._guard.next_step(running, tokens, rows, all_rows - rows, new)
+        return self._guard.next_step(running, emitted, rows, all_rows - rows, new)
+
+    def guesses(self, running: int) -> bool:
+        """Whether steps may have guesses at this load; it counts nothing."""
+        return self._guard is None or self._guard.guesses(running)
 
     @property
     def evidence(self) -> Evidence:
@@ -127,6 +130,11 @@ class OnlineTrees:
     def glances_now(self) -> bool:
         """Whether to look for matches although nobody speculates at this load."""
         return self._steps % _GLANCE_EVERY == 0
+
+    @property
+    def glances_next(self) -> bool:
+        """The same, before the step is counted."""
+        return (self._steps + 1) % _GLANCE_EVERY == 0
 
     def after_match(
         self,

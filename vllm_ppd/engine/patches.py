@@ -33,7 +33,8 @@ Patched:
 Subclassed: ``CPUWorker`` (init_device, compile_or_warm_up_model, execute_model,
 sample_tokens), ``MultiprocExecutor`` (execute_model, sample_tokens,
 take_draft_token_ids), ``Worker`` (_make_model_runner, compile_or_warm_up_model), the V1
-model runners (see runner_v1.OVERRIDDEN), ``CPUAttentionBackend`` and
+model runners (see runner_v1.OVERRIDDEN; for steps without guesses their
+``speculative_config`` is None), ``CPUAttentionBackend`` and
 ``FlashAttentionBackend`` with their builders (build) and implementations (forward),
 ``VocabParallelEmbedding`` (forward). On V2 also ``SpeculativeConfig`` (use_ngram, which
 vLLM asks for where token ids shall lie), the V2 model runners and model states (see

@@ -8,14 +8,19 @@ hands over. In the order of a step:
 ``_calc_spec_decode_metadata``  logits for nodes only, not for prompt rows
 ``_sample``                   walk the trees with vLLM's own sampler; move KV
 ``propose_draft_token_ids``   guesses from the prompt rows where the walks ended
+
+Where nobody guesses and nobody shall, a step is vLLM's own: its runner speculates if it
+has a ``speculative_config``, which is None for that step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import SpeculativeConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -30,9 +35,10 @@ from vllm_ppd.engine.proposer import PPDProposer
 from vllm_ppd.engine.sampling import walk_trees
 from vllm_ppd.engine.step_log import StepLog
 from vllm_ppd.engine.table_learner import TableLearner
+from vllm_ppd.engine.tree_rows import place_trees
 from vllm_ppd.kernels.cpu import match_chains_cpu
 from vllm_ppd.plan import TreePlan
-from vllm_ppd.step import TreeStep, ranges, spread
+from vllm_ppd.step import TreeStep, ranges
 from vllm_ppd.suffix import MAX_CHAIN
 from vllm_ppd.verify import TreeWalk
 
@@ -56,15 +62,20 @@ class PPDRunnerMixin:
     """Goes before a V1 ``GPUModelRunner`` in the bases of a model runner."""
 
     drafter: PPDProposer
+    speculative_config: SpeculativeConfig | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # What vLLM's runner has as its own attribute, while a step speculates.
+        self._ppd_speculative = self.speculative_config
         # The tree that each request's pending guesses were laid out for.
         self.ppd_trees: dict[str, int] = {}
         self._ppd_opted_out: set[str] = set()
         # The trees of this step and where their walks went; None in a plain step.
         self._ppd_step: TreeStep | None = None
         self._ppd_walk: TreeWalk | None = None
+        # Rows and new requests of this step.
+        self._ppd_rows = self._ppd_new = 0
         # [B] KV entries before each request's root.
         self._ppd_contexts: np.ndarray
         # Whether prompt rows have logits in this step too, and then where nodes' are.
@@ -91,6 +102,8 @@ class PPDRunnerMixin:
             self._ppd_online = OnlineTrees(self.drafter, ranks)
 
     def _update_states(self, scheduler_output: Any) -> Any:
+        self._ppd_rows = scheduler_output.total_num_scheduled_tokens
+        self._ppd_new = len(scheduler_output.scheduled_new_reqs)
         for request_id in scheduler_output.finished_req_ids:
             self.ppd_trees.pop(request_id, None)
             self._ppd_opted_out.discard(request_id)
@@ -100,7 +113,21 @@ class PPDRunnerMixin:
             params = request.sampling_params
             if params is not None and opts_out(params.extra_args):
                 self._ppd_opted_out.add(request.req_id)
+        speculates = self._speculates(scheduler_output)
+        self.speculative_config = self._ppd_speculative if speculates else None
         return super()._update_states(scheduler_output)  # type: ignore[misc]
+
+    def _speculates(self, scheduler_output: Any) -> bool:
+        """Whether the step has guesses, or may be followed by one that has."""
+        if scheduler_output.scheduled_spec_decode_tokens:
+            return True
+        request_ids, online = scheduler_output.num_scheduled_tokens, self._ppd_online
+        running = len(request_ids)
+        if online is not None and online.glances_next:
+            return True
+        if not self.drafter.first_tree(running) or self._all_opted_out(request_ids):
+            return False
+        return online is None or online.guesses(running)
 
     def _prepare_inputs(
         self, scheduler_output: Any, num_scheduled_tokens: np.ndarray
@@ -117,7 +144,7 @@ class PPDRunnerMixin:
         prepared = super()._prepare_inputs(  # type: ignore[misc]
             scheduler_output, num_scheduled_tokens
         )
-        self._place_trees(step, padded, scheduler_output.total_num_scheduled_tokens)
+        place_trees(self, step, self._ppd_contexts, padded, self._ppd_rows)
         return prepared
 
     def _lay_out(
@@ -152,42 +179,6 @@ class PPDRunnerMixin:
             step.trees = np.arange(batch)
         return step, padded
 
-    def _place_trees(self, step: TreeStep, padded: list[int], total_rows: int) -> None:
-        """Positions, soft ids of padded requests, and masks of the tree rows."""
-        tables = self.drafter.tables
-        for index in padded:
-            start, count = step.starts[index], step.num_rows[index]
-            ids = tables.soft_ids[step.states[index], :count]
-            self._write(self.input_ids.gpu, ranges([start], [count])[1:], ids[1:])  # type: ignore
-        moved = self.positions  # type: ignore[attr-defined]
-        if len(step.states) == 1:
-            # One request decoding alone is where every microsecond shows.
-            start, count = int(step.starts[0]), int(step.num_rows[0])
-            rows = np.arange(start, start + count)
-            depths, shifts, masks = tables.layout(int(step.states[0]), count)
-            moved[start : start + count] += self._to_device(shifts)
-        else:
-            rows, states, inner = step.tree_rows()
-            depths = tables.depths[states, inner]
-            moved[self._to_device(rows)] += self._to_device(depths - inner)
-            masks = tables.ancestors[states, inner]
-        only_trees = len(rows) == total_rows
-        if not only_trees:
-            depths = spread(depths, rows, total_rows)
-            masks = spread(masks, rows, total_rows)
-        trees = step.trees
-        step_context.set_current(
-            step_context.StepContext(
-                requests=self._to_device(trees),
-                starts=torch.from_numpy(step.starts[trees]),
-                num_rows=torch.from_numpy(step.num_rows[trees]),
-                context_lens=torch.from_numpy(self._ppd_contexts[trees]),
-                ancestors=self._to_device(masks),
-                depths=self._to_device(depths),
-                only_trees=only_trees,
-            )
-        )
-
     def _calc_spec_decode_metadata(
         self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
     ) -> SpecDecodeMetadata:
@@ -213,7 +204,7 @@ class PPDRunnerMixin:
             cu_num_sampled_tokens=nothing,
             target_logits_indices=nothing,
             bonus_logits_indices=nothing,
-            logits_indices=self._to_device(rows),
+            logits_indices=self.to_device(rows),
         )
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
@@ -226,10 +217,14 @@ class PPDRunnerMixin:
         step = self._ppd_step
         if step is None:
             # Nobody guessed: vLLM's own sampling, as if without speculation.
-            return super()._sample(logits, None)  # type: ignore[misc]
+            output = super()._sample(logits, None)  # type: ignore[misc]
+            if self.speculative_config is None:
+                # vLLM will not ask for guesses.
+                self._end_step(self.input_batch.num_reqs, None)  # type: ignore
+            return output
         step_context.set_current(None)
         if self._ppd_logit_rows is not None:
-            logits = logits[self._to_device(self._ppd_logit_rows)]
+            logits = logits[self.to_device(self._ppd_logit_rows)]
         tokens = self.input_ids.np[step.node_rows]  # type: ignore[attr-defined]
         self._ppd_walk, sources, targets, output = walk_trees(
             self, step, tokens, logits
@@ -239,6 +234,34 @@ class PPDRunnerMixin:
         if self._ppd_table is not None:
             self._ppd_table.after_walk(step, self._ppd_walk, tokens, logits)
         return output
+
+    def _end_step(self, batch: int, sampled: list[list[int]] | None) -> int:
+        """Count the step of `batch` requests and return the first tree of the next
+        one, 0 for none. Plain steps end before vLLM has a list of what it sampled."""
+        drafter, step, walk = self.drafter, self._ppd_step, self._ppd_walk
+        online = self._ppd_online
+        changes = 0 if online is None else online.changes
+        self._ppd_log.after_step(drafter, batch, step, walk, changes)
+        if online is not None and online.after_step(batch, step, walk):
+            # Guesses pending elsewhere were laid out for trees that are gone.
+            self.ppd_trees = dict.fromkeys(self.ppd_trees, 0)
+        first_tree = drafter.first_tree(batch)
+        if not first_tree or self._all_opted_out(self.input_batch.req_ids):  # type: ignore
+            return 0
+        if online is None:
+            return first_tree
+        if sampled is not None:
+            emitted = sum(map(len, sampled))
+        else:
+            # What vLLM will drop, because a prompt goes on.
+            dropped = self.discard_request_mask.np[:batch]  # type: ignore[attr-defined]
+            emitted = batch - int(np.count_nonzero(dropped))
+        pays = online.pays(step, batch, emitted, self._ppd_rows, self._ppd_new)
+        return first_tree if pays else 0
+
+    def _all_opted_out(self, request_ids: Iterable[str]) -> bool:
+        out = self._ppd_opted_out
+        return bool(out) and out.issuperset(request_ids)
 
     def propose_draft_token_ids(
         self,
@@ -251,19 +274,7 @@ class PPDRunnerMixin:
     ) -> list[list[int]]:
         drafter, batch = self.drafter, len(sampled_token_ids)
         step, online = self._ppd_step, self._ppd_online
-        changes = 0 if online is None else online.changes
-        self._ppd_log.after_step(drafter, batch, step, self._ppd_walk, changes)
-        if online is not None and online.after_step(batch, step, self._ppd_walk):
-            # Guesses pending elsewhere were laid out for trees that are gone.
-            self.ppd_trees = dict.fromkeys(self.ppd_trees, 0)
-        first_tree = drafter.first_tree(batch)
-        if self._ppd_opted_out.issuperset(self.input_batch.req_ids):  # type: ignore
-            first_tree = 0
-        if first_tree and online is not None:
-            rows = scheduler_output.total_num_scheduled_tokens
-            new = len(scheduler_output.scheduled_new_reqs)
-            if not online.pays(step, sampled_token_ids, rows, new):
-                first_tree = 0
+        first_tree = self._end_step(batch, sampled_token_ids)
         if not first_tree:
             if online is not None and online.glances_now:
                 nothing = np.zeros(batch, dtype=bool)
@@ -276,7 +287,7 @@ class PPDRunnerMixin:
             rows, counts = step.prompt_rows(self._ppd_walk.nodes)
             if rows.size:
                 logits = self.model.compute_logits(  # type: ignore[attr-defined]
-                    hidden_states[self._to_device(rows)]
+                    hidden_states[self.to_device(rows)]
                 ).float()
                 if tables.num_ept > 1:
                     logits = logits.unflatten(0, (-1, tables.num_ept)).mean(1)
@@ -349,12 +360,9 @@ class PPDRunnerMixin:
         params = self.requests[request_id].sampling_params  # type: ignore
         return params is not None and params.structured_outputs is not None
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         device = self.device  # type: ignore[attr-defined]
         if device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(device, non_blocking=True)
-
-    def _write(self, target: torch.Tensor, rows: np.ndarray, ids: np.ndarray) -> None:
-        target[self._to_device(rows)] = self._to_device(ids).to(target.dtype)

@@ -48,21 +48,20 @@ class TreeMetadataMixin:
             common_prefix_len, common_attn_metadata, *args, **kwargs
         )
         context = step_context.current
-        plan = None
-        if context is not None:
-            table = common_attn_metadata.block_table_tensor
-            plan = self.plan_class(
-                TreeBatch(
-                    block_table=table[context.requests],
-                    starts=context.starts,
-                    num_rows=context.num_rows,
-                    context_lens=context.context_lens,
-                    ancestors=context.ancestors,
-                    depths=context.depths,
-                )
+        if context is None:
+            return metadata
+        table = common_attn_metadata.block_table_tensor
+        metadata.ppd_plan = self.plan_class(
+            TreeBatch(
+                block_table=table[context.requests],
+                starts=context.starts,
+                num_rows=context.num_rows,
+                context_lens=context.context_lens,
+                ancestors=context.ancestors,
+                depths=context.depths,
             )
-        metadata.ppd_plan = plan
-        metadata.ppd_only_trees = context is not None and context.only_trees
+        )
+        metadata.ppd_only_trees = context.only_trees
         return metadata
 
 
