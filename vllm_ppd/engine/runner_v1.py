@@ -35,7 +35,7 @@ from vllm_ppd.engine.proposer import PPDProposer
 from vllm_ppd.engine.sampling import walk_trees
 from vllm_ppd.engine.step_log import StepLog
 from vllm_ppd.engine.table_learner import TableLearner
-from vllm_ppd.engine.tree_rows import place_trees
+from vllm_ppd.engine.tree_rows import lay_out_trees, place_trees
 from vllm_ppd.kernels.cpu import match_chains_cpu
 from vllm_ppd.plan import TreePlan
 from vllm_ppd.step import TreeStep, ranges
@@ -70,14 +70,12 @@ class PPDRunnerMixin:
         self._ppd_speculative = self.speculative_config
         # The tree that each request's pending guesses were laid out for.
         self.ppd_trees: dict[str, int] = {}
-        self._ppd_opted_out: set[str] = set()
+        self.ppd_opted_out: set[str] = set()
         # The trees of this step and where their walks went; None in a plain step.
         self._ppd_step: TreeStep | None = None
         self._ppd_walk: TreeWalk | None = None
         # Rows and new requests of this step.
         self._ppd_rows = self._ppd_new = 0
-        # [B] KV entries before each request's root.
-        self._ppd_contexts: np.ndarray
         # Whether prompt rows have logits in this step too, and then where nodes' are.
         self._ppd_all_logits = False
         self._ppd_logit_rows: np.ndarray | None = None
@@ -106,13 +104,13 @@ class PPDRunnerMixin:
         self._ppd_new = len(scheduler_output.scheduled_new_reqs)
         for request_id in scheduler_output.finished_req_ids:
             self.ppd_trees.pop(request_id, None)
-            self._ppd_opted_out.discard(request_id)
+            self.ppd_opted_out.discard(request_id)
             if self._ppd_online is not None:
                 self._ppd_online.forget_request(request_id)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             if params is not None and opts_out(params.extra_args):
-                self._ppd_opted_out.add(request.req_id)
+                self.ppd_opted_out.add(request.req_id)
         speculates = self._speculates(scheduler_output)
         self.speculative_config = self._ppd_speculative if speculates else None
         return super()._update_states(scheduler_output)  # type: ignore[misc]
@@ -138,46 +136,14 @@ class PPDRunnerMixin:
             return super()._prepare_inputs(  # type: ignore[misc]
                 scheduler_output, num_scheduled_tokens
             )
-        step, padded = self._lay_out(scheduler_output, num_scheduled_tokens)
-        self._ppd_step = step
+        laid_out = lay_out_trees(self, scheduler_output, num_scheduled_tokens)
+        self._ppd_step = laid_out[0]
         self._ppd_all_logits = scheduler_output.has_structured_output_requests
         prepared = super()._prepare_inputs(  # type: ignore[misc]
             scheduler_output, num_scheduled_tokens
         )
-        place_trees(self, step, self._ppd_contexts, padded, self._ppd_rows)
+        place_trees(self, *laid_out, self._ppd_rows)
         return prepared
-
-    def _lay_out(
-        self, scheduler_output: Any, num_scheduled_tokens: np.ndarray
-    ) -> tuple[TreeStep, list[int]]:
-        """The step's trees, and the requests whose rows vLLM padded in advance."""
-        drafts_of = scheduler_output.scheduled_spec_decode_tokens
-        request_ids = self.input_batch.req_ids  # type: ignore[attr-defined]
-        batch = len(request_ids)
-        trees = np.zeros(batch, dtype=np.int64)
-        num_rows = np.ones(batch, dtype=np.int64)
-        padded = []
-        for index, request_id in enumerate(request_ids):
-            drafts = drafts_of.get(request_id)
-            if not drafts:
-                continue
-            num_rows[index] += len(drafts)
-            if drafts[0] >= 0:
-                trees[index] = self.ppd_trees[request_id]
-            elif request_id not in self._ppd_opted_out:
-                # A first decode step, padded to a uniform size before we could
-                # propose: it runs state 0's tree, as far as that has no candidates.
-                trees[index] = self.drafter.padded_tree(batch)
-                padded.append(index)
-        ends = np.cumsum(num_scheduled_tokens, dtype=np.int64)
-        computed = self.input_batch.num_computed_tokens_cpu[:batch]  # type: ignore
-        self._ppd_contexts = computed + num_scheduled_tokens - num_rows
-        step = TreeStep(self.drafter.tables, trees, ends - num_rows, num_rows)
-        if (num_rows == num_scheduled_tokens).all():
-            # Nobody reads a prompt: a plain decode is a tree of one row, and the
-            # stock attention kernel has nothing to do.
-            step.trees = np.arange(batch)
-        return step, padded
 
     def _calc_spec_decode_metadata(
         self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
@@ -260,7 +226,7 @@ class PPDRunnerMixin:
         return first_tree if pays else 0
 
     def _all_opted_out(self, request_ids: Iterable[str]) -> bool:
-        out = self._ppd_opted_out
+        out = self.ppd_opted_out
         return bool(out) and out.issuperset(request_ids)
 
     def propose_draft_token_ids(
@@ -304,7 +270,7 @@ class PPDRunnerMixin:
         for index, request_id in enumerate(request_ids):
             silent = (
                 not sampled_token_ids[index]
-                or request_id in self._ppd_opted_out
+                or request_id in self.ppd_opted_out
                 or (grammar and self._has_grammar(request_id))
             )
             drafts.append([] if silent else ids[index][: lengths[index] - 1])

@@ -1,4 +1,4 @@
-"""Where a step's tree rows go: their positions, and what its attention must know."""
+"""A step's tree rows on V1: whose they are, their positions and their attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,45 @@ import torch
 from vllm_ppd.engine import step_context
 from vllm_ppd.step import TreeStep, spread
 
-__all__ = ["place_trees"]
+__all__ = ["lay_out_trees", "place_trees"]
+
+
+def lay_out_trees(
+    runner: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray
+) -> tuple[TreeStep, np.ndarray, list[int]]:
+    """The step's trees, [B] KV entries before each request's root, and the requests
+    whose rows vLLM padded in advance.
+
+    Args:
+        runner: a V1 model runner; arguments of its ``_prepare_inputs``.
+    """
+    drafts_of = scheduler_output.scheduled_spec_decode_tokens
+    request_ids = runner.input_batch.req_ids
+    batch = len(request_ids)
+    trees = np.zeros(batch, dtype=np.int64)
+    num_rows = np.ones(batch, dtype=np.int64)
+    padded = []
+    for index, request_id in enumerate(request_ids):
+        drafts = drafts_of.get(request_id)
+        if not drafts:
+            continue
+        num_rows[index] += len(drafts)
+        if drafts[0] >= 0:
+            trees[index] = runner.ppd_trees[request_id]
+        elif request_id not in runner.ppd_opted_out:
+            # A first decode step, padded to a uniform size before we could propose: it
+            # runs state 0's tree, as far as that has no candidates.
+            trees[index] = runner.drafter.padded_tree(batch)
+            padded.append(index)
+    ends = np.cumsum(num_scheduled_tokens, dtype=np.int64)
+    computed = runner.input_batch.num_computed_tokens_cpu[:batch]
+    contexts = computed + num_scheduled_tokens - num_rows
+    step = TreeStep(runner.drafter.tables, trees, ends - num_rows, num_rows)
+    if (num_rows == num_scheduled_tokens).all():
+        # Nobody reads a prompt: a plain decode is a tree of one row, and the stock
+        # attention kernel has nothing to do.
+        step.trees = np.arange(batch)
+    return step, contexts, padded
 
 
 def place_trees(
@@ -24,9 +62,7 @@ def place_trees(
 
     Args:
         runner: a V1 model runner that has prepared the step's inputs.
-        step: the trees.
-        contexts: [B] KV entries before each request's root.
-        padded: requests whose rows vLLM scheduled in advance.
+        step, contexts, padded: of `lay_out_trees`.
         total_rows: rows of the step, of prompts too.
     """
     tables, to_device = runner.drafter.tables, runner.to_device
