@@ -99,7 +99,7 @@ class _Load:
         elif self.look.ends(self.prompt_row_s):
             look, self.look = self.look, None
             self.steps.clear()
-            self.left = self.wait
+            self.left = _FIRST_WAIT
             if look.says_something:
                 self._choose(look)
             self.settling = _SETTLING
@@ -228,7 +228,8 @@ class LoadGuard:
             fallen = False
             if self._mode == load.guessing:
                 load.running = running
-                load.count(TimedStep(now - before, tokens, rows / running, prompt_rows))
+                seconds, each = now - before, rows / running
+                load.count(TimedStep(seconds, tokens, each, prompt_rows, running))
                 # A request that begins has one token and says nothing of guesses.
                 if load.speculating and load.look is None and not prompt_rows:
                     fallen = load.falls(running, tokens)

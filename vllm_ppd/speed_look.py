@@ -24,6 +24,9 @@ HOPELESS = 0.9
 # A step now and then waits for something else and takes more than so many medians.
 # Plain steps are all alike; of others some may have guesses, and those take longer.
 _OUTLIER = {True: 4.0, False: 2.0}
+# How many more requests one way may have had than the other, in the mean. Where they
+# end during a look, the way that comes later has fewer, and seems slower.
+_SAME_LOAD = 1.05
 # Of a step's time that is left at least when what its prompts cost is taken away.
 _LEAST_SHARE = 0.1
 
@@ -37,6 +40,7 @@ class TimedStep(NamedTuple):
     """Per request."""
     prompt_rows: int
     """Of all requests, beside those."""
+    running: int
 
 
 class Look:
@@ -60,7 +64,11 @@ class Look:
 
     @property
     def says_something(self) -> bool:
-        return min(map(len, self._steps.values())) >= _LEAST
+        """Whether there are enough steps of both ways, with about as many requests."""
+        if min(map(len, self._steps.values())) < _LEAST:
+            return False
+        loads = [fmean(step.running for step in way) for way in self._steps.values()]
+        return max(loads) <= _SAME_LOAD * min(loads)
 
     def add(self, step: TimedStep) -> None:
         """Count a step of this block."""

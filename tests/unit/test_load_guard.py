@@ -158,6 +158,16 @@ def test_a_full_server_whose_requests_come_and_go(gain, least, most):
     assert timing.guessing_s == pytest.approx(2 / gain)
 
 
+def test_a_look_at_other_loads_says_nothing():
+    look = Look(True, [TimedStep(2.0, 32, 2.0, 0, 16)] * 16)
+    for _ in range(16):
+        look.add(TimedStep(1.0, 13, 1.0, 0, 13))
+    assert not look.says_something
+    for _ in range(48):
+        look.add(TimedStep(1.0, 16, 1.0, 0, 16))
+    assert look.says_something
+
+
 def test_a_new_plan_is_tried_soon_and_not_at_once():
     world = World(0.8)
     world.run(9000)
@@ -276,8 +286,8 @@ def test_what_a_row_of_a_prompt_costs():
 
 def test_a_look_bears_a_wrong_idea_of_what_prompts_cost():
     """Prompts became cheaper: by what they cost before, steps took no time at all."""
-    look = Look(False, [TimedStep(1.0, 4, 1.0, 100)] * 16)
+    look = Look(False, [TimedStep(1.0, 4, 1.0, 100, 4)] * 16)
     for _ in range(16):
-        look.add(TimedStep(2.0, 12, 3.0, 100))
+        look.add(TimedStep(2.0, 12, 3.0, 100, 4))
     assert look.ratio(prompt_row_s=1.0) == pytest.approx(1.5)
     assert look.mean_step(True, prompt_row_s=1.0) == (pytest.approx(0.2), 3.0)
