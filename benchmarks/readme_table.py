@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,17 +23,38 @@ def spread(figure: dict[str, float], digits: int = 2) -> str:
     return "{median:.{d}f}x ({min:.{d}f}-{max:.{d}f})".format(**figure, d=digits)
 
 
-def decoders(*documents: dict[str, Any]) -> list[str]:
+def pooled(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """PPD's figures over all rounds of one condition, from several runs: each starts
+    its engines anew, and one start is luckier than another."""
+    ratios, taus = [], []
+    for cell in cells:
+        ppd, plain = cell["decoders"]["ppd"], cell["decoders"]["plain"]
+        for ours, theirs in zip(ppd["rounds"], plain["rounds"], strict=True):
+            ratios.append(ours["tokens_per_s"] / theirs["tokens_per_s"])
+            taus.append(ours["tokens_per_step"])
+    return {
+        "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
+        "tokens_per_step": {"median": median(taus)},
+    }
+
+
+def decoders(compared: dict[str, Any], loads: list[dict[str, Any]]) -> list[str]:
     """One row per number of requests, one column per temperature and decoder.
 
-    Where several documents measured a decoder in the same condition the last counts.
+    Args:
+        compared: a run of all decoders; what `loads` has not measured is from here.
+        loads: runs of plain vLLM and PPD.
     """
     cells: dict[tuple[int, float], dict[str, Any]] = {}
-    for document in documents:
+    for cell in compared["cells"]:
+        cells[cell["batch"], cell["temperature"]] = dict(cell["decoders"])
+    found: dict[tuple[int, float], list[dict[str, Any]]] = {}
+    for document in loads:
         for cell in document["cells"]:
             where = cell["batch"], cell["temperature"]
-            cells.setdefault(where, {}).update(cell["decoders"])
-    loads = sorted({load for load, _ in cells})
+            found.setdefault(where, []).append(cell)
+    for where, measured in found.items():
+        cells.setdefault(where, {})["ppd"] = pooled(measured)
     temperatures = sorted({temperature for _, temperature in cells})
     names = ["greedy" if t == 0 else f"at {t:g}" for t in temperatures]
     lines = [
@@ -42,18 +65,18 @@ def decoders(*documents: dict[str, Any]) -> list[str]:
         + " |",
         "|---" * (1 + 2 * len(names)) + "|",
     ]
-    for load in loads:
+    for load in sorted({load for load, _ in cells}):
         row = [str(load)]
         for decoder in ("ppd", "ngram"):
             for temperature in temperatures:
-                found = cells.get((load, temperature), {}).get(decoder)
-                if found is None:
+                figures = cells.get((load, temperature), {}).get(decoder)
+                if figures is None:
                     row.append("-")
                 elif decoder == "ppd":
-                    tokens = found["tokens_per_step"]["median"]
-                    row.append(f"**{spread(found['ratio'])}**, {tokens:.2f}")
+                    tokens = figures["tokens_per_step"]["median"]
+                    row.append(f"**{spread(figures['ratio'])}**, {tokens:.2f}")
                 else:
-                    row.append(f"{found['ratio']['median']:.2f}")
+                    row.append(f"{figures['ratio']['median']:.2f}")
         lines.append("| " + " | ".join(row) + " |")
     return lines
 
@@ -87,15 +110,12 @@ def section() -> str:
     loads = [
         json.loads(path.read_text()) for path in sorted(RESULTS.glob("loads_*.json"))
     ]
-    by_temperature: dict[float, set[int]] = {}
+    counts: Counter[tuple[int, float]] = Counter()
     for document in loads:
-        for t in document["settings"]["temperature"]:
-            by_temperature.setdefault(t, set()).add(document["settings"]["rounds"])
-    rounds = ", ".join(
-        f"{' or '.join(map(str, sorted(by_temperature[t])))} "
-        f"{f'at {t:g}' if t else 'greedy'}"
-        for t in sorted(by_temperature)
-    )
+        for cell in document["cells"]:
+            where = cell["batch"], cell["temperature"]
+            counts[where] += document["settings"]["rounds"]
+    rounds = " to ".join(map(str, sorted({min(counts.values()), max(counts.values())})))
     machine = results["environment"]
     engine = results["engines"]["ppd"]
     settings = results["settings"]
@@ -105,10 +125,10 @@ def section() -> str:
         f"({machine['cpu']}, {machine['usable_cores']} cores; vLLM {engine['vllm']}, "
         f"{engine['dtype']}, {'eager' if engine['eager'] else 'compiled'}; held-out "
         f"Python sources, {settings['max_tokens']} tokens each; engines take turns; "
-        f"medians of rounds, {rounds}, slowest and fastest in brackets; n-gram from a "
+        f"medians of {rounds} rounds, slowest and fastest in brackets; n-gram from a "
         f"run of all three, {settings['rounds']} rounds):",
         "",
-        *decoders(results, *loads),
+        *decoders(results, loads),
         "",
         *replayed(
             "step_cost_100m_replay",
