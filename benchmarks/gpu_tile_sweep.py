@@ -26,12 +26,10 @@ from gpu_tree_attention import (
     TOLERANCE,
     Cell,
     Step,
-    flash_attention,
+    on_a_chain,
     run_reference,
     run_tree,
 )
-
-from vllm_ppd.kernels.tree_attention import tree_attention_reference
 
 ROWS = 64
 # model, batch, context
@@ -50,7 +48,7 @@ def sweep(step: Step, choices: list[Any], repeats: int) -> list[dict[str, Any]]:
     import vllm_ppd.kernels.triton.tree_attention as module
 
     stock = module._choose_shape
-    expected = reference(step)
+    expected = run_reference(step, step.caches[0], step.tree).clone()
     found = []
     for choice in choices:
         used: list[Any] = []
@@ -88,14 +86,6 @@ def sweep(step: Step, choices: list[Any], repeats: int) -> list[dict[str, Any]]:
     return found
 
 
-def reference(step: Step) -> torch.Tensor:
-    """What every choice has to compute."""
-    keys, values = step.caches[0].split(step.cell.head_size, dim=-1)
-    inputs = step.query, keys, values, step.output
-    tree_attention_reference(*inputs, step.tree, step.cell.scale)
-    return step.output.clone()
-
-
 def multiprocessors() -> int:
     if not torch.cuda.is_available():
         return 1
@@ -127,11 +117,7 @@ def main() -> None:
         rows = 5 if args.dry_run else ROWS
         cell = Cell(name, heads, kv_heads, size, batch, rows, context)
         step = Step(cell, 16, torch.bfloat16, device)
-        flash = (
-            flash_attention(step)
-            if device.type == "cuda"
-            else partial(run_reference, step)
-        )
+        flash = on_a_chain(step)
         calls = [partial(flash, cache) for cache in step.caches]
         flashed = median(microseconds(calls, device, args.repeats))
         print(f"{name} batch {batch} context {context}: flash {flashed:.1f} us")

@@ -136,13 +136,19 @@ def run_tree(step: Step, cache: torch.Tensor, batch: TreeBatch) -> torch.Tensor:
     return step.output
 
 
-def run_reference(step: Step, cache: torch.Tensor) -> torch.Tensor:
-    """In FlashAttention's place where there is no GPU."""
+def run_reference(step: Step, cache: torch.Tensor, batch: TreeBatch) -> torch.Tensor:
+    """What `run_tree` has to compute."""
     keys, values = cache.split(step.cell.head_size, dim=-1)
-    tree_attention_reference(
-        step.query, keys, values, step.output, step.chain, step.cell.scale
-    )
+    inputs = step.query, keys, values, step.output
+    tree_attention_reference(*inputs, batch, step.cell.scale)
     return step.output
+
+
+def on_a_chain(step: Step) -> Callable[[torch.Tensor], torch.Tensor]:
+    """FlashAttention, or the reference where there is no GPU."""
+    if step.query.device.type == "cuda":
+        return flash_attention(step)
+    return partial(run_reference, step, batch=step.chain)
 
 
 def flash_attention(step: Step) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -180,9 +186,7 @@ def flash_attention(step: Step) -> Callable[[torch.Tensor], torch.Tensor]:
 def measure(step: Step, repeats: int) -> dict[str, Any]:
     """Both kernels' times in microseconds per layer, and how far they differ."""
     device = step.query.device
-    flash = (
-        flash_attention(step) if device.type == "cuda" else partial(run_reference, step)
-    )
+    flash = on_a_chain(step)
     cache = step.caches[0]
     expected = flash(cache).float().clone()
     difference = (run_tree(step, cache, step.chain).float() - expected).abs().max()

@@ -11,8 +11,9 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+from stats import summarise
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,16 +27,11 @@ def spread(figure: dict[str, float], digits: int = 2) -> str:
 def pooled(cells: list[dict[str, Any]]) -> dict[str, Any]:
     """PPD's figures over all rounds of one condition, from several runs: each starts
     its engines anew, and one start is luckier than another."""
-    ratios, taus = [], []
-    for cell in cells:
-        ppd, plain = cell["decoders"]["ppd"], cell["decoders"]["plain"]
-        for ours, theirs in zip(ppd["rounds"], plain["rounds"], strict=True):
-            ratios.append(ours["tokens_per_s"] / theirs["tokens_per_s"])
-            taus.append(ours["tokens_per_step"])
-    return {
-        "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
-        "tokens_per_step": {"median": median(taus)},
+    rounds = {
+        name: [one for cell in cells for one in cell["decoders"][name]["rounds"]]
+        for name in ("plain", "ppd")
     }
+    return summarise(rounds)["ppd"]
 
 
 def decoders(compared: dict[str, Any], loads: list[dict[str, Any]]) -> list[str]:
