@@ -5,7 +5,7 @@
     python benchmarks/compare_decoders.py --model MODEL --prompts FOLDER \
         --text TEXTS.jsonl --batch 1,4,16 --temperature 0,0.7,1.0 --rounds 5
 
-All decoders write the same number of tokens for the same held-out prompts (end of
+All decoders write the same numbers of tokens for the same held-out prompts (end of
 text is ignored), alternating A B C A B C ... so that a change in the machine's state
 meets all of them. Each speed is tokens per second from the first request on, prompts
 included, as long as a request that has finished is followed by another; ratios are
@@ -33,6 +33,7 @@ from harness import (
     encode_prompts,
     measure_cell,
     running,
+    text_lengths,
 )
 
 from vllm_ppd.atomic import write_json
@@ -98,6 +99,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--waves", type=int, default=3, help="at least so many times the batch")
     add("--prompt-tokens", type=int, default=64, help="length of each prompt")
     add("--max-tokens", type=int, default=128, help="tokens written per request")
+    add(
+        "--range-ratio",
+        type=float,
+        default=0.5,
+        help="lengths of texts differ by so much of --max-tokens, either way",
+    )
     add("--batch", type=numbers(int), default=[1, 4, 16], help="requests at a time")
     add("--temperature", type=numbers(float), default=[0.0, 0.7, 1.0])
     add("--rounds", type=int, default=5, help="alternating rounds, 3 or more")
@@ -120,6 +127,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.eager, args.waves = True, 1
     if args.rounds < 3:
         parser.error("--rounds must be at least 3, or there is no spread to show")
+    if not 0 <= args.range_ratio < 1:
+        parser.error("--range-ratio must be at least 0 and less than 1")
     if min(*args.batch, args.num_prompts, args.waves) < 1:
         parser.error("--batch, --num-prompts and --waves must be at least 1")
     return args
@@ -204,13 +213,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         first = next(iter(engines.values()))
         most = max(args.num_prompts, args.waves * max(args.batch))
         prompts = encode_prompts(first, args.text, most, args.prompt_tokens)
+        lengths = text_lengths(most, args.max_tokens, args.range_ratio)
         for temperature in args.temperature:
             for batch in args.batch:
                 say(f"measuring batch {batch}, temperature {temperature:g}")
                 cell = Cell(batch, temperature)
-                some = prompts[: max(args.num_prompts, args.waves * batch)]
+                count = max(args.num_prompts, args.waves * batch)
                 cells.append(
-                    measure_cell(engines, some, cell, args.max_tokens, args.rounds)
+                    measure_cell(
+                        engines, prompts[:count], cell, lengths[:count], args.rounds
+                    )
                 )
         cards = {name: engine.card for name, engine in engines.items()}
     shown = shown_settings(args)

@@ -49,6 +49,7 @@ class Decoder(Protocol):
         params: dict[str, Any],
         *,
         at_once: int | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Batch: ...
 
 
@@ -148,6 +149,14 @@ def encode_prompts(
     return prompts
 
 
+def text_lengths(count: int, tokens: int, spread: float, seed: int = 0) -> list[int]:
+    """Tokens of `count` texts, drawn evenly from `tokens` less or more `spread` times
+    as many, the same at every call."""
+    least, most = round((1 - spread) * tokens), round((1 + spread) * tokens)
+    chosen = random.Random(seed)
+    return [chosen.randint(max(1, least), most) for _ in range(count)]
+
+
 def figures(batches: Sequence[Batch]) -> dict[str, float]:
     """The figures of one round."""
     requests = [request for batch in batches for request in batch.requests]
@@ -174,39 +183,36 @@ def run_prompts(
     engine: Decoder,
     prompts: Sequence[Sequence[int]],
     cell: Cell,
-    max_tokens: int,
+    lengths: Sequence[int],
 ) -> list[Batch]:
     """All prompts once, `cell.batch` in flight until none is left to start; every
-    request to full length."""
-    params = {
-        "temperature": cell.temperature,
-        "max_tokens": max_tokens,
-        "ignore_eos": True,
-    }
-    return [engine.generate(prompts, params, at_once=cell.batch)]
+    request to its full length."""
+    params = {"temperature": cell.temperature, "ignore_eos": True}
+    return [engine.generate(prompts, params, at_once=cell.batch, lengths=lengths)]
 
 
 def measure_cell(
     engines: Mapping[str, Decoder],
     prompts: Sequence[Sequence[int]],
     cell: Cell,
-    max_tokens: int,
+    lengths: Sequence[int],
     rounds: int,
     pause: Any = settle,
 ) -> dict[str, Any]:
     """Warm every decoder up, then measure them in alternation.
 
+    lengths: tokens that are written for each prompt.
     pause: called before each turn, so that the engine that ran last is asleep.
     """
     found = {name: Measured() for name in engines}
     for engine in engines.values():
         pause()
         # A whole batch, so that nothing is compiled or allocated while measured.
-        run_prompts(engine, prompts[: cell.batch], cell, max_tokens)
+        run_prompts(engine, prompts[: cell.batch], cell, lengths[: cell.batch])
     for number in range(rounds):
         for name, engine in engines.items():
             pause()
-            batches = run_prompts(engine, prompts, cell, max_tokens)
+            batches = run_prompts(engine, prompts, cell, lengths)
             found[name].rounds.append(figures(batches))
             if number == 0:
                 found[name].texts = [r for b in batches for r in b.requests]

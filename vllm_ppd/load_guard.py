@@ -49,7 +49,7 @@ class _Load:
     # The comparison under way.
     look: Look | None = None
     # Steps until that begins or its next block does, counted down.
-    left: int = _SETTLING + 2 * BLOCK
+    left: int = _SETTLING + BLOCK
     settling: int = _SETTLING
     wait: int = _FIRST_WAIT
     # The last ones of the way to decode that is in use.
@@ -100,10 +100,12 @@ class _Load:
         elif self.look.ends(self.prompt_row_s):
             look, self.look = self.look, None
             self.steps.clear()
-            self.left = _FIRST_WAIT
+            self.settling = _SETTLING
             if look.says_something:
                 self._choose(look)
-            self.settling = _SETTLING
+            else:
+                # Loads that never stay the same are not looked at again and again.
+                self.left, self.wait = self.wait, min(2 * self.wait, _LONGEST_WAIT)
             return
         self.settling, self.left = _SETTLING, _SETTLING + BLOCK
 

@@ -19,13 +19,15 @@ __all__ = ["BLOCK", "HOPELESS", "OTHER_BLOCKS", "Look", "TimedStep"]
 BLOCK, OTHER_BLOCKS = 16, 3
 # Steps of each without which a look says nothing.
 _LEAST = BLOCK // 2
-# Guesses that are tried again are given up after a block if they are that much slower.
-HOPELESS = 0.9
+# Guesses are given up after a block if they are that much slower; those in use only
+# if the block has so many requests in all that it cannot be the text of a few.
+HOPELESS, _MANY = 0.9, 256
 # A step now and then waits for something else and takes more than so many medians.
 # Plain steps are all alike; of others some may have guesses, and those take longer.
 _OUTLIER = {True: 4.0, False: 2.0}
 # How many more requests one way may have had than the other, in the mean. Where they
-# end during a look, the way that comes later has fewer, and seems slower.
+# end during a look, the way that comes later has fewer, and seems slower; then only
+# steps with about as many as the median step count.
 _SAME_LOAD = 1.05
 # Of a step's time that is left at least when what its prompts cost is taken away.
 _LEAST_SHARE = 0.1
@@ -65,10 +67,20 @@ class Look:
     @property
     def says_something(self) -> bool:
         """Whether there are enough steps of both ways, with about as many requests."""
-        if min(map(len, self._steps.values())) < _LEAST:
-            return False
-        loads = [fmean(step.running for step in way) for way in self._steps.values()]
-        return max(loads) <= _SAME_LOAD * min(loads)
+        return min(map(len, self._alike().values())) >= _LEAST
+
+    def _alike(self) -> dict[bool, list[TimedStep]]:
+        """The steps of each way, at the same load."""
+        ways = self._steps.values()
+        loads = [fmean(step.running for step in way) for way in ways if way]
+        if max(loads) <= _SAME_LOAD * min(loads):
+            return self._steps
+        usual = median(step.running for way in ways for step in way)
+        least, most = usual / _SAME_LOAD, usual * _SAME_LOAD
+        return {
+            guessing: [step for step in way if least <= step.running <= most]
+            for guessing, way in self._steps.items()
+        }
 
     def add(self, step: TimedStep) -> None:
         """Count a step of this block."""
@@ -78,8 +90,9 @@ class Look:
         """At a block's end: whether that was the last one; else the next one begins."""
         if self._block >= 2 * OTHER_BLOCKS - 1:
             return True
-        on_trial = self.guessing and not self._kept and self.says_something
-        if on_trial and self.ratio(prompt_row_s) < HOPELESS:
+        requests = sum(step.running for step in self._steps[not self._kept])
+        enough = requests >= _MANY if self._kept else self.guessing
+        if enough and self.says_something and self.ratio(prompt_row_s) < HOPELESS:
             return True
         self._block += 1
         return False
@@ -91,7 +104,7 @@ class Look:
         what guesses cost.
         """
         for guessing in (False, True):
-            steps = self._steps[guessing]
+            steps = self._alike()[guessing]
             rows = [step.prompt_rows for step in steps]
             found = seconds_per_row(rows, [step.seconds for step in steps])
             if found is not None:
@@ -120,7 +133,7 @@ class Look:
         """As long as steps would have taken without prompts, and without those that
         waited for something else."""
         steps = []
-        for step in self._steps[guessing]:
+        for step in self._alike()[guessing]:
             left = step.seconds - prompt_row_s * step.prompt_rows
             seconds = max(left, _LEAST_SHARE * step.seconds)
             steps.append(step._replace(seconds=seconds))

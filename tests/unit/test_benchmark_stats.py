@@ -67,10 +67,12 @@ class FakeDecoder:
     def __init__(self, name: str, per_step: int, step_s: float, log: list[str]):
         self.name, self.per_step, self.step_s, self.log = name, per_step, step_s, log
 
-    def generate(self, prompts, params, *, at_once=None) -> Batch:
+    def generate(self, prompts, params, *, at_once=None, lengths=None) -> Batch:
         self.log.append(f"{self.name}{len(prompts)}/{at_once}")
         assert params["ignore_eos"]
-        sizes, left = [1], params["max_tokens"] - 1
+        assert len(lengths) == len(prompts)
+        assert len(set(lengths)) == 1, "this fake writes equally long texts"
+        sizes, left = [1], lengths[0] - 1
         while left > 0:
             sizes.append(min(self.per_step, left))
             left -= sizes[-1]
@@ -94,7 +96,7 @@ def cell(batch: int = 2, temperature: float = 0.0) -> tuple[dict, list[str]]:
     prompts = [[1], [2], [3], [4]]
     where = harness.Cell(batch, temperature)
     found = harness.measure_cell(
-        engines, prompts, where, 9, 3, pause=lambda: log.append("pause")
+        engines, prompts, where, [9] * 4, 3, pause=lambda: log.append("pause")
     )
     return found, log
 
@@ -113,6 +115,16 @@ def test_measure_cell_alternates_and_counts() -> None:
     assert ppd["ratio"]["median"] == pytest.approx(0.09 / 0.075)
     assert ppd["same_ids_as_plain"]["identical"] == 4
     assert len(ppd["rounds"]) == 3
+
+
+def test_lengths_of_texts() -> None:
+    lengths = harness.text_lengths(1000, 128, 0.5)
+    assert (min(lengths), max(lengths)) == (64, 192)
+    assert sum(lengths) / 1000 == pytest.approx(128, rel=0.03)
+    # A cell with fewer prompts has the first ones' lengths.
+    assert harness.text_lengths(10, 128, 0.5) == lengths[:10]
+    assert set(harness.text_lengths(10, 128, 0.0)) == {128}
+    assert min(harness.text_lengths(100, 1, 0.9)) == 1
 
 
 def test_sampled_ids_are_not_compared() -> None:

@@ -100,7 +100,7 @@ def test_loads_are_told_apart():
     world = World(0.8)
     world.run(2000, running=16)
     assert world.run(500, running=20) < 0.2
-    assert world.run(30, running=1) > 0.9
+    assert world.run(15, running=1) > 0.9
     # Above a load at which it does not pay it is not tried at once, but soon.
     assert world.run(200, running=40) < 0.1
     world.gain = 1.5
@@ -166,6 +166,42 @@ def test_a_look_at_other_loads_says_nothing():
     for _ in range(48):
         look.add(TimedStep(1.0, 16, 1.0, 0, 16))
     assert look.says_something
+
+
+def test_steps_of_a_look_are_compared_at_one_load():
+    """Half of the plain steps came when most requests had ended."""
+    look = Look(True, [TimedStep(2.0, 32, 2.0, 0, 16)] * 16)
+    for running in [16, 8] * 8:
+        look.add(TimedStep(1.0, running, 1.0, 0, running))
+    assert look.says_something
+    assert look.ratio(0.0) == pytest.approx(1.0)
+
+
+def test_far_too_slow_guesses_of_many_requests_end_with_the_first_block():
+    for running, blocks in ((64, 1), (4, 5)):
+        look = Look(True, [TimedStep(3.0, 2 * running, 3.0, 0, running)] * 16)
+        ended = 0
+        while True:
+            seconds, tokens = (3.0, 2) if look.guessing else (1.0, 1)
+            for _ in range(16):
+                step = TimedStep(seconds, tokens * running, tokens, 0, running)
+                look.add(step)
+            ended += 1
+            if look.ends(0.0):
+                break
+        assert ended == blocks
+
+
+def test_looks_that_say_nothing_grow_rare():
+    world = World(1.2)
+    world.run(100, running=64)
+    looked = []
+    for turn in range(6000):
+        load = world.guard._load(6)
+        # Plain steps come when there are few requests, others when there are many.
+        world.run(1, 64 if load.guessing else 34)
+        looked.append(load.look is not None)
+    assert sum(looked[:1000]) > 100 > sum(looked[5000:])
 
 
 def test_a_new_plan_is_tried_soon_and_not_at_once():

@@ -9,7 +9,8 @@ decoder has a process that sleeps while another is measured. The conversation wi
     {"command": "start"}                   {"event": "ready", "card"}
     {"command": "encode", "texts"}         {"event": "ids", "ids"}
     {"command": "generate", "prompts",     {"event": "progress", "steps"}, any number,
-     "params", "stream", "at_once"}         {"event": "done", "wall_s", "requests", ...}
+     "params", "stream", "at_once",         {"event": "done", "wall_s", "requests", ...}
+     "lengths"}
     {"command": "score", "ids"}            {"event": "scores", "top"}
     {"command": "report"}                  {"event": "report", "report"}
     {"command": "hold", "plan"}            {"event": "held"}
@@ -192,12 +193,14 @@ class EngineProcess:
         params: dict[str, Any],
         on_progress: Callable[[list[Any]], None] | None = None,
         at_once: int | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Batch:
         """Run the prompts and wait for the end.
 
         params: those of `vllm.SamplingParams`.
         at_once: most requests in the engine at a time (None: all of them); the next
             one comes when one has finished.
+        lengths: most tokens of each request, instead of the one in `params`.
         on_progress: called about ten times a second with [request, *step] lists;
             without it the engine sends nothing until it has finished.
         """
@@ -207,6 +210,7 @@ class EngineProcess:
             "params": params,
             "stream": stream,
             "at_once": at_once,
+            "lengths": None if lengths is None else list(lengths),
         }
         self._write({"command": "generate", **message})
         done = self._wait("done", on_progress=on_progress)

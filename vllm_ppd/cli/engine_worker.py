@@ -110,6 +110,7 @@ class Engine:
         params: dict[str, Any],
         stream: bool = False,
         at_once: int | None = None,
+        lengths: list[int] | None = None,
         send: Any = None,
     ) -> dict[str, Any]:
         """Run all prompts, `at_once` at a time: the next one when one has finished.
@@ -122,19 +123,23 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         engine = self.llm.llm_engine
-        sampling = SamplingParams(output_kind=RequestOutputKind.DELTA, **params)
+        each = [params] * len(prompts)
+        if lengths is not None:
+            each = [{**params, "max_tokens": length} for length in lengths]
+        kind = RequestOutputKind.DELTA
+        sampling = [SamplingParams(output_kind=kind, **one) for one in each]
         index = {str(self.requests + i): i for i in range(len(prompts))}
         self.requests += len(prompts)
         events: list[tuple[int, float, Sequence[int], str]] = []
         sent, steps = 0, 0
         start = last = time.perf_counter()
         added: list[float] = []
-        waiting = zip(index, prompts, strict=True)
+        waiting = zip(index, prompts, sampling, strict=True)
 
         def add_requests(count: int | None) -> None:
-            for name, ids in islice(waiting, count):
+            for name, ids, wanted in islice(waiting, count):
                 added.append(time.perf_counter())
-                engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+                engine.add_request(name, {"prompt_token_ids": ids}, wanted)
 
         add_requests(at_once)
         # Until a request finishes that has nobody to follow it.
