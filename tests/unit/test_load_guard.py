@@ -196,12 +196,12 @@ def test_looks_that_say_nothing_grow_rare():
     world = World(1.2)
     world.run(100, running=64)
     looked = []
-    for turn in range(6000):
+    for _ in range(6000):
         load = world.guard._load(6)
         # Plain steps come when there are few requests, others when there are many.
         world.run(1, 64 if load.guessing else 34)
         looked.append(load.look is not None)
-    assert sum(looked[:1000]) > 100 > sum(looked[5000:])
+    assert sum(looked[:1000]) > 50 > sum(looked[5000:])
 
 
 def test_a_new_plan_is_tried_soon_and_not_at_once():
