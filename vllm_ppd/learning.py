@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vllm_ppd.chain_replay import ReplayedSteps
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.step import TreeStep
 from vllm_ppd.verify import TreeWalk
@@ -143,6 +144,21 @@ class EvidenceLearner:
         self._hits[first : first + right] += 1
         self.observations += 1
 
+    def observe_replay(self, steps: ReplayedSteps) -> None:
+        """Count steps that chains would have made in text written without guesses."""
+        depths = self.places.depths
+        accepted, lengths = steps.accepted, steps.lengths
+        request, depth = np.nonzero(
+            (steps.classes[:, None] > 0)
+            & (np.arange(depths) < lengths[:, None])
+            & (np.arange(depths) <= accepted[:, None])
+        )
+        places = self._firsts[2] + (steps.classes[request] - 1) * depths + depth
+        np.add.at(self._tries, places, 1)
+        np.add.at(self._hits, places, depth < accepted[request])
+        self.observe_moves(steps.classes, steps.after, accepted > 0)
+        self.observations += float((1 + accepted).sum())
+
     def observe_moves(
         self, before: np.ndarray, after: np.ndarray, accepted: np.ndarray
     ) -> None:
@@ -179,7 +195,7 @@ class EvidenceLearner:
         self.observations += tokens
 
     def pass_time(self, amount: float) -> None:
-        """Nobody guessed: what was counted before grows old all the same.
+        """Nobody guesses by this plan: what was counted before grows old all the same.
 
         With each search older counts fade, so guesses that once failed are tried again.
         """

@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from tests.engine.conftest import PROMPTS
 from vllm_ppd.engine.online import OnlineTrees
 from vllm_ppd.evidence import Evidence
+from vllm_ppd.suffix import match_chains
 
 NO_CHAINS = np.full((2, 8), -1)
 TOKENS = np.zeros((2, 64), dtype=np.int64)
@@ -20,7 +22,11 @@ class Steps:
     def __init__(self) -> None:
         evidence = Evidence.load(PROMPTS / "evidence.json")
         settings = SimpleNamespace(evidence=lambda: evidence)
-        self.online = OnlineTrees(SimpleNamespace(plan_settings=settings), ranks=2)
+        # Whose plan has guesses for two requests and fewer.
+        drafter = SimpleNamespace(
+            plan_settings=settings, first_tree=lambda running: int(running < 3)
+        )
+        self.online = OnlineTrees(drafter, ranks=2)
         self._ends: dict[str, int] = {}
         self.chains, self.tried = NO_CHAINS, ()
 
@@ -102,8 +108,57 @@ def test_loads_that_are_worth_a_search():
     assert online._usual_loads() == [3, 4]
 
 
-def test_time_passes_where_nobody_guesses():
+def test_time_passes_where_the_plan_has_no_guesses():
     online = Steps().online
+    for _ in range(256):
+        online.after_step(2, None, None)
+    assert online._learner.observations == 0
     for _ in range(256):
         online.after_step(3, None, None)
     assert online._learner.observations == 4 * 3
+
+
+def glance(online: OnlineTrees, names: list[str], ends: list[int]) -> None:
+    """Texts of the same eight tokens over and over, of which 16 are the prompt."""
+    tokens = np.tile(np.arange(8), (len(names), 40))
+    starts = np.full(len(names), 16)
+    online.glance(names, tokens, starts, np.array(ends), 4096, match_chains)
+
+
+def test_text_written_without_guesses_says_what_they_would_have_done():
+    online = Steps().online
+    for _ in range(256):
+        online.after_step(1, None, None)
+    assert online.glances_now
+    glance(online, ["a"], [96])
+    # The last 64 tokens hold seven steps of nine; two begin anywhere and two are the
+    # last that are not wholly known.
+    learner = online._learner
+    first, end = learner._firsts[2:4]
+    tries = learner._tries[first:end].reshape(-1, 8)
+    assert tries.tolist() == [[0] * 8, [5.0] * 8]
+    assert (learner._hits[first:end] == learner._tries[first:end]).all()
+    assert learner._moves[1].tolist() == [[0] * 3, [0] * 3, [0, 0, 5]]
+    assert learner.observations == 5 * 9
+    # "a" ended in class 2 and "b" begins with its prompt, so does "c": 45 tokens of 128
+    # were counted, then 45 of 192.
+    glance(online, ["b"], [17])
+    glance(online, ["c"], [17])
+    assert learner._moves[:, 2, 2].sum() == pytest.approx(5 + 45 / 128 + 45 / 192)
+
+
+def test_requests_are_looked_at_in_turn():
+    online, seen = Steps().online, []
+
+    def match(token_ids, ends, context):
+        if len(ends) < 20:
+            seen.append(token_ids[:, 0].tolist())
+        return match_chains(token_ids, ends, context)
+
+    tokens = np.arange(20)[:, None] + np.zeros((20, 96), dtype=int)
+    starts, ends = np.full(20, 16), np.full(20, 17)
+    for _ in range(5):
+        online._steps += 256
+        online.glance([f"r{i}" for i in range(20)], tokens, starts, ends, 96, match)
+    assert {len(some) for some in seen} == {4, 8}
+    assert {row for some in seen for row in some} == set(range(20))

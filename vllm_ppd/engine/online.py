@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from vllm.logger import init_logger
 
+from vllm_ppd.chain_replay import Match, replay_chains
 from vllm_ppd.engine.proposer import PPDProposer
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.learning import EvidenceLearner
@@ -32,6 +33,11 @@ logger = init_logger("vllm.ppd")
 # guesses, looking for matches is pure cost, and rarer.
 _COUNT_EVERY, _ASK_EVERY, _GLANCE_EVERY = 4, 32, 64
 _COUNT_FIRST = 512
+# There, what guesses would have done is found for the last tokens of so many requests
+# at a time, in so many steps of each after those that only find where steps begin. It
+# takes a millisecond or two.
+_REPLAY_EVERY, _REPLAYED, _SPAN = 256, 8, 64
+_SETTLING, _STEPS = 2, 16
 # Share of the steps from which on a load is worth a search.
 _SELDOM = 0.05
 # With several ranks the answer is waited for, so many steps after the question.
@@ -66,6 +72,8 @@ class OnlineTrees:
         self._loads: Counter[int] = Counter()
         # request -> (tokens before the chain, match class, chain)
         self._chains: dict[str, tuple[int, int, np.ndarray]] = {}
+        # Tokens written without guesses, and those of steps replayed in them.
+        self._written = self._replayed = 0.0
         # Step, requests, their match classes and lengths of the last look for matches.
         self._matched = _Matched(-1, [], np.empty(0), np.empty(0))
 
@@ -83,7 +91,7 @@ class OnlineTrees:
             states = drafter.tree_states[step.states]
             classes = drafter.tree_classes[step.states]
             self._learner.observe_walk(step, walk, states, classes)
-        if step is None and self.glances_now:
+        if self.glances_now and not self._drafter.first_tree(running):
             self._learner.pass_time(running)
         return self._steps % _ASK_EVERY == 0 and self._replan()
 
@@ -131,10 +139,41 @@ class OnlineTrees:
         """Whether to look for matches although nobody speculates at this load."""
         return self._steps % _GLANCE_EVERY == 0
 
-    @property
-    def glances_next(self) -> bool:
-        """The same, before the step is counted."""
-        return (self._steps + 1) % _GLANCE_EVERY == 0
+    def glance(
+        self,
+        request_ids: list[str],
+        token_ids: np.ndarray,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        context: int,
+        match: Match,
+    ) -> None:
+        """Learn from text that was written without guesses.
+
+        Args:
+            request_ids: [B].
+            token_ids: [B, tokens] of each request.
+            starts, ends: [B] where its own text begins, and its tokens so far.
+            context: most tokens of a request in which matches are looked for.
+            match: how they are found.
+        """
+        if not self._learner.places.classes:
+            return
+        batch = len(ends)
+        if self._steps % _REPLAY_EVERY == 0:
+            first = self._steps // _REPLAY_EVERY * _REPLAYED % batch
+            some = slice(first, first + _REPLAYED)
+            begin = np.maximum(starts[some], ends[some] - _SPAN)
+            replayed = replay_chains(
+                token_ids[some], begin, ends[some], context, _SETTLING, _STEPS, match
+            )
+            self._learner.observe_replay(replayed)
+            self._replayed += float((1 + replayed.accepted).sum())
+        self._written += _GLANCE_EVERY * batch
+        classes, _ = match(token_ids, ends, context)
+        share = min(1.0, self._replayed / self._written)
+        self._count_changes(request_ids, classes, share)
+        self._matched = _Matched(self._steps, list(request_ids), classes, ends.copy())
 
     def after_match(
         self,
@@ -158,7 +197,9 @@ class OnlineTrees:
         """
         before = self._matched
         if before.request_ids != request_ids:
-            self._count_changes(before, request_ids, classes)
+            # Every change is counted, other moves now and then.
+            weight = 1.0 if self._steps < _COUNT_FIRST else 1 / _COUNT_EVERY
+            self._count_changes(request_ids, classes, weight)
         elif self.counts_now and before.step == self._steps - 1:
             went_on = ends > before.ends
             accepted = ends > before.ends + 1
@@ -186,10 +227,14 @@ class OnlineTrees:
                 )
 
     def _count_changes(
-        self, before: _Matched, request_ids: list[str], classes: np.ndarray
+        self, request_ids: list[str], classes: np.ndarray, weight: float
     ) -> None:
         """Requests that ended since, and those in their place: texts begin without
-        matches, and how often they begin is part of what a plan is worth."""
+        matches, and how often they begin is part of what a plan is worth.
+
+        weight: share of the steps that are counted beside them.
+        """
+        before = self._matched
         ended, begun = set(before.request_ids), set(request_ids)
         gone = [
             match_class
@@ -207,8 +252,6 @@ class OnlineTrees:
         ]
         pairs = min(len(gone), len(new))
         if pairs:
-            # Every change is counted, other moves now and then.
-            weight = 1.0 if self._steps < _COUNT_FIRST else 1 / _COUNT_EVERY
             self._learner.observe_ends(
                 np.array(gone[:pairs]), np.array(new[:pairs]), weight
             )

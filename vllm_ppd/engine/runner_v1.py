@@ -121,8 +121,6 @@ class PPDRunnerMixin:
             return True
         request_ids, online = scheduler_output.num_scheduled_tokens, self._ppd_online
         running = len(request_ids)
-        if online is not None and online.glances_next:
-            return True
         if not self.drafter.first_tree(running) or self._all_opted_out(request_ids):
             return False
         return online is None or online.guesses(running)
@@ -211,6 +209,8 @@ class PPDRunnerMixin:
         if online is not None and online.after_step(batch, step, walk):
             # Guesses pending elsewhere were laid out for trees that are gone.
             self.ppd_trees = dict.fromkeys(self.ppd_trees, 0)
+        if online is not None and step is None and online.glances_now:
+            self._glance(batch, online)
         first_tree = drafter.first_tree(batch)
         if not first_tree or self._all_opted_out(self.input_batch.req_ids):  # type: ignore
             return 0
@@ -239,12 +239,9 @@ class PPDRunnerMixin:
         **kwargs: Any,
     ) -> list[list[int]]:
         drafter, batch = self.drafter, len(sampled_token_ids)
-        step, online = self._ppd_step, self._ppd_online
+        step = self._ppd_step
         first_tree = self._end_step(batch, sampled_token_ids)
         if not first_tree:
-            if online is not None and online.glances_now:
-                nothing = np.zeros(batch, dtype=bool)
-                self._learn_matches(*self._match(batch), nothing)
             return [[]] * batch
         tables = drafter.tables
         counts = np.zeros(batch, dtype=np.int64)
@@ -283,6 +280,17 @@ class PPDRunnerMixin:
         inputs = self.input_batch  # type: ignore[attr-defined]
         ends, token_ids = inputs.num_tokens_no_spec[:batch], inputs.token_ids_cpu
         return match_chains_cpu(token_ids, ends, _MATCHED)
+
+    def _glance(self, batch: int, online: OnlineTrees) -> None:
+        inputs = self.input_batch  # type: ignore[attr-defined]
+        online.glance(
+            inputs.req_ids,
+            inputs.token_ids_cpu[:batch],
+            inputs.num_prompt_tokens[:batch],
+            inputs.num_tokens_no_spec[:batch],
+            _MATCHED,
+            match_chains_cpu,
+        )
 
     def _learn_matches(
         self, classes: np.ndarray, chains: np.ndarray, tried: np.ndarray
