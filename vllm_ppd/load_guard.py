@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from vllm_ppd.guess_tally import GuessTally
 from vllm_ppd.speed_look import BLOCK, HOPELESS, OTHER_BLOCKS, Look, TimedStep
 from vllm_ppd.step_timing import StepTiming
 
@@ -62,8 +63,11 @@ class _Load:
         default_factory=lambda: {way: deque(maxlen=_LOOKS) for way in (True, False)}
     )
     running: int = 1
+    context: int = 1
     # Seconds that a prompt's row adds to a step; 0 until that was seen.
     prompt_row_s: float = 0.0
+    # What guesses have brought since the speeds were last forgotten.
+    tally: GuessTally = field(default_factory=GuessTally)
     # Tokens per request and step with guesses, usually; and steps, requests and tokens
     # since that was last looked at.
     usual: float | None = None
@@ -82,16 +86,20 @@ class _Load:
         self.look = None
         self.ratios.clear()
         self.steps.clear()
+        self.tally = GuessTally()
         self.settling, self.left = _SETTLING, _SETTLING + BLOCK
 
     def count(self, step: TimedStep) -> None:
         """A step of the way to decode that is due."""
         if self.settling:
             self.settling -= 1
-        elif self.look is None:
+            return
+        if self.look is None:
             self.steps.append(step)
         else:
             self.look.add(step)
+        if self.guessing:
+            self.tally.add(step.running, step.tokens, round(step.rows * step.running))
 
     def go_on(self) -> None:
         """Begin a look, or its next block, or choose by it."""
@@ -114,7 +122,7 @@ class _Load:
 
         What would change the answer is looked at once more, soon: guessing begins again
         when it paid twice, and ends when it does not pay in the mean of two looks, or
-        at the first.
+        at the first, by the tokens of many steps.
         """
         seen = look.prompt_row_s()
         if seen is not None:
@@ -122,18 +130,23 @@ class _Load:
             self.prompt_row_s = (known + seen) / 2 if known else seen
         for way, times in self.times.items():
             times.append(look.mean_step(way, self.prompt_row_s))
-        ratios = self.ratios
-        ratios.append(look.ratio(self.prompt_row_s))
+        ratios, missing = self.ratios, 0.0
         if self.speculating:
-            differs, sure = ratios[-1] < _STAY, fmean(ratios) < _STAY
+            missing = self.tally.missing
+            ratios.append(
+                self.tally.ratio(self.times[True][-1], self.times[False][-1][0])
+            )
+            differs, sure = ratios[-1] < _STAY, fmean(ratios) < _STAY and not missing
         else:
+            ratios.append(look.ratio(self.prompt_row_s))
             differs = ratios[-1] >= _RETURN
             sure = len(ratios) == 2 and min(ratios) >= _RETURN
         if differs and not sure:
-            self.left = _SETTLING + BLOCK
+            self.left = max(_SETTLING + BLOCK, int(missing / self.running))
             return
         if differs:
             self.speculating = not self.speculating
+            self.tally = GuessTally()
         wait = _FIRST_WAIT if differs else 2 * self.wait
         affordable = self._affordable_wait(ratios[-1])
         if differs and not self.speculating:
@@ -205,11 +218,18 @@ class LoadGuard:
             looks = len(load.times[True])
             if looks:
                 (guessing_s, rows), (plain_s, _) = load.time(True), load.time(False)
-                found.append(StepTiming(load.running, rows, plain_s, guessing_s, looks))
+                where = load.running, rows, plain_s, guessing_s, looks, load.context
+                found.append(StepTiming(*where))
         return found
 
     def next_step(
-        self, running: int, tokens: int, rows: int, prompt_rows: int = 0, new: int = 0
+        self,
+        running: int,
+        tokens: int,
+        rows: int,
+        prompt_rows: int = 0,
+        new: int = 0,
+        context: int = 1,
     ) -> bool:
         """Count a step; True if the next one may have guesses.
 
@@ -221,6 +241,7 @@ class LoadGuard:
                 not compared.
             new: requests whose first step it is. Where all are new, there may have been
                 nothing to do before.
+            context: tokens of each request in the mean.
         """
         now = self._clock()
         before, self._last = self._last, now
@@ -230,7 +251,7 @@ class LoadGuard:
             load.left -= 1
             fallen = False
             if self._mode == load.guessing:
-                load.running = running
+                load.running, load.context = running, context
                 seconds, each = now - before, rows / running
                 load.count(TimedStep(seconds, tokens, each, prompt_rows, running))
                 # A request that begins has one token and says nothing of guesses.

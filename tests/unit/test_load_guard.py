@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from vllm_ppd.guess_tally import GuessTally
 from vllm_ppd.load_guard import LoadGuard
 from vllm_ppd.profile import LatencyProfile
 from vllm_ppd.prompt_cost import seconds_per_row
@@ -78,8 +79,8 @@ def test_probes_grow_rare():
 @pytest.mark.parametrize("gain", [0.5, 0.7, 1.6, 2.5])
 def test_looks_at_the_slower_way_cost_one_per_cent(gain):
     world = World(gain)
-    # Until both have been looked at for the first time.
-    world.run(110)
+    # Until both have been looked at, and for as long as guesses are given.
+    world.run(250)
     seconds = {True: 0.0, False: 0.0}
     for _ in range(5000):
         guessed = bool(world.run(1))
@@ -106,6 +107,18 @@ def test_loads_are_told_apart():
     world.gain = 1.5
     world.run(600, running=40)
     assert world.run(500, running=40) > 0.9
+
+
+def test_one_request_s_guesses_are_judged_by_many_texts():
+    """Every other text cannot be guessed at all, and a look sees one or two: guesses
+    pay, and looks alone would say now this, now that."""
+    kept = []
+    for seed in range(10):
+        world, chosen = World(1.25, seed), random.Random(seed)
+        for _ in range(70):
+            world.tokens = chosen.choice(([1], [2, 3, 4]))
+            kept.append(world.run(60, running=1))
+    assert sum(kept) > 0.8 * len(kept)
 
 
 def test_one_lucky_look_is_not_enough():
@@ -190,6 +203,28 @@ def test_far_too_slow_guesses_of_many_requests_end_with_the_first_block():
             if look.ends(0.0):
                 break
         assert ended == blocks
+
+
+def test_guesses_of_few_requests_are_not_given_up_at_once():
+    for running, steps in ((1, 450), (4, 100)):
+        world = World(0.8)
+        world.run(steps, running)
+        assert world.guard._loads[(running - 1).bit_length()].speculating
+        world.run(300, running)
+        assert world.run(1000, running) < 0.2
+
+
+def test_what_guesses_brought_at_other_rows_than_the_clock_saw():
+    tally = GuessTally()
+    for _ in range(300):
+        tally.add(2, 5, 8)
+    assert tally.missing == 0
+    # 2.5 tokens in steps of 4 rows; those of 3 rows took 1.5 times a plain one.
+    assert tally.ratio((3.0, 3.0), 2.0) == pytest.approx(2.5 / 1.75)
+    # The last ones count more than those of long ago.
+    for _ in range(10_000):
+        tally.add(1, 1, 1)
+    assert tally.ratio((3.0, 3.0), 2.0) == pytest.approx(1.0, abs=0.1)
 
 
 def test_looks_that_say_nothing_grow_rare():
@@ -304,7 +339,7 @@ def test_guesses_that_begin_to_fail_are_compared_at_once(running):
     assert world.run(2000, running) > 0.95
     # 1.25 tokens in 1.33 times the time, where the next probe may be 8,192 steps off.
     world.tokens = [1, 1, 1, 2]
-    world.run(600 if running == 1 else 120, running)
+    world.run(1000 if running == 1 else 120, running)
     assert world.run(1000, running) < 0.2
 
 
