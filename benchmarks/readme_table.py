@@ -115,14 +115,16 @@ def section() -> str:
     machine = results["environment"]
     engine = results["engines"]["ppd"]
     settings = results["settings"]
+    tokens, ratio = settings["max_tokens"], settings["range_ratio"]
+    least, most = round((1 - ratio) * tokens), round((1 + ratio) * tokens)
     lines = [
         "Tokens per second against plain vLLM, and PPD's tokens per step, on the demo "
         "model "
         f"({machine['cpu']}, {machine['usable_cores']} cores; vLLM {engine['vllm']}, "
         f"{engine['dtype']}, {'eager' if engine['eager'] else 'compiled'}; held-out "
-        f"Python sources, {settings['max_tokens']} tokens each; engines take turns; "
-        f"medians of {rounds} rounds, slowest and fastest in brackets; n-gram from a "
-        f"run of all three, {settings['rounds']} rounds):",
+        f"Python sources, {least} to {most} tokens each; engines take turns; medians "
+        f"of {rounds} rounds, slowest and fastest in brackets; n-gram from a run "
+        f"beside PPD, {settings['rounds']} rounds):",
         "",
         *decoders(results, loads),
         "",

@@ -4,14 +4,17 @@ A plan holds tiers of load. A tier is for up to so many running requests and has
 `TreePolicy` for each *match class*: 0 where the request's last tokens have no earlier
 match in its own context, 1, 2, ... for longer and longer matches. A tier without
 policies does not speculate at all: its steps are vLLM's own.
+
+Where long contexts change what rows cost each range of them has its tiers of load.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +33,26 @@ class Tier:
     Attributes:
         max_requests: most running requests that this tier serves; None for any number.
         policies: one policy per match class; empty where speculation does not pay.
+        max_context: longest mean context of those requests, in tokens; None for any.
     """
 
     max_requests: int | None
     policies: tuple[TreePolicy, ...] = ()
+    max_context: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policies", tuple(self.policies))
-        most = self.max_requests
-        if most is not None and (isinstance(most, bool) or not int(most) >= 1):
-            raise TreeError(f"max_requests is {most!r}; expected 1 or more, or null")
+        for name in ("max_requests", "max_context"):
+            most = getattr(self, name)
+            if most is not None and (isinstance(most, bool) or not int(most) >= 1):
+                raise TreeError(f"{name} is {most!r}; expected 1 or more, or null")
         if len({(p.num_prompt_tokens, p.num_ept) for p in self.policies}) > 1:
             raise TreeError("all policies of a tier must be for the same prompt tokens")
 
 
 @dataclass(frozen=True)
 class TreePlan:
-    """Tiers by rising load; the last one has no limit.
+    """Tiers by rising context, and for each by rising load; last ones have no limit.
 
     ``trees`` lists every tree once: first a bare root, which serves rows that vLLM
     scheduled although nobody guessed, then tier by tier, class by class, state by
@@ -61,12 +67,13 @@ class TreePlan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiers", tuple(self.tiers))
-        limits = [tier.max_requests for tier in self.tiers]
-        if not limits or limits[-1] is not None or None in limits[:-1]:
-            raise TreeError("the last tier of a plan, and no other, has no limit")
-        known = [limit for limit in limits if limit is not None]
-        if sorted(set(known)) != known:
-            raise TreeError(f"the limits of a plan's tiers must rise, not {known}")
+        if not self.tiers:
+            raise TreeError("a plan needs at least one tier")
+        contexts = []
+        for context, tiers in groupby(self.tiers, lambda tier: tier.max_context):
+            contexts.append(context)
+            _require_rising([tier.max_requests for tier in tiers], "tier")
+        _require_rising(contexts, "context range")
         shapes = {
             (len(t.policies), t.policies[0].num_prompt_tokens, t.policies[0].num_ept)
             for t in self.tiers
@@ -82,6 +89,23 @@ class TreePlan:
     def of(cls, policy: TreePolicy) -> TreePlan:
         """One policy for every load and all evidence."""
         return cls((Tier(None, (policy,)),))
+
+    @classmethod
+    def by_context(cls, plans: Sequence[tuple[int | None, TreePlan]]) -> TreePlan:
+        """Plans that do not tell contexts apart, each up to so many tokens; equal
+        neighbours are merged."""
+        tiers: list[Tier] = []
+        for index, (most, plan) in enumerate(plans):
+            if index + 1 < len(plans) and plans[index + 1][1] == plan:
+                continue
+            tiers += (replace(tier, max_context=most) for tier in plan.tiers)
+        return cls(tuple(tiers))
+
+    def at_context(self, context: int) -> TreePlan:
+        """The tiers for one mean context, as a plan that does not tell them apart."""
+        most = self.tiers[self.tier_index(1, context)].max_context
+        chosen = (tier for tier in self.tiers if tier.max_context == most)
+        return TreePlan(tuple(replace(tier, max_context=None) for tier in chosen))
 
     @cached_property
     def speculating(self) -> tuple[Tier, ...]:
@@ -146,10 +170,12 @@ class TreePlan:
     def max_rank(self) -> int:
         return max(max(tree.ranks, default=-1) for tree in self.trees)
 
-    def tier_index(self, running: int) -> int:
-        """The tier for so many running requests."""
+    def tier_index(self, running: int, context: int = 1) -> int:
+        """The tier for so many running requests of that many tokens in the mean."""
         for index, tier in enumerate(self.tiers):
-            if tier.max_requests is None or running <= tier.max_requests:
+            if (tier.max_context is None or context <= tier.max_context) and (
+                tier.max_requests is None or running <= tier.max_requests
+            ):
                 return index
         raise AssertionError("the last tier has no limit")
 
@@ -159,6 +185,7 @@ class TreePlan:
             "format_version": FORMAT_VERSION,
             "tiers": [
                 {
+                    **({"max_context": most} if (most := tier.max_context) else {}),
                     "max_requests": tier.max_requests,
                     "policies": [policy.to_dict() for policy in tier.policies],
                 }
@@ -181,11 +208,13 @@ class TreePlan:
             raise TreeError("'tiers' must be a list")
         tiers = []
         for tier in data["tiers"]:
-            _require(tier, ("max_requests", "policies"), "tier")
+            keys = ("max_requests", "policies")
+            _require(tier, keys, "tier", optional=("max_context",))
             if not isinstance(tier["policies"], list):
                 raise TreeError("'policies' must be a list, one per match class")
             policies = [TreePolicy.from_dict(policy) for policy in tier["policies"]]
-            tiers.append(Tier(tier["max_requests"], tuple(policies)))
+            context = tier.get("max_context")
+            tiers.append(Tier(tier["max_requests"], tuple(policies), context))
         return cls(tuple(tiers))
 
     @classmethod
@@ -201,10 +230,21 @@ class TreePlan:
             raise TreeError(f"{path} is not a usable tree policy: {error}") from error
 
 
-def _require(data: Any, keys: Sequence[str], what: str) -> None:
+def _require_rising(limits: Sequence[int | None], what: str) -> None:
+    """Limits that end with none, and no other is none."""
+    if not limits or limits[-1] is not None or None in limits[:-1]:
+        raise TreeError(f"the last {what} of a plan, and no other, has no limit")
+    known = [limit for limit in limits if limit is not None]
+    if sorted(set(known)) != known:
+        raise TreeError(f"the limits of a plan's {what}s must rise, not {known}")
+
+
+def _require(
+    data: Any, keys: Sequence[str], what: str, optional: Sequence[str] = ()
+) -> None:
     if not isinstance(data, dict):
         raise TreeError(f"{what} must be a JSON object, not {type(data).__name__}")
-    if unknown := sorted(set(data) - set(keys)):
+    if unknown := sorted(set(data) - {*keys, *optional}):
         raise TreeError(f"unknown key {unknown[0]!r} in the {what}")
     if missing := sorted(set(keys) - set(data)):
         raise TreeError(f"key {missing[0]!r} is missing in the {what}")

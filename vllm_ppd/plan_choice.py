@@ -37,6 +37,8 @@ class PlanSettings:
     """Most rows per request and step, root included."""
     max_requests: int
     """Most requests that run at once."""
+    max_context: int = 1
+    """Most tokens of a request; 1 does not tell contexts apart."""
     tree: str | None = None
     """File of a policy or plan to serve as it is."""
     conditioned: bool = False
@@ -79,6 +81,11 @@ class PlanSettings:
                 f"num_speculative_tokens is {self.max_rows - 1}, too small for the "
                 f"tree policy {self.tree}, which needs {plan.max_rows - 1}"
             )
+        if self.fixed_rows and plan != plan.at_context(1):
+            raise PPDConfigError(
+                f"the plan {self.tree} tells contexts apart, and vLLM's V2 runner goes "
+                "by running requests alone: leave out max_context"
+            )
         if not self.conditioned:
             for tier in plan.speculating:
                 tier.policies[0].require_prompted()
@@ -94,12 +101,9 @@ class PlanSettings:
         plan = self.given_plan()
         if plan is not None:
             return plan, []
-        search = best_fixed_plan if self.fixed_rows else best_plan
-        return search(
-            self.evidence(),
-            profile or default_profile(self.device),
-            self.max_rows,
-            self.num_ept,
-            self.max_requests,
-            self.measured,
-        )
+        evidence = self.evidence()
+        known = profile or default_profile(self.device)
+        limits = self.max_rows, self.num_ept, self.max_requests, self.measured
+        if self.fixed_rows:
+            return best_fixed_plan(evidence, known, *limits)
+        return best_plan(evidence, known, *limits, self.max_context)

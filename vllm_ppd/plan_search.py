@@ -1,14 +1,20 @@
-"""The plan for a machine: the best policy at each load, or none where none pays."""
+"""The plan for a machine: the best policy at each load, or none where none pays.
+
+Long contexts make plain steps longer, and rows dearer or, in comparison, cheaper. Where
+the profile says that this matters each range of contexts has tiers of its own.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_ppd.context_cost import context_bands
 from vllm_ppd.evidence import Evidence
-from vllm_ppd.evidence_search import EvidencePolicy, best_policy
+from vllm_ppd.evidence_search import EvidencePolicy, best_policy, policy_value
 from vllm_ppd.latency import LatencyCurve
 from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.profile import LatencyProfile
@@ -19,6 +25,7 @@ __all__ = [
     "best_plan",
     "joined_tiers",
     "least_gain",
+    "served_speed",
     "shared_curve",
     "tier_limits",
 ]
@@ -29,6 +36,8 @@ _LIMITS = (1, 2, 4, 8, 16, 32, 64, 128)
 # per cent; those for requests that share their steps were up to a quarter too high, so
 # where nobody measures whether they come true, they have to promise more.
 _LEAST_GAIN, _LEAST_GAIN_UNMEASURED = 1.05, 1.3
+# What a range of contexts must gain by its own trees over those of shorter ones.
+_WORTH = 1.03
 # Repetitions of a tier's search, and when the mean rows have settled.
 _ROUNDS, _CLOSE = 6, 0.1
 
@@ -42,12 +51,14 @@ class PlannedTier:
         found: the best policy.
         gain: tokens per second relative to plain decoding at that load.
         least_gain: for which the tier speculates.
+        context: mean tokens of a request that it was searched for.
     """
 
     requests: int
     found: EvidencePolicy
     gain: float
     least_gain: float = _LEAST_GAIN
+    context: int = 1
 
     @property
     def speculates(self) -> bool:
@@ -61,43 +72,121 @@ def best_plan(
     num_ept: int = 1,
     max_requests: int = _LIMITS[-1],
     measured: bool = True,
+    max_context: int = 1,
     current: TreePlan | None = None,
-    loads: Collection[int] = (),
+    loads: Collection[tuple[int, int]] = (),
 ) -> tuple[TreePlan, list[PlannedTier]]:
     """Search every tier of load, or only those in use.
 
     Args:
         evidence: chances of the candidates.
-        profile: seconds of a step by load and rows.
+        profile: seconds of a step by load, rows and context.
         max_rows: most rows per request and step, root included.
         num_ept: rows per prompt token.
         max_requests: the server's own limit; no tiers beyond it.
         measured: whether a `LoadGuard` will give up tiers that do not pay.
+        max_context: most tokens of a request.
         current: a plan whose tiers stay, but for those of `loads`.
-        loads: running requests whose tiers are searched; all without `current`.
+        loads: running requests, and their tokens in the mean, whose tiers are searched;
+            all without `current`.
 
     Returns:
         the plan, whose last tier serves every larger load, and per tier that was
         searched (equal ones not merged) what was expected.
     """
     limits = tier_limits(max_requests)
-    wanted = limits
-    if current is not None:
-        wanted = [limit for limit in limits if any(_between(limit, n) for n in loads)]
+    plans: list[tuple[int | None, TreePlan]] = []
     planned: list[PlannedTier] = []
-    found: EvidencePolicy | None = None
-    for requests in wanted:
-        found = _best_together(
-            evidence, profile.curve(requests), requests, max_rows, num_ept, found
-        )
-        plain = 1 / float(profile.curve(requests).seconds[0])
-        gain = found.tokens_per_second / plain
-        least = least_gain(requests, measured)
-        planned.append(PlannedTier(requests, found, gain, least))
-        # What does not pay at some load does not pay at a higher one.
-        if not planned[-1].speculates:
-            break
-    return joined_tiers(limits, planned, current), planned
+    shorter, before = 0, None
+    for limit, context in context_bands(profile.context_cost, max_context):
+        there = profile.at_context(context)
+        now = None if current is None else current.at_context(context)
+        # What has trees in common with shorter contexts goes on so unless they differ.
+        shared = plans[-1][1] if plans and now == before else None
+        if current is None:
+            new = shared is None or _differs(there, profile, limits)
+            wanted = limits if new else []
+        else:
+            most = math.inf if limit is None else limit
+            used = [n for n, c in loads if shorter < c <= most]
+            wanted = [n for n in limits if _of(n, used)]
+        search = _Search(evidence, there, context, max_rows, num_ept, measured)
+        found = search.tiers(wanted)
+        plan = joined_tiers(limits, found, now) if found else shared or now
+        if found and shared is not None and not search.pays(found, shared):
+            plan, found = shared, []
+        assert plan is not None
+        shorter, before = limit or shorter, now
+        plans.append((limit, plan))
+        planned += found
+    return TreePlan.by_context(plans), planned
+
+
+def _differs(there: LatencyProfile, profile: LatencyProfile, limits: list[int]) -> bool:
+    """Whether rows cost, in plain steps, so much more or less in one profile than in
+    the other that other trees may be the best."""
+    for requests in limits:
+        first, second = there.curve(requests), profile.curve(requests)
+        ours = np.array(first.seconds) / first.seconds[0]
+        ratio = ours / (np.array(second.seconds) / second.seconds[0])
+        if max(ratio.max(), 1 / ratio.min()) >= _WORTH:
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Of the tiers for one range of contexts, whose steps `profile` has."""
+
+    evidence: Evidence
+    profile: LatencyProfile
+    context: int
+    max_rows: int
+    num_ept: int
+    measured: bool
+
+    def tiers(self, limits: list[int]) -> list[PlannedTier]:
+        """Up to the first load at which guesses do not pay."""
+        planned: list[PlannedTier] = []
+        found: EvidencePolicy | None = None
+        for requests in limits:
+            curve = self.profile.curve(requests)
+            found = _best_together(
+                self.evidence, curve, requests, self.max_rows, self.num_ept, found
+            )
+            gain = found.tokens_per_second * float(curve.seconds[0])
+            least = least_gain(requests, self.measured)
+            planned.append(PlannedTier(requests, found, gain, least, self.context))
+            # What does not pay at some load does not pay at a higher one.
+            if not planned[-1].speculates:
+                break
+        return planned
+
+    def pays(self, planned: list[PlannedTier], other: TreePlan) -> bool:
+        """Whether some tier is enough faster than that of another plan would be."""
+        for each in planned:
+            curve = self.profile.curve(each.requests)
+            plain = 1 / float(curve.seconds[0])
+            ours = each.gain * plain if each.speculates else plain
+            if ours >= _WORTH * served_speed(other, self.evidence, curve, each):
+                return True
+        return False
+
+
+def served_speed(
+    plan: TreePlan, evidence: Evidence, curve: LatencyCurve, tier: PlannedTier
+) -> float:
+    """Tokens per second of one request where `plan` serves the load of `tier`."""
+    served = plan.tiers[plan.tier_index(tier.requests, tier.context)].policies
+    if not served:
+        return 1 / float(curve.seconds[0])
+    trees = [policy.trees for policy in served]
+    _, speed, share = policy_value(trees, evidence, curve)
+    if tier.requests > 1:
+        rows = [[tree.num_rows for tree in row] for row in trees]
+        mean = float((share * np.array(rows)).sum())
+        speed = policy_value(trees, evidence, shared_curve(curve, 1.0, mean))[1]
+    return speed
 
 
 def tier_limits(max_requests: int) -> list[int]:
@@ -111,9 +200,11 @@ def least_gain(requests: int, measured: bool) -> float:
     return _LEAST_GAIN if requests == 1 or measured else _LEAST_GAIN_UNMEASURED
 
 
-def _between(limit: int, load: int) -> bool:
-    """Whether the tier of `limit` is that of `load`."""
-    return limit // 2 < load <= limit or load > limit == _LIMITS[-1]
+def _of(limit: int, loads: Collection[int]) -> bool:
+    """Whether the tier of `limit` is that of one of the loads."""
+    return any(
+        limit // 2 < load <= limit or load > limit == _LIMITS[-1] for load in loads
+    )
 
 
 def joined_tiers(

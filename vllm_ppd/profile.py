@@ -1,4 +1,4 @@
-"""How long a step takes on this machine, by running requests and rows per request.
+"""How long a step takes on this machine: by running requests, rows and context of each.
 
 A profile is a table measured through the real engine (`engine/measure_grid.py`) and
 kept in the user's cache folder under a key of everything that changes it: model, data
@@ -12,19 +12,20 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vllm_ppd.atomic import write_json
+from vllm_ppd.context_cost import ContextCost
 from vllm_ppd.latency import LatencyCurve
 
 __all__ = ["LatencyProfile", "ProfileError", "cache_file", "default_profile"]
 
 FORMAT = "ppd_profile"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Seconds of a step, relative to one of a single row, by all rows of all requests: soon
 # compute-bound cores, and a device that waits for its memory. Used until measured.
@@ -47,14 +48,16 @@ class LatencyProfile:
     Attributes:
         requests: [R] running requests, rising from 1.
         rows: [Q] rows per request, rising from 1, which is a plain step.
-        seconds: [R][Q].
+        seconds: [R][Q], with short contexts.
         key: what it was measured on.
+        context_cost: what longer ones add; None if not known.
     """
 
     requests: tuple[int, ...]
     rows: tuple[int, ...]
     seconds: tuple[tuple[float, ...], ...]
     key: Mapping[str, Any]
+    context_cost: ContextCost | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "requests", tuple(int(n) for n in self.requests))
@@ -93,6 +96,16 @@ class LatencyProfile:
         table = np.array([_rising(column) for column in table.T]).T
         return cls(tuple(requests), tuple(rows), tuple(map(tuple, table)), key)
 
+    def at_context(self, tokens: int) -> LatencyProfile:
+        """Steps of requests that have so much context in the mean."""
+        cost = self.context_cost
+        if cost is None or tokens <= cost.context:
+            return self
+        added = cost.added(self.requests, self.rows, tokens)
+        table = np.array(self.seconds) + added
+        found = self.smoothed(self.requests, self.rows, table, self.key)
+        return replace(found, context_cost=replace(cost, context=tokens))
+
     def curve(self, requests: int) -> LatencyCurve:
         """Seconds by rows per request at so many running requests."""
         table = np.array(self.seconds)
@@ -111,6 +124,7 @@ class LatencyProfile:
             "requests": list(self.requests),
             "rows": list(self.rows),
             "seconds": [list(row) for row in self.seconds],
+            "context_cost": self.context_cost and self.context_cost.to_dict(),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -120,16 +134,21 @@ class LatencyProfile:
     @classmethod
     def from_dict(cls, data: Any) -> LatencyProfile:
         """Read what `to_dict` wrote; raises ProfileError for anything else."""
-        expected = {"format", "format_version", "key", "requests", "rows", "seconds"}
-        if not isinstance(data, dict) or set(data) != expected:
+        if not isinstance(data, dict) or not {"format", "format_version"} <= set(data):
             raise ProfileError("it is no latency profile")
         if (data["format"], data["format_version"]) != (FORMAT, FORMAT_VERSION):
             raise ProfileError(
                 f"format is {data['format']!r} {data['format_version']!r}; expected "
                 f"{FORMAT!r} {FORMAT_VERSION}"
             )
+        names = ("requests", "rows", "seconds", "key", "context_cost")
+        if set(data) != {"format", "format_version", *names}:
+            raise ProfileError("it is no latency profile")
+        values = {name: data[name] for name in names}
         try:
-            return cls(data["requests"], data["rows"], data["seconds"], data["key"])
+            if (cost := values["context_cost"]) is not None:
+                values["context_cost"] = ContextCost(**cost)
+            return cls(**values)
         except (TypeError, ValueError) as error:
             raise ProfileError(str(error)) from error
 

@@ -20,14 +20,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vllm_ppd.atomic import write_json
 from vllm_ppd.evidence import Evidence
-from vllm_ppd.evidence_search import policy_value
 from vllm_ppd.fixed_rows import better_within
 from vllm_ppd.plan import TreePlan
-from vllm_ppd.plan_search import best_plan, shared_curve
+from vllm_ppd.plan_search import best_plan, served_speed
 from vllm_ppd.profile import LatencyProfile
 
 __all__ = ["Replanner", "SearchPace", "better_plan"]
@@ -49,11 +46,12 @@ def better_plan(
     num_ept: int,
     max_requests: int,
     measured: bool = True,
-    loads: Collection[int] = (),
+    max_context: int = 1,
+    loads: Collection[tuple[int, int]] = (),
 ) -> TreePlan | None:
     """The best plan for new evidence, if it is enough better than the current one.
 
-    The last five arguments are those of `best_plan`; without loads all are searched.
+    The last six arguments are those of `best_plan`; without loads all are searched.
     """
     plan, tiers = best_plan(
         evidence,
@@ -62,21 +60,14 @@ def better_plan(
         num_ept,
         max_requests,
         measured,
+        max_context,
         current if loads else None,
         loads,
     )
     for tier in tiers:
-        curve = profile.curve(tier.requests)
-        plain = here = 1 / float(curve.seconds[0])
-        served = current.tiers[current.tier_index(tier.requests)].policies
-        if served:
-            trees = [policy.trees for policy in served]
-            _, here, share = policy_value(trees, evidence, curve)
-            if tier.requests > 1:
-                rows = [[tree.num_rows for tree in row] for row in trees]
-                mean = float((share * np.array(rows)).sum())
-                together = shared_curve(curve, 1.0, mean)
-                here = policy_value(trees, evidence, together)[1]
+        curve = profile.at_context(tier.context).curve(tier.requests)
+        plain = 1 / float(curve.seconds[0])
+        here = served_speed(current, evidence, curve, tier)
         then = plain * tier.gain if tier.speculates else plain
         if then >= _LEAST_GAIN * here:
             return plan

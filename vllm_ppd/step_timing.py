@@ -11,6 +11,7 @@ believed in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ class StepTiming(NamedTuple):
         rows: rows per request of the steps with guesses.
         plain_s, guessing_s: seconds of a step without guesses and with them.
         looks: how often both were looked at.
+        context: mean tokens of the requests.
     """
 
     requests: int
@@ -42,6 +44,7 @@ class StepTiming(NamedTuple):
     plain_s: float
     guessing_s: float
     looks: int
+    context: int = 1
 
 
 def corrected(profile: LatencyProfile, timings: Sequence[StepTiming]) -> LatencyProfile:
@@ -53,7 +56,7 @@ def corrected(profile: LatencyProfile, timings: Sequence[StepTiming]) -> Latency
         timing = min(
             timings, key=lambda t: abs(np.log2(t.requests) - np.log2(requests))
         )
-        curve = profile.curve(timing.requests)
+        curve = profile.at_context(timing.context).curve(timing.requests)
         plain = float(curve.seconds[0])
         beyond = curve(max(1.0, timing.rows)) - plain
         cost, extra = 1.0, timing.guessing_s - timing.plain_s
@@ -62,6 +65,7 @@ def corrected(profile: LatencyProfile, timings: Sequence[StepTiming]) -> Latency
             cost = seen ** (timing.looks / (timing.looks + _DOUBT))
         first = table[index, 0] * np.clip(timing.plain_s / plain, 1 / _MOST, _MOST)
         table[index] = first + cost * (table[index] - table[index, 0])
-    return LatencyProfile.smoothed(
+    found = LatencyProfile.smoothed(
         profile.requests, profile.rows, table, dict(profile.key)
     )
+    return replace(found, context_cost=profile.context_cost)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from vllm_ppd.engine import measure_context
 from vllm_ppd.engine import measure_grid as grid
 from vllm_ppd.engine.made_up_requests import blocks_of, scheduled, tree_of_rows
 
@@ -62,7 +63,7 @@ class Clockwork:
 
 
 def test_all_rows_of_a_load_are_visited_in_turn(monkeypatch):
-    monkeypatch.setattr(grid, "_agreed", lambda answer: answer)
+    monkeypatch.setattr(grid, "agreed", lambda answer: answer)
     visits: list[Clockwork] = []
 
     def visit(requests, counts):
@@ -86,7 +87,7 @@ def test_all_rows_of_a_load_are_visited_in_turn(monkeypatch):
 
 
 def test_a_slow_machine_is_visited_once_and_visits_end_when_they_fail(monkeypatch):
-    monkeypatch.setattr(grid, "_agreed", lambda answer: True)
+    monkeypatch.setattr(grid, "agreed", lambda answer: True)
     limits = SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=2)
     visits: list[Clockwork] = []
 
@@ -108,3 +109,47 @@ def test_a_slow_machine_is_visited_once_and_visits_end_when_they_fail(monkeypatc
     with pytest.raises(RuntimeError, match="out of memory"):
         grid.measure_grid(visit_that_fails, [1, 2], limits, {}, quiet=True)
     assert visits[-1].closed
+
+
+class LongClockwork(Clockwork):
+    """And a millisecond per thousand tokens of context and request; trees two, and a
+    tenth more per row."""
+
+    def __init__(self, requests, counts, context, length):
+        super().__init__(requests, counts)
+        self.asked, self.context = context, min(context, length)
+
+    def seconds(self, count):
+        each = 1e-6 if count == 1 else 2e-6 + 1e-7 * count
+        added = self.requests * self.context * each
+        return [seconds + added for seconds in super().seconds(count)]
+
+
+def test_contexts_are_compared_next_to_each_other(monkeypatch):
+    monkeypatch.setattr(measure_context, "agreed", lambda answer: answer)
+    visits: list[LongClockwork] = []
+
+    def visit_of(length):
+        def visit(requests, counts, context):
+            visits.append(LongClockwork(requests, counts, context, length))
+            return visits[-1]
+
+        return visit
+
+    rows = [1, 2, 4, 8, 16, 32]
+    cost = measure_context.measure_context_cost(visit_of(9999), rows, 64)
+    assert cost.context == 128
+    assert (cost.plain, cost.tree, cost.row) == pytest.approx((1e-6, 2e-6, 1e-7))
+    # The first only said how long contexts can be.
+    asked = [(visit.requests, visit.asked) for visit in visits[1:]]
+    assert asked == [(1, 128), (1, 4096), (8, 128), (8, 4096)] * 3
+    assert all(visit.closed and visit.visited == [1, 4, 16] for visit in visits[1:])
+
+    # A model with room for fewer tokens, steps with room for fewer rows.
+    shorter = measure_context.measure_context_cost(visit_of(900), rows[:3], 2)
+    assert (shorter.plain, shorter.tree + 4 * shorter.row) == pytest.approx(
+        (1e-6, 2.4e-6)
+    )
+    assert {(v.requests, v.context) for v in visits[-6:]} == {(1, 128), (1, 900)}
+    assert measure_context.measure_context_cost(visit_of(400), rows, 64) is None
+    assert measure_context.measure_context_cost(visit_of(9999), [1, 2], 64) is None

@@ -24,7 +24,9 @@ class Steps:
         settings = SimpleNamespace(evidence=lambda: evidence)
         # Whose plan has guesses for two requests and fewer.
         drafter = SimpleNamespace(
-            plan_settings=settings, first_tree=lambda running: int(running < 3)
+            plan_settings=settings,
+            first_tree=lambda running: int(running < 3),
+            context=1,
         )
         self.online = OnlineTrees(drafter, ranks=2)
         self._ends: dict[str, int] = {}

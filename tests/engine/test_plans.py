@@ -79,6 +79,34 @@ def test_trees_switch_with_the_load(plain, ppd, plain_engine, ppd_engine, texts,
     same(expected, ppd.generate(engine, prompts, params))
 
 
+def test_trees_switch_with_the_context(
+    plain, ppd, plain_engine, ppd_engine, texts, tmp_path
+):
+    """No guesses while contexts are short, few at first, then all."""
+    usual, short, long = policies()
+    less = TreePolicy((ROOT, *[chain_tree(1, (3, 1))] * 3))
+    tree = plan_file(
+        tmp_path,
+        Tier(None, (), 80),
+        Tier(2, (less,) * 3, 120),
+        Tier(None, (), 120),
+        Tier(3, (usual, short, long)),
+        Tier(None, (less,) * 3),
+    )
+    engine = engine_with(ppd_engine, tree=tree)
+    prompts = mixed(texts, 4, first=50)
+    params = [{**GREEDY, "max_tokens": 140 + 20 * i} for i in range(4)]
+    expected = plain.generate(plain_engine, prompts, params)
+    same(expected, ppd.generate(engine, prompts, params))
+    before = drafts(ppd, engine)
+    assert before > 0
+    # A text that ends before contexts are long enough for any guess.
+    prompt, params = [texts[50][:60]], {**GREEDY, "max_tokens": 30}
+    expected = plain.generate(plain_engine, prompt, params)
+    same(expected, ppd.generate(engine, prompt, params))
+    assert drafts(ppd, engine) == before
+
+
 @pytest.mark.parametrize("period", [2, 5])
 def test_guesses_by_turns(plain, ppd, plain_engine, ppd_engine, texts, period):
     """As the load guard has it; steps without guesses are vLLM's own."""

@@ -20,6 +20,7 @@ def test_a_machine_is_measured_once(
     engine = {
         **ppd_engine,
         "max_num_seqs": 2,
+        "max_model_len": 1024,
         "speculative_config": {
             "method": "ppd",
             "model": str(PROMPTS),
@@ -53,6 +54,9 @@ def test_a_machine_is_measured_once(
         ).all()
         # Sixteen rows in all take longer than one, on any machine.
         assert table[-1, -1] > table[0, 0]
+        # There is room for contexts of several hundred tokens.
+        cost = profile.context_cost
+        assert cost is not None and cost.context == 128
         assert profile.key["dtype"] == "torch.float32" and profile.key["eager"] is True
 
         written = file.stat()

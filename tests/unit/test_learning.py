@@ -158,7 +158,9 @@ def test_only_tiers_in_use_are_searched():
     limits = {"max_rows": 16, "max_requests": 8}
     known, changed = evidence(1.0, 0.9), evidence(0.7, 0.4)
     plan, _ = best_plan(known, profile, **limits)
-    new, tiers = best_plan(changed, profile, **limits, current=plan, loads=(3, 4))
+    new, tiers = best_plan(
+        changed, profile, **limits, current=plan, loads=((3, 1), (4, 1))
+    )
     assert [tier.requests for tier in tiers] == [4]
     every, _ = best_plan(changed, profile, **limits)
     for load, expected in ((1, plan), (2, plan), (3, every), (4, every), (8, plan)):
@@ -166,19 +168,19 @@ def test_only_tiers_in_use_are_searched():
         assert policies == expected.tiers[expected.tier_index(load)].policies
     # What follows for loads that were not searched: none above, some below.
     nothing, _ = best_plan(
-        evidence(0.01, 0.01), profile, **limits, current=plan, loads=[4]
+        evidence(0.01, 0.01), profile, **limits, current=plan, loads=[(4, 1)]
     )
     for load in (1, 2):
         kept = nothing.tiers[nothing.tier_index(load)]
         assert kept.policies == plan.tiers[plan.tier_index(load)].policies
     assert not any(nothing.tiers[nothing.tier_index(n)].policies for n in (3, 8, 99))
     off = TreePlan((Tier(None),))
-    back, _ = best_plan(known, profile, **limits, current=off, loads=[2])
+    back, _ = best_plan(known, profile, **limits, current=off, loads=[(2, 1)])
     assert back.tiers[back.tier_index(1)].policies
     assert back.tiers[0].max_requests == 2 and not back.tiers[1].policies
     # Loads beyond all tiers belong to the last one.
     limits = {"max_rows": 4, "max_requests": 256}
-    _, tiers = best_plan(known, profile, **limits, current=off, loads=[200])
+    _, tiers = best_plan(known, profile, **limits, current=off, loads=[(200, 1)])
     assert [tier.requests for tier in tiers] == [128]
 
 

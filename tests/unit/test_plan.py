@@ -46,9 +46,16 @@ def test_files(tmp_path):
         (lambda d: d["tiers"][0].pop("policies"), "'policies' is missing in the tier"),
         (lambda d: d["tiers"][0].update(max_requests=0), "max_requests is 0"),
         (lambda d: d["tiers"][1].update(max_requests=1), "must rise"),
+        (lambda d: d["tiers"][0].update(max_context=0), "max_context is 0"),
+        (lambda d: d["tiers"][0].update(max_context=512), "last tier"),
+        (lambda d: d["tiers"][2].update(max_context=512), "last tier"),
+        (
+            lambda d: [tier.update(max_context=512) for tier in d["tiers"]],
+            "last context range",
+        ),
         (lambda d: d["tiers"][2].update(max_requests=99), "last tier"),
         (lambda d: d["tiers"][1]["policies"].pop(), "same number of match classes"),
-        (lambda d: d.update(tiers=[]), "last tier"),
+        (lambda d: d.update(tiers=[]), "at least one tier"),
     ],
 )
 def test_bad_files(tmp_path, change, message):

@@ -55,7 +55,15 @@ def test_files(tmp_path):
     ("change", "message"),
     [
         (lambda d: d.pop("rows"), "no latency profile"),
-        (lambda d: d.update(format_version=2), "expected 'ppd_profile' 1"),
+        (lambda d: d.update(format_version=1), "expected 'ppd_profile' 2"),
+        (lambda d: d.update(context_cost=3), "must be a mapping"),
+        (lambda d: d.update(context_cost={"plain": 1e-6}), "missing"),
+        (
+            lambda d: d.update(
+                context_cost={"context": 128, "plain": -1, "tree": 0, "row": 0}
+            ),
+            "plain is -1 s",
+        ),
         (lambda d: d.update(rows=[2, 4, 8]), "rising from 1"),
         (lambda d: d.update(requests=[1]), "seconds has shape"),
         (lambda d: d["seconds"][0].__setitem__(1, -1.0), "finite and positive"),

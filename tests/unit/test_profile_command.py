@@ -11,6 +11,7 @@ import torch
 
 from vllm_ppd.cli import main, profile, profile_engine
 from vllm_ppd.cli.engine_process import EngineFailedError
+from vllm_ppd.context_cost import ContextCost
 from vllm_ppd.fingerprint import BaseModelFingerprint
 from vllm_ppd.profile import LatencyProfile, cache_file
 from vllm_ppd.prompts import PromptTokens
@@ -136,12 +137,22 @@ def test_it_measures_once(command, engine) -> None:
     rows = [line.split() for line in shown.splitlines()]
     assert ["1", "4.00", "5.10", "12.3"] in rows
     assert ["8", "6.00", "50.1", "123"] in rows
+    assert "What longer contexts cost was not measured." in shown
     again = command()
     assert len(engine.starts) == 1
     assert "measured earlier; --force measures again" in again
     assert ["1", "4.00", "5.10", "12.3"] in [
         line.split() for line in again.splitlines()
     ]
+
+
+def test_what_contexts_cost_in_words() -> None:
+    cost = ContextCost(128, 2e-6, 1e-6, 1e-6)
+    measured = LatencyProfile((1, 8), ROWS, SECONDS, KEY, cost)
+    assert profile.context_sentence(measured) == (
+        "Contexts had 128 tokens; a thousand more add 2 ms per request to a plain step "
+        "and 17 ms to one of 16 rows."
+    )
 
 
 def test_force_measures_again(command, engine) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from vllm_ppd.cli import main
 from vllm_ppd.cli.tree_view import bar, match_name, percent, trees_view
+from vllm_ppd.context_cost import ContextCost
 from vllm_ppd.evidence import EVIDENCE_FILE, Evidence
 from vllm_ppd.fingerprint import BaseModelFingerprint
 from vllm_ppd.plan import Tier, TreePlan
@@ -218,6 +219,21 @@ def test_loads_that_are_asked_for(tree, tmp_path: Path) -> None:
     assert ["65", "on"] in [line.split()[:2] for line in every.splitlines()]
 
 
+def test_contexts_that_are_asked_for(tree, tmp_path: Path) -> None:
+    """Steps too dear for guesses while contexts are short."""
+    rows, table = (1, 4, 16), ((0.01, 0.03, 0.09), (0.02, 0.06, 0.18))
+    cost = ContextCost(128, 1e-4, 1e-4, 0.0)
+    file, plan = str(tmp_path / "p.json"), str(tmp_path / "plan.json")
+    LatencyProfile((1, 2), rows, table, {}, cost).save(file)
+    short = tree("--profile", file, "--save", plan)
+    assert "every step is a plain one" in short
+    long = tree("--profile", file, "--context", "4000", "--requests", "1")
+    assert "trees: " in long
+    # The plan that was saved has both.
+    for context, text in (("1", "every step is"), ("4000", "trees: ")):
+        assert text in tree("--profile", file, "--tree", plan, "--context", context)
+
+
 def test_every_line_on_request(tree) -> None:
     wide = ("--device", "cuda", "--rows", "40", "--no-suffix")
     few, all_ = tree(*wide, "--lines", "5"), tree(*wide, "--lines", "0")
@@ -289,6 +305,7 @@ def test_other_terminals() -> None:
         (["--rows", "1"], "--rows is 1; expected 2 to 129"),
         (["--rows", "-3"], "--rows is -3"),
         (["--lines", "-1"], "--lines is -1"),
+        (["--context", "0"], "--context is 0; expected 1 or more tokens"),
         (["--profile", "nothing.json"], "the profile nothing.json cannot be read"),
         (["--tree", "nothing.json"], "cannot read the tree policy nothing.json"),
         (["--plot", "a.txt"], "expected a name ending in .png"),

@@ -189,6 +189,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"{_short(file)} ({how})", soft_wrap=True)
     console.print("\nMilliseconds of a step, by running requests and rows of each:")
     console.print(profile_table(profile))
+    console.print(context_sentence(profile))
     if args.out:
         profile.save(Path(args.out).expanduser())
         console.print(f"A copy is in {args.out}.", soft_wrap=True)
@@ -243,6 +244,20 @@ def profile_table(profile: LatencyProfile) -> Any:
     for load, seconds in zip(profile.requests, profile.seconds, strict=True):
         table.add_row(str(load), *(_ms(each) for each in seconds))
     return table
+
+
+def context_sentence(profile: LatencyProfile) -> str:
+    """What longer contexts add to these times."""
+    cost = profile.context_cost
+    if cost is None:
+        return "What longer contexts cost was not measured."
+    rows = next((count for count in profile.rows if count >= 4), profile.rows[-1])
+    more = cost.context + 1000
+    plain, tree = (1000 * cost.added([1], [n], more)[0, 0] for n in (1, rows))
+    return (
+        f"Contexts had {cost.context} tokens; a thousand more add {plain:.3g} ms per "
+        f"request to a plain step and {tree:.3g} ms to one of {rows} rows."
+    )
 
 
 def _ms(seconds: float) -> str:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
 _LINES = 14
 _MOST_REQUESTS = 100_000
+# Trees are looked at for all contexts; serving goes as far as the model does.
+_MOST_CONTEXT = 1 << 20
 
 
 def _loads(text: str) -> list[int]:
@@ -62,6 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "every tier, trees of the first)",
     )
     parser.add_argument(
+        "--context",
+        type=int,
+        default=1,
+        metavar="N",
+        help="mean tokens of a running request, where the profile knows what contexts "
+        "cost (default: short ones)",
+    )
+    parser.add_argument(
         "--no-suffix", action="store_true", help="do not look for earlier matches"
     )
     parser.add_argument(
@@ -99,6 +109,8 @@ def _check(args: argparse.Namespace) -> None:
             f"--rows is {args.rows}; expected 2 to {MAX_ROWS}, the root and the "
             "guesses (one row alone is plain decoding)"
         )
+    if args.context < 1:
+        raise ValueError(f"--context is {args.context}; expected 1 or more tokens")
     if args.lines < 0:
         raise ValueError(f"--lines is {args.lines}; expected 0 or more")
     check_plot(args.plot, args.overwrite)
@@ -128,6 +140,7 @@ def plan_settings(args: argparse.Namespace, folder: Path) -> PlanSettings:
         device=device,
         max_rows=rows,
         max_requests=_LOADS[-1],
+        max_context=_MOST_CONTEXT,
         tree=args.tree,
         conditioned=not args.no_conditioned and (folder / SUCCESSOR_FILE).exists(),
         suffix=not args.no_suffix,
@@ -160,12 +173,16 @@ def run(args: argparse.Namespace) -> int:
     )
     evidence = evidence_for(plan, known)
     used = profile or default_profile(settings.device)
-    loads = args.requests or [each.requests for each in planned] or list(_LOADS)
+    # What requests of that context see of it.
+    here, first = plan.at_context(args.context), plan.tier_index(1, args.context)
+    searched = [p.requests for p in planned if plan.tier_index(1, p.context) == first]
+    used = used.at_context(args.context)
+    loads = args.requests or searched or list(_LOADS)
     figures = [
-        load_figures(plan, evidence, used, load, settings.fixed_rows) for load in loads
+        load_figures(here, evidence, used, load, settings.fixed_rows) for load in loads
     ]
     shown = _tiers_to_show(figures, bool(args.requests))
-    _print(args, settings, plan, evidence, profile, figures, shown)
+    _print(args, settings, here, evidence, profile, figures, shown)
     if args.save:
         write_json(Path(args.save).expanduser(), plan.to_dict())
         print(f"The plan is in {args.save}.")

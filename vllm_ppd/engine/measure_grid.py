@@ -13,7 +13,7 @@ from vllm.distributed import get_tp_group
 
 from vllm_ppd.profile import LatencyProfile
 
-__all__ = ["CONTEXT", "ROWS", "TIMED", "UNTIMED", "Visit", "measure_grid"]
+__all__ = ["CONTEXT", "ROWS", "TIMED", "UNTIMED", "Visit", "agreed", "measure_grid"]
 
 _REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -74,7 +74,7 @@ def measure_grid(
                         bar.update()
                 finally:
                     visit.close()
-            if _agreed(time.perf_counter() - begun > _LONG_ENOUGH):
+            if agreed(time.perf_counter() - begun > _LONG_ENOUGH):
                 break
         bar.total = bar.n
     medians = {cell: float(np.median(times)) for cell, times in found.items()}
@@ -82,7 +82,7 @@ def measure_grid(
     return LatencyProfile.smoothed(list(loads), rows, table, key)
 
 
-def _agreed(answer: bool) -> bool:
+def agreed(answer: bool) -> bool:
     """Rank 0's answer: all ranks run the same steps, or they wait for each other."""
     group = get_tp_group()
     return answer if group.world_size == 1 else group.broadcast_object(answer, src=0)

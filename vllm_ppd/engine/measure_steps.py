@@ -9,6 +9,7 @@ the worker does: layout, forward, verification, KV moves, proposal.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from vllm.v1.core.sched.output import (
 )
 
 from vllm_ppd.engine.made_up_requests import blocks_of, scheduled, tree_of_rows
+from vllm_ppd.engine.measure_context import measure_context_cost
 from vllm_ppd.engine.measure_grid import CONTEXT, ROWS, TIMED, UNTIMED, measure_grid
 from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.profile import LatencyProfile
@@ -40,14 +42,20 @@ def measure_profile(
         quiet: no progress bar.
     """
     plan = runner.drafter.plan
+    rows = [count for count in ROWS if count <= max_rows]
+    limits = runner.scheduler_config
     try:
-        return measure_grid(
-            lambda requests, counts: _Visit(runner, requests, counts),
-            [count for count in ROWS if count <= max_rows],
-            runner.scheduler_config,
+        profile = measure_grid(
+            lambda requests, counts: _Visit(runner, requests, counts, CONTEXT),
+            rows,
+            limits,
             key,
             quiet,
         )
+        cost = measure_context_cost(
+            lambda *asked: _Visit(runner, *asked), rows, limits.max_num_seqs
+        )
+        return replace(profile, context_cost=cost)
     finally:
         runner.drafter.set_plan(plan)
         runner.ppd_trees.clear()
@@ -60,9 +68,13 @@ class _Visit:
         runner: the model runner.
         requests: how many.
         counts: rows per request that will be asked for.
+        context: tokens of each when it begins.
+
+    Attributes:
+        context: the same; fewer where the model's length leaves no room.
     """
 
-    def __init__(self, runner: Any, requests: int, counts: list[int]):
+    def __init__(self, runner: Any, requests: int, counts: list[int], context: int):
         self._runner = runner
         drafter = runner.drafter
         m, e = drafter.prompts.num_prompt_tokens, drafter.prompts.num_ept
@@ -72,9 +84,12 @@ class _Visit:
         steps = UNTIMED + TIMED
         most = sum(steps * (1 + self._depth(count)) for count in counts)
         length = runner.model_config.max_model_len
-        longest = min(CONTEXT, runner.scheduler_config.max_num_batched_tokens)
-        self._context = max(1, min(longest, length - most - max(counts) - 1))
-        self._tokens = min(length, self._context + most + max(counts))
+        self.context = max(1, min(context, length - most - max(counts) - 1))
+        self._tokens = min(length, self.context + most + max(counts))
+        # Of the prompt only so many tokens are read; others are as if they were found
+        # in the prefix cache.
+        batched = runner.scheduler_config.max_num_batched_tokens
+        self._read = min(self.context, CONTEXT, batched)
         self._computed: dict[str, int] = {}
         self._written: dict[str, int] = {}
 
@@ -124,15 +139,13 @@ class _Visit:
         rng = np.random.default_rng(0)
         vocabulary = runner.model_config.get_vocab_size()
         limit = runner.scheduler_config.max_num_batched_tokens
-        at_once = max(1, limit // self._context)
+        at_once = max(1, limit // self._read)
         for first in range(0, len(self._ids), at_once):
             ids = self._ids[first : first + at_once]
             new = [
                 NewRequestData(
                     req_id=request_id,
-                    prompt_token_ids=rng.integers(
-                        2, vocabulary, self._context
-                    ).tolist(),
+                    prompt_token_ids=rng.integers(2, vocabulary, self.context).tolist(),
                     mm_features=[],
                     # Sampling costs more than argmax, for plain steps too.
                     sampling_params=SamplingParams(temperature=1.0),
@@ -140,14 +153,14 @@ class _Visit:
                     block_ids=blocks_of(
                         runner.kv_cache_config, first + index, self._tokens
                     ),
-                    num_computed_tokens=0,
+                    num_computed_tokens=self.context - self._read,
                     lora_request=None,
                 )
                 for index, request_id in enumerate(ids)
             ]
-            self._execute(scheduled(new=new, tokens=dict.fromkeys(ids, self._context)))
+            self._execute(scheduled(new=new, tokens=dict.fromkeys(ids, self._read)))
             self._runner.take_draft_token_ids()
-            self._computed.update(dict.fromkeys(ids, self._context))
+            self._computed.update(dict.fromkeys(ids, self.context))
             self._written.update(dict.fromkeys(ids, 1))
 
     def _step(self, drafts: dict[str, list[int]]) -> dict[str, list[int]]:

@@ -68,8 +68,8 @@ class OnlineTrees:
         self._pace = SearchPace(by_clock=self._alone)
         self.changes = 0
         self._steps = self._asked_at = 0
-        # Steps by running requests since the last question.
-        self._loads: Counter[int] = Counter()
+        # Steps by running requests and their context since the last question.
+        self._loads: Counter[tuple[int, int]] = Counter()
         # request -> (tokens before the chain, match class, chain)
         self._chains: dict[str, tuple[int, int, np.ndarray]] = {}
         # Tokens written without guesses, and those of steps replayed in them.
@@ -85,7 +85,9 @@ class OnlineTrees:
     ) -> bool:
         """Count a step of `running` requests; True if the plan is now another."""
         self._steps += 1
-        self._loads[running] += 1
+        # Contexts by powers of two.
+        context = 1 << (self._drafter.context - 1).bit_length()
+        self._loads[running, context] += 1
         if step is not None and walk is not None and self.counts_now:
             drafter = self._drafter
             states = drafter.tree_states[step.states]
@@ -109,7 +111,9 @@ class OnlineTrees:
         if self._guard is None:
             return True
         rows = running if step is None else int(step.num_rows.sum())
-        return self._guard.next_step(running, emitted, rows, all_rows - rows, new)
+        return self._guard.next_step(
+            running, emitted, rows, all_rows - rows, new, self._drafter.context
+        )
 
     def guesses(self, running: int) -> bool:
         """Whether steps may have guesses at this load; it counts nothing."""
@@ -286,6 +290,7 @@ class OnlineTrees:
                 num_ept=settings.num_ept,
                 max_requests=settings.max_requests,
                 measured=settings.measured,
+                max_context=settings.max_context,
                 loads=self._usual_loads(),
             )
             self._learner.forget()
@@ -294,8 +299,8 @@ class OnlineTrees:
             self._pace.begun()
         return False
 
-    def _usual_loads(self) -> list[int]:
-        """Numbers of running requests that make up most steps; others can wait."""
+    def _usual_loads(self) -> list[tuple[int, int]]:
+        """Running requests and contexts that make up most steps; others can wait."""
         least = _SELDOM * self._loads.total()
         return sorted(load for load, steps in self._loads.items() if steps >= least)
 

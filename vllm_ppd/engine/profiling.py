@@ -72,14 +72,18 @@ def measure_and_file(
 def log_tiers(tiers: list[PlannedTier]) -> None:
     """One line per tier of load: what is expected of its trees."""
     for tier in tiers:
+        where = f" with contexts about {tier.context}" if tier.context > 1 else ""
         if tier.speculates:
             logger.info(
-                "PPD up to %d requests: %.2f tokens per step with %.1f rows, expected "
-                "%.2fx plain decoding",
+                "PPD up to %d requests%s: %.2f tokens per step with %.1f rows, "
+                "expected %.2fx plain decoding",
                 tier.requests,
+                where,
                 tier.found.tau,
                 tier.found.mean_rows,
                 tier.gain,
             )
         else:
-            logger.info("PPD from %d requests on: plain decoding", tier.requests)
+            logger.info(
+                "PPD from %d requests on%s: plain decoding", tier.requests, where
+            )

@@ -55,6 +55,8 @@ class PPDProposer:
             and profile is None
             and self.plan_settings.tree is None
         )
+        # Mean tokens of the requests that run.
+        self.context = 1
         self.set_plan(self.plan_settings.choose(profile)[0])
 
     def _load_successors(self, learn: bool) -> None:
@@ -106,7 +108,7 @@ class PPDProposer:
 
     def first_tree(self, running: int) -> int:
         """Tree id of match class 0, state 0 at this load; 0 to not speculate."""
-        return self.plan.first_trees[self.plan.tier_index(running)]
+        return self.plan.first_trees[self.plan.tier_index(running, self.context)]
 
     def padded_tree(self, running: int) -> int:
         """Tree id for rows that were scheduled before anything could be guessed."""

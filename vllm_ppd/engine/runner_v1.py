@@ -204,6 +204,8 @@ class PPDRunnerMixin:
         one, 0 for none. Plain steps end before vLLM has a list of what it sampled."""
         drafter, step, walk = self.drafter, self._ppd_step, self._ppd_walk
         online = self._ppd_online
+        lengths = self.input_batch.num_tokens_no_spec  # type: ignore[attr-defined]
+        drafter.context = int(lengths[:batch].sum()) // batch
         changes = 0 if online is None else online.changes
         self._ppd_log.after_step(drafter, batch, step, walk, changes)
         if online is not None and online.after_step(batch, step, walk):

@@ -238,6 +238,7 @@ def _plan_settings(
         device=device,
         max_rows=rows,
         max_requests=args.max_num_seqs or 128,
+        max_context=model.max_model_len,
         tree=config.tree and str(Path(config.tree).resolve()),
         conditioned=conditioned,
         suffix=config.suffix,

@@ -55,7 +55,7 @@ class StepLog:
             self.counts.add_plain(running)
         else:
             self.counts.add(step, walk, drafter.tree_states[step.states])
-        tier = drafter.plan.tiers[drafter.plan.tier_index(running)]
+        tier = drafter.plan.tiers[drafter.plan.tier_index(running, drafter.context)]
         self.say(tier.max_requests, changes)
 
     def say(self, tier_max_requests: int | None, changes: int) -> None:

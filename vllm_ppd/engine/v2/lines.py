@@ -7,7 +7,9 @@ for its history. In a tree those may be siblings; in a *line* they never are: ca
 
 from __future__ import annotations
 
-from vllm_ppd.plan import Tier, TreePlan
+from dataclasses import replace
+
+from vllm_ppd.plan import TreePlan
 from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
 
 
@@ -15,7 +17,7 @@ def with_lines(plan: TreePlan) -> TreePlan:
     """The plan with one more match class in each tier that speculates: lines."""
     return TreePlan(
         tuple(
-            Tier(tier.max_requests, (*tier.policies, line_policy(tier.policies[0])))
+            replace(tier, policies=(*tier.policies, line_policy(tier.policies[0])))
             if tier.policies
             else tier
             for tier in plan.tiers
