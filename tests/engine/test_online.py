@@ -104,10 +104,12 @@ def test_a_chain_is_counted_once_by_its_walk_or_by_what_was_written():
 
 def test_loads_that_are_worth_a_search():
     online = Steps().online
-    for running, count in ((1, 2), (4, 60), (3, 38)):
+    for running, context, count in ((1, 9, 2), (4, 512, 40), (4, 513, 20), (3, 1, 38)):
+        online._drafter.context = context
         for _ in range(count):
             online.after_step(running, None, None)
-    assert online._usual_loads() == [3, 4]
+    # Contexts are told apart by powers of two.
+    assert online._usual_loads() == [(3, 1), (4, 512), (4, 1024)]
 
 
 def test_time_passes_where_the_plan_has_no_guesses():
