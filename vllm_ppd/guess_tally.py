@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_ppd.speed_look import MeanStep
+
 __all__ = ["GuessTally"]
 
 # Steps of a request after which what was before counts half as much.
 _MEMORY = 8192.0
-# Steps of a request without which guesses are not given up: several texts of one.
-_ENOUGH = 512.0
+# Steps of a request without which guesses are not given up: a dozen texts.
+_ENOUGH = 1024.0
+# Where guesses are further short than this, fewer will do.
+_CLEAR = 0.15
 
 
 @dataclass
@@ -41,21 +45,25 @@ class GuessTally:
             self.tokens /= 2
             self.rows /= 2
 
-    @property
-    def missing(self) -> float:
-        """Steps of a request that are still to be seen before guesses are given up."""
-        return max(0.0, _ENOUGH - self.steps)
+    def missing(self, short: float) -> float:
+        """Steps of a request that are still to be seen before guesses are given up.
 
-    def ratio(self, guessing: tuple[float, float], plain_s: float) -> float:
+        short: of what they would have to bring, relative to plain decoding. What is
+            far short takes fewer steps to see, by the square.
+        """
+        needed = _ENOUGH * min(1.0, (_CLEAR / max(short, _CLEAR)) ** 2)
+        return max(0.0, needed - self.steps)
+
+    def ratio(self, guessing: MeanStep, plain: MeanStep) -> float:
         """Tokens per second with guesses over those without.
 
         Args:
-            guessing: seconds and rows per request of steps with guesses, where the
-                clock was read; all steps' time follows from their own rows.
-            plain_s: seconds of a step without, at about the same time.
+            guessing: steps with guesses, where the clock was read; how long all took
+                follows from their own rows.
+            plain: steps without, at about the same time.
         """
-        seconds, rows = guessing
-        usual = self.rows / self.steps
-        if rows > 1.0 and seconds > plain_s:
-            seconds = plain_s + (seconds - plain_s) * (usual - 1) / (rows - 1)
-        return self.tokens / self.steps * plain_s / seconds
+        seconds, usual = guessing.seconds, self.rows / self.steps
+        extra = seconds - plain.seconds
+        if guessing.rows > 1 and extra > 0:
+            seconds = plain.seconds + extra * (usual - 1) / (guessing.rows - 1)
+        return self.tokens / self.steps * plain.seconds / seconds

@@ -15,7 +15,14 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from vllm_ppd.guess_tally import GuessTally
-from vllm_ppd.speed_look import BLOCK, HOPELESS, OTHER_BLOCKS, Look, TimedStep
+from vllm_ppd.speed_look import (
+    BLOCK,
+    HOPELESS,
+    OTHER_BLOCKS,
+    Look,
+    MeanStep,
+    TimedStep,
+)
 from vllm_ppd.step_timing import StepTiming
 
 __all__ = ["LoadGuard"]
@@ -34,7 +41,7 @@ _STAY, _RETURN = 1.06, 1.08
 # Where guesses bring so much fewer tokens per step than usual the traffic has changed
 # and what was known of speeds is out of date. Looked at after so many steps that have
 # so many requests together, for a single text is now easy, now hard to guess.
-_FALLEN, _LOOK_STEPS, _LOOK_REQUESTS = 0.8, 32, 256
+_FALLEN, _LOOK_STEPS, _LOOK_REQUESTS = 0.8, 32, 1024
 # A step that also reads so many prompt rows per running request, or fewer, is compared
 # all the same, without what those cost: on a full server that is most steps.
 _PROMPT_ROWS = 8
@@ -57,9 +64,8 @@ class _Load:
     steps: deque[TimedStep] = field(default_factory=lambda: deque(maxlen=BLOCK))
     # With guesses over without, of the last two comparisons.
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=2))
-    # Seconds per step and rows per request of the last looks, which say something of
-    # the machine.
-    times: dict[bool, deque[tuple[float, float]]] = field(
+    # Steps of both ways in the last looks, which say something of the machine.
+    times: dict[bool, deque[MeanStep]] = field(
         default_factory=lambda: {way: deque(maxlen=_LOOKS) for way in (True, False)}
     )
     running: int = 1
@@ -132,11 +138,11 @@ class _Load:
             times.append(look.mean_step(way, self.prompt_row_s))
         ratios, missing = self.ratios, 0.0
         if self.speculating:
-            missing = self.tally.missing
-            ratios.append(
-                self.tally.ratio(self.times[True][-1], self.times[False][-1][0])
-            )
-            differs, sure = ratios[-1] < _STAY, fmean(ratios) < _STAY and not missing
+            guessing, plain = self.times[True][-1], self.times[False][-1]
+            ratios.append(self.tally.ratio(guessing, plain))
+            short = _STAY - fmean(ratios)
+            missing = self.tally.missing(short)
+            differs, sure = ratios[-1] < _STAY, short > 0 and not missing
         else:
             ratios.append(look.ratio(self.prompt_row_s))
             differs = ratios[-1] >= _RETURN
@@ -158,13 +164,14 @@ class _Load:
         kept, other = self.speculating, not self.speculating
         worth = 1 / ratio if kept else ratio
         blocks = OTHER_BLOCKS if kept or worth >= HOPELESS else 1
-        lost = blocks * (_SETTLING + BLOCK) * self.times[other][-1][0] * (1 - worth)
-        return int(lost / (_BUDGET * self.times[kept][-1][0]))
+        lost = (
+            blocks * (_SETTLING + BLOCK) * self.times[other][-1].seconds * (1 - worth)
+        )
+        return int(lost / (_BUDGET * self.times[kept][-1].seconds))
 
-    def time(self, mode: bool) -> tuple[float, float]:
-        """Seconds per step and rows per request in the median over looks."""
-        seconds, rows = zip(*self.times[mode], strict=True)
-        return median(seconds), median(rows)
+    def time(self, mode: bool) -> MeanStep:
+        """Steps of one way to decode, in the median over looks."""
+        return MeanStep(*map(median, zip(*self.times[mode], strict=True)))
 
     def falls(self, running: int, tokens: int) -> bool:
         """Count a step with guesses; whether they come true less often than usual."""
@@ -217,9 +224,18 @@ class LoadGuard:
         for load in self._loads.values():
             looks = len(load.times[True])
             if looks:
-                (guessing_s, rows), (plain_s, _) = load.time(True), load.time(False)
-                where = load.running, rows, plain_s, guessing_s, looks, load.context
-                found.append(StepTiming(*where))
+                guessing, plain = load.time(True), load.time(False)
+                found.append(
+                    StepTiming(
+                        load.running,
+                        guessing.rows,
+                        plain.seconds,
+                        guessing.seconds,
+                        looks,
+                        load.context,
+                        guessing.bare,
+                    )
+                )
         return found
 
     def next_step(

@@ -31,8 +31,9 @@ __all__ = ["Replanner", "SearchPace", "better_plan"]
 
 # Relative gain in speed, in some tier, for which trees are changed.
 _LEAST_GAIN = 1.03
-# Tokens before the first search, and the most before any.
-_ENOUGH, _MOST = 400.0, 50_000.0
+# Tokens before the first search, and the most before any. Texts differ: a few of them
+# are not yet the traffic, and trees found too early stay for a while.
+_ENOUGH, _MOST = 1000.0, 50_000.0
 # Rests, as multiples of what the search before took: at first, and in the long run. A
 # search disturbs a small machine, where it has to share a core with the engine.
 _REST, _LONG_REST = 30.0, 100.0

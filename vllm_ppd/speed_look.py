@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from vllm_ppd.prompt_cost import seconds_per_row
 
-__all__ = ["BLOCK", "HOPELESS", "OTHER_BLOCKS", "Look", "TimedStep"]
+__all__ = ["BLOCK", "HOPELESS", "OTHER_BLOCKS", "Look", "MeanStep", "TimedStep"]
 
 # Steps of a block that count, and blocks of the way to decode that is not in use. As
 # many of the one in use lie between and before them.
@@ -43,6 +43,16 @@ class TimedStep(NamedTuple):
     prompt_rows: int
     """Of all requests, beside those."""
     running: int
+
+
+class MeanStep(NamedTuple):
+    """Steps of one way to decode, in the mean."""
+
+    seconds: float
+    rows: float
+    """Per request."""
+    bare: float
+    """Share of the steps in which nobody guessed."""
 
 
 class Look:
@@ -120,14 +130,18 @@ class Look:
             speeds.append(sum(step.tokens for step in steps) / seconds)
         return speeds[0] / speeds[1]
 
-    def mean_step(self, guessing: bool, prompt_row_s: float) -> tuple[float, float]:
-        """Seconds and rows per request of a step of one way to decode.
+    def mean_step(self, guessing: bool, prompt_row_s: float) -> MeanStep:
+        """A step of one way to decode.
 
         The mean time, not the median: where only some steps have guesses, those are the
         long ones.
         """
         steps = self._undisturbed(guessing, prompt_row_s)
-        return fmean(s.seconds for s in steps), fmean(s.rows for s in steps)
+        return MeanStep(
+            fmean(step.seconds for step in steps),
+            fmean(step.rows for step in steps),
+            fmean(step.rows == 1 for step in steps),
+        )
 
     def _undisturbed(self, guessing: bool, prompt_row_s: float) -> list[TimedStep]:
         """As long as steps would have taken without prompts, and without those that

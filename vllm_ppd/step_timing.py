@@ -37,6 +37,7 @@ class StepTiming(NamedTuple):
         plain_s, guessing_s: seconds of a step without guesses and with them.
         looks: how often both were looked at.
         context: mean tokens of the requests.
+        bare: share of the steps with guesses in which there were none to make.
     """
 
     requests: int
@@ -45,6 +46,7 @@ class StepTiming(NamedTuple):
     guessing_s: float
     looks: int
     context: int = 1
+    bare: float = 0.0
 
 
 def corrected(profile: LatencyProfile, timings: Sequence[StepTiming]) -> LatencyProfile:
@@ -58,7 +60,10 @@ def corrected(profile: LatencyProfile, timings: Sequence[StepTiming]) -> Latency
         )
         curve = profile.at_context(timing.context).curve(timing.requests)
         plain = float(curve.seconds[0])
-        beyond = curve(max(1.0, timing.rows)) - plain
+        # The first rows beyond one cost most, so bare steps are told apart.
+        others = 1 - timing.bare
+        rows = (timing.rows - timing.bare) / others if others else 1.0
+        beyond = others * (curve(max(1.0, rows)) - plain)
         cost, extra = 1.0, timing.guessing_s - timing.plain_s
         if beyond > _LEAST_COST * plain:
             seen = float(np.clip(extra / beyond, 1 / _MOST, _MOST))

@@ -212,7 +212,7 @@ def test_searches_grow_rare_and_rest(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(replan.time, "monotonic", lambda: now[0])
     pace, together = SearchPace(by_clock=True), SearchPace(by_clock=False)
-    assert pace.due(400.0) and not pace.due(399.0)
+    assert pace.due(1000.0) and not pace.due(999.0)
     for one in (pace, together):
         one.begun()
     now[0] = 2.0
@@ -220,9 +220,9 @@ def test_searches_grow_rare_and_rest(monkeypatch):
         one.ended()
     # Thirty times the two seconds that the search took.
     now[0] = 61.9
-    assert not pace.due(1e9) and together.due(800.0) and not together.due(799.0)
+    assert not pace.due(1e9) and together.due(2000.0) and not together.due(1999.0)
     now[0] = 62.0
-    assert pace.due(800.0) and not pace.due(799.0)
+    assert pace.due(2000.0) and not pace.due(1999.0)
     for _ in range(20):
         pace.begun()
         now[0] += 1.0

@@ -11,7 +11,7 @@ from vllm_ppd.guess_tally import GuessTally
 from vllm_ppd.load_guard import LoadGuard
 from vllm_ppd.profile import LatencyProfile
 from vllm_ppd.prompt_cost import seconds_per_row
-from vllm_ppd.speed_look import Look, TimedStep
+from vllm_ppd.speed_look import Look, MeanStep, TimedStep
 from vllm_ppd.step_timing import StepTiming, corrected
 
 
@@ -206,25 +206,29 @@ def test_far_too_slow_guesses_of_many_requests_end_with_the_first_block():
 
 
 def test_guesses_of_few_requests_are_not_given_up_at_once():
-    for running, steps in ((1, 450), (4, 100)):
-        world = World(0.8)
+    for running, steps in ((1, 900), (4, 200)):
+        world = World(0.95)
         world.run(steps, running)
         assert world.guard._loads[(running - 1).bit_length()].speculating
-        world.run(300, running)
+        world.run(600, running)
         assert world.run(1000, running) < 0.2
 
 
 def test_what_guesses_brought_at_other_rows_than_the_clock_saw():
     tally = GuessTally()
-    for _ in range(300):
+    for _ in range(1100):
         tally.add(2, 5, 8)
-    assert tally.missing == 0
+    assert tally.missing(0.0) == tally.missing(0.5) == 0
+    tally = GuessTally(100.0, 250.0, 400.0)
+    assert tally.missing(-1.0) == tally.missing(0.1) > tally.missing(0.2) > 0
+    assert tally.missing(0.5) == 0
     # 2.5 tokens in steps of 4 rows; those of 3 rows took 1.5 times a plain one.
-    assert tally.ratio((3.0, 3.0), 2.0) == pytest.approx(2.5 / 1.75)
+    guessing, plain = MeanStep(3.0, 3.0, 0.0), MeanStep(2.0, 1.0, 1.0)
+    assert tally.ratio(guessing, plain) == pytest.approx(2.5 / 1.75)
     # The last ones count more than those of long ago.
     for _ in range(10_000):
         tally.add(1, 1, 1)
-    assert tally.ratio((3.0, 3.0), 2.0) == pytest.approx(1.0, abs=0.1)
+    assert tally.ratio(guessing, plain) == pytest.approx(1.0, abs=0.1)
 
 
 def test_looks_that_say_nothing_grow_rare():
@@ -321,6 +325,16 @@ def test_a_profile_follows_the_clock():
     np.testing.assert_allclose(found.seconds[2], (3, 3.25, 3.5, 4.0), rtol=1e-4)
 
 
+def test_bare_steps_are_no_cheap_rows():
+    """Half of the steps had no guesses, the others 5 rows, as the profile has it."""
+    seconds = (PROFILE.curve(1)(1) + PROFILE.curve(1)(5)) / 2
+    timing = StepTiming(1, 3.0, 1.0, seconds, SURE, bare=0.5)
+    found = corrected(PROFILE, [timing])
+    np.testing.assert_allclose(found.seconds[0], PROFILE.seconds[0], rtol=1e-4)
+    nothing = StepTiming(1, 1.0, 1.0, 1.1, SURE, bare=1.0)
+    np.testing.assert_allclose(corrected(PROFILE, [nothing]).seconds, PROFILE.seconds)
+
+
 def test_a_few_looks_are_half_believed():
     # Rows seem to cost four times what the profile has.
     found = corrected(PROFILE, [StepTiming(1, 3.0, 2.0, 3.2, 2)])
@@ -339,7 +353,7 @@ def test_guesses_that_begin_to_fail_are_compared_at_once(running):
     assert world.run(2000, running) > 0.95
     # 1.25 tokens in 1.33 times the time, where the next probe may be 8,192 steps off.
     world.tokens = [1, 1, 1, 2]
-    world.run(1000 if running == 1 else 120, running)
+    world.run(4000 if running == 1 else 200, running)
     assert world.run(1000, running) < 0.2
 
 
@@ -361,4 +375,4 @@ def test_a_look_bears_a_wrong_idea_of_what_prompts_cost():
     for _ in range(16):
         look.add(TimedStep(2.0, 12, 3.0, 100, 4))
     assert look.ratio(prompt_row_s=1.0) == pytest.approx(1.5)
-    assert look.mean_step(True, prompt_row_s=1.0) == (pytest.approx(0.2), 3.0)
+    assert look.mean_step(True, prompt_row_s=1.0) == (pytest.approx(0.2), 3.0, 0.0)
