@@ -1,5 +1,8 @@
 """The trees that are served when the user names none."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
@@ -12,7 +15,7 @@ from vllm_ppd.default_trees import (
     typical_acceptance,
 )
 from vllm_ppd.evidence import Evidence, EvidenceError
-from vllm_ppd.plan import TreePlan
+from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.plan_choice import PlanSettings
 from vllm_ppd.profile import LatencyProfile
 from vllm_ppd.tree import SparseTree, TreeError, TreePolicy, chain_tree
@@ -92,6 +95,18 @@ def test_a_plan_of_the_users_own(tmp_path):
         settings(tmp_path, tree=str(path)).choose(None)
     # The successor table reaches deeper.
     settings(tmp_path, tree=str(path), conditioned=True).choose(None)
+
+
+def test_steps_of_fixed_rows_do_not_go_by_context(tmp_path):
+    policy = TreePolicy((chain_tree(0, (3,)), *[chain_tree(1, (3, 3))] * 3))
+    off, on = TreePlan((Tier(None),)), TreePlan((Tier(None, (policy,)),))
+    plan = TreePlan.by_context([(512, off), (None, on)])
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan.to_dict()))
+    usual = settings(tmp_path, tree=str(file), conditioned=True)
+    assert usual.given_plan() == plan
+    with pytest.raises(PPDConfigError, match="tells contexts apart"):
+        dataclasses.replace(usual, fixed_rows=True).given_plan()
 
 
 def test_the_machine_decides(tmp_path):
