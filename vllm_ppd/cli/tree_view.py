@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["loads_table", "match_name", "trees_view"]
 
 CHAIN, GUESS, PROMPT = "magenta", "green", "cyan"
-_BAR, _GAIN_BAR = 10, 24
+_BAR, _GAIN_BAR = 10, 20
 # Columns from which on trees stand side by side.
 _WIDE = 92
 # States reached less often than this are named, not drawn.
@@ -77,7 +77,8 @@ def loads_table(
     if measured:
         heads += ["step,\nms", "tokens\nper s"]
     for head in (*heads, "speed of\nplain"):
-        table.add_column(head, justify="right", vertical="bottom")
+        width = max(map(len, head.split("\n")))
+        table.add_column(head, justify="right", vertical="bottom", min_width=width)
     table.add_column(no_wrap=True)
     loads = [each.requests for each in figures]
     labels = [f"{load}" for load in loads] if exact else load_labels(loads)
