@@ -9,7 +9,7 @@ another kernel than trees.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,7 +83,7 @@ class ContextCost:
         return np.outer(requests, each) * max(0, context - self.context)
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return asdict(self)
 
 
 class ContextBand(NamedTuple):

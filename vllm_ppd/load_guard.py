@@ -35,8 +35,8 @@ _SETTLING = 2
 _FIRST_WAIT, _LONGEST_WAIT = 256, 8192
 _BUDGET = 0.01
 # How much faster guessing has to look to go on, and to begin again: noise should not
-# decide, and with 3 and 5 % guesses stayed on at 16 and 32 requests, where they were 5
-# to 10 % behind in the long run.
+# decide, and with 3 and 5 % guesses stayed on at 16 and 32 requests, where they were
+# behind in the long run (benchmarks/results/loads_at_0.7.json at commit 2f198ef).
 _STAY, _RETURN = 1.06, 1.08
 # Where guesses bring so much fewer tokens per step than usual the traffic has changed
 # and what was known of speeds is out of date. Looked at after so many steps that have
