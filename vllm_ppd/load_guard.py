@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import fmean
 
 from vllm_ppd.guess_tally import GuessTally
 from vllm_ppd.speed_look import (
@@ -169,10 +169,6 @@ class _Load:
         )
         return int(lost / (_BUDGET * self.times[kept][-1].seconds))
 
-    def time(self, mode: bool) -> MeanStep:
-        """Steps of one way to decode, in the median over looks."""
-        return MeanStep(*map(median, zip(*self.times[mode], strict=True)))
-
     def falls(self, running: int, tokens: int) -> bool:
         """Count a step with guesses; whether they come true less often than usual."""
         lately = self.lately
@@ -219,24 +215,18 @@ class LoadGuard:
 
     @property
     def timings(self) -> list[StepTiming]:
-        """Steps of the loads at which both ways to decode have been seen."""
-        found = []
-        for load in self._loads.values():
-            looks = len(load.times[True])
-            if looks:
-                guessing, plain = load.time(True), load.time(False)
-                found.append(
-                    StepTiming(
-                        load.running,
-                        guessing.rows,
-                        plain.seconds,
-                        guessing.seconds,
-                        looks,
-                        load.context,
-                        guessing.bare,
-                    )
-                )
-        return found
+        """The last looks at each load."""
+        return [
+            StepTiming(
+                load.running,
+                guessing.row_shares,
+                plain.seconds,
+                guessing.seconds,
+                load.context,
+            )
+            for load in self._loads.values()
+            for guessing, plain in zip(load.times[True], load.times[False], strict=True)
+        ]
 
     def next_step(
         self,

@@ -6,11 +6,13 @@ ways to decode see the same of it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean, median
 from typing import NamedTuple
 
 from vllm_ppd.prompt_cost import seconds_per_row
+from vllm_ppd.step_timing import RowShares
 
 __all__ = ["BLOCK", "HOPELESS", "OTHER_BLOCKS", "Look", "MeanStep", "TimedStep"]
 
@@ -49,10 +51,12 @@ class MeanStep(NamedTuple):
     """Steps of one way to decode, in the mean."""
 
     seconds: float
-    rows: float
-    """Per request."""
-    bare: float
-    """Share of the steps in which nobody guessed."""
+    row_shares: RowShares
+
+    @property
+    def rows(self) -> float:
+        """Per request."""
+        return sum(rows * share for rows, share in self.row_shares)
 
 
 class Look:
@@ -137,10 +141,10 @@ class Look:
         long ones.
         """
         steps = self._undisturbed(guessing, prompt_row_s)
+        counts = Counter(step.rows for step in steps)
         return MeanStep(
             fmean(step.seconds for step in steps),
-            fmean(step.rows for step in steps),
-            fmean(step.rows == 1 for step in steps),
+            tuple((rows, count / len(steps)) for rows, count in sorted(counts.items())),
         )
 
     def _undisturbed(self, guessing: bool, prompt_row_s: float) -> list[TimedStep]:

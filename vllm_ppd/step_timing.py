@@ -3,9 +3,9 @@
 A profile is measured in the worker alone, once. Steps of a serving engine take longer,
 for scheduling and messages, and the machine is not always equally fast. Where both
 kinds of steps have been timed next to each other, with guesses and without, two numbers
-per load make up for that: how long a plain step takes, and what rows cost beyond it.
-The second is the difference of two times that swing, so at first the profile is
-believed in it.
+per load make up for that: how much longer a plain step takes, and how much more rows
+cost, relative to it. The second is the difference of two times that swing, so at first
+the profile is believed in it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vllm_ppd.latency import LatencyCurve
 from vllm_ppd.profile import LatencyProfile
 
-__all__ = ["StepTiming", "corrected"]
+__all__ = ["RowShares", "StepTiming", "corrected"]
 
 # A factor further from 1 than this is taken for noise.
 _MOST = 4.0
@@ -27,50 +28,71 @@ _LEAST_COST = 0.01
 # Looks that count as much as the profile does.
 _DOUBT = 2
 
+# (rows per request, share of the steps that had them) of some steps.
+RowShares = tuple[tuple[float, float], ...]
+
 
 class StepTiming(NamedTuple):
-    """Mean steps of one load, close in time.
+    """Mean steps of one load, with guesses and without, in one look at both.
 
     Attributes:
-        requests: running.
-        rows: rows per request of the steps with guesses.
+        requests: running; the same number in all looks at a load.
+        rows: of the steps with guesses. Not their mean alone: the first rows cost more
+            than later ones, so steps of different size take less time than as many of
+            the size between.
         plain_s, guessing_s: seconds of a step without guesses and with them.
-        looks: how often both were looked at.
         context: mean tokens of the requests.
-        bare: share of the steps with guesses in which there were none to make.
     """
 
     requests: int
-    rows: float
+    rows: RowShares
     plain_s: float
     guessing_s: float
-    looks: int
     context: int = 1
-    bare: float = 0.0
 
 
 def corrected(profile: LatencyProfile, timings: Sequence[StepTiming]) -> LatencyProfile:
     """`profile` as the timings have it; loads between them follow the nearest one."""
     if not timings:
         return profile
+    loads: dict[int, list[StepTiming]] = {}
+    for timing in timings:
+        loads.setdefault(timing.requests, []).append(timing)
+    factors = {requests: _factors(profile, looks) for requests, looks in loads.items()}
     table = np.array(profile.seconds)
     for index, requests in enumerate(profile.requests):
-        timing = min(
-            timings, key=lambda t: abs(np.log2(t.requests) - np.log2(requests))
-        )
-        curve = profile.at_context(timing.context).curve(timing.requests)
-        plain = float(curve.seconds[0])
-        # The first rows beyond one cost most, so bare steps are told apart.
-        others = 1 - timing.bare
-        rows = (timing.rows - timing.bare) / others if others else 1.0
-        beyond = others * (curve(max(1.0, rows)) - plain)
-        cost, extra = 1.0, timing.guessing_s - timing.plain_s
-        if beyond > _LEAST_COST * plain:
-            seen = float(np.clip(extra / beyond, 1 / _MOST, _MOST))
-            cost = seen ** (timing.looks / (timing.looks + _DOUBT))
-        first = table[index, 0] * np.clip(timing.plain_s / plain, 1 / _MOST, _MOST)
-        table[index] = first + cost * (table[index] - table[index, 0])
+        nearest = min(factors, key=lambda n: abs(np.log2(n) - np.log2(requests)))
+        slower, cost = factors[nearest]
+        first = table[index, 0]
+        table[index] = slower * (first + cost * (table[index] - first))
     found = LatencyProfile.smoothed(
         profile.requests, profile.rows, table, dict(profile.key)
     )
     return replace(found, context_cost=profile.context_cost)
+
+
+def _factors(
+    profile: LatencyProfile, looks: Sequence[StepTiming]
+) -> tuple[float, float]:
+    """How much longer plain steps of one load take than the profile says, and how much
+    more rows cost, in plain steps. Each in the median over looks: within one the
+    machine is about equally fast."""
+    slower, costs = [], []
+    for look in looks:
+        curve = profile.at_context(look.context).curve(look.requests)
+        plain, beyond = float(curve.seconds[0]), _beyond(curve, look.rows)
+        slower.append(look.plain_s / plain)
+        if beyond > _LEAST_COST * plain:
+            extra = look.guessing_s - look.plain_s
+            costs.append(extra / look.plain_s * plain / beyond)
+    cost = 1.0
+    if costs:
+        seen = float(np.clip(np.median(costs), 1 / _MOST, _MOST))
+        cost = seen ** (len(costs) / (len(costs) + _DOUBT))
+    return float(np.clip(np.median(slower), 1 / _MOST, _MOST)), cost
+
+
+def _beyond(curve: LatencyCurve, rows: RowShares) -> float:
+    """Seconds that such steps take longer than plain ones."""
+    counts, shares = np.array(rows, dtype=np.float64).T
+    return float(shares @ (curve(counts) - curve.seconds[0]))

@@ -158,8 +158,10 @@ def test_only_contexts_in_use_are_searched():
 def test_times_of_long_contexts_correct_what_is_expected_there():
     # Exactly as the profile has it, for requests of 1128 tokens.
     plain, guessing = (PROFILE.at_context(1128).curve(1)(n) for n in (1, 4))
-    found = corrected(PROFILE, [StepTiming(1, 4.0, plain, guessing, 9, 1128)])
+    timing = StepTiming(1, ((4.0, 1.0),), plain, guessing, 1128)
+    found = corrected(PROFILE, [timing] * 9)
     assert np.array(found.seconds) == pytest.approx(np.array(SECONDS))
     assert found.context_cost == COST
-    twice = corrected(PROFILE, [StepTiming(1, 4.0, 2 * plain, 2 * guessing, 9, 1128)])
-    assert twice.seconds[0][0] == pytest.approx(2.0)
+    twice = timing._replace(plain_s=2 * plain, guessing_s=2 * guessing)
+    found = corrected(PROFILE, [twice] * 9)
+    assert found.seconds[0][0] == pytest.approx(2.0)
