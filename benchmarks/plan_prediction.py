@@ -56,6 +56,7 @@ from vllm_ppd.evidence import Evidence
 from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.plan_report import evidence_for, load_figures
 from vllm_ppd.profile import LatencyProfile
+from vllm_ppd.step_timing import StepTiming
 from vllm_ppd.train.calibration_settings import CalibrationSettings
 from vllm_ppd.train.data import read_stream
 
@@ -148,10 +149,12 @@ def cell_of(
     report: dict[str, Any],
     rounds: Sequence[Round],
     max_tokens: int,
+    context: int,
 ) -> dict[str, Any]:
+    """Expected and measured; `context` is the mean of the requests."""
     plan = TreePlan.from_dict(report["plan"])
     evidence = Evidence.from_dict(report["evidence"])
-    profile = LatencyProfile.from_dict(report["profile"])
+    profile = LatencyProfile.from_dict(report["profile"]).at_context(context)
     expected = load_figures(plan, evidence_for(plan, evidence), profile, batch)
     counts = [
         decode_counts(request, max_tokens + _REACH, _REACH)
@@ -191,8 +194,14 @@ def cell_of(
         "over_plain_of_bound": round(over_plain.median / bound, 4),
         "plan_changes": report["plan_changes"],
         # What the engine's own clock made of its profile.
-        "timings": report["timings"],
+        "timings": [shown_timing(StepTiming(**each)) for each in report["timings"]],
     }
+
+
+def shown_timing(timing: StepTiming) -> dict[str, Any]:
+    """A look's steps, with the mean of their rows."""
+    rows = sum(rows * share for rows, share in timing.rows)
+    return {**timing._asdict(), "rows": round(rows, 3)}
 
 
 def measure(
@@ -221,7 +230,9 @@ def measure(
         rounds = [
             Round.of(engine, plan, prompts, batch, longer) for _ in range(args.rounds)
         ]
-        cells.append(cell_of(kind, temperature, batch, report, rounds, max_tokens))
+        context = len(prompts[0]) + max_tokens // 2
+        cell = cell_of(kind, temperature, batch, report, rounds, max_tokens, context)
+        cells.append(cell)
     return cells
 
 

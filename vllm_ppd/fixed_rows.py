@@ -67,7 +67,7 @@ def best_fixed_plan(
         }
         best = max(speeds, key=lambda count: speeds[count])
         found = replace(policies[best], tokens_per_second=speeds[best])
-        gain = speeds[best] * curve(1)
+        gain = speeds[best] * curve.plain_s
         planned.append(
             PlannedTier(requests, found, gain, least_gain(requests, measured))
         )

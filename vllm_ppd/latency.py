@@ -34,6 +34,9 @@ class LatencyCurve:
     tail: float | None = None
     """Seconds per row beyond the last point. By default the mean cost per row of the
     last point, which is pessimistic: unmeasured rows must not look free."""
+    plain: float | None = None
+    """Seconds of a step without speculation; None where one row takes no longer for
+    being part of a policy."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(int(n) for n in self.rows))
@@ -72,6 +75,19 @@ class LatencyCurve:
                 f"the tail is {tail:g} s per row; expected a finite number, at least 0"
             )
         object.__setattr__(self, "tail", float(tail))
+        plain = self.seconds[0] if self.plain is None else float(self.plain)
+        if not 0 < plain <= self.seconds[0]:
+            raise LatencyError(
+                f"a plain step takes {plain:g} s; expected more than 0 and at most the "
+                f"{self.seconds[0]:g} s of a single row among guesses"
+            )
+        object.__setattr__(self, "plain", plain)
+
+    @property
+    def plain_s(self) -> float:
+        """Seconds of a step without speculation."""
+        assert self.plain is not None  # set in __post_init__
+        return self.plain
 
     @classmethod
     def constant(cls, seconds: float = 1.0) -> LatencyCurve:

@@ -108,7 +108,7 @@ def load_figures(
     fixed_rows: of `PlanSettings`; then every step has the rows of the largest tree.
     """
     curve = profile.curve(requests)
-    plain = float(curve.seconds[0])
+    plain = curve.plain_s
     index = plan.tier_index(requests)
     tier = plan.tiers[index]
     if not tier.policies:

@@ -127,8 +127,8 @@ def _differs(there: LatencyProfile, profile: LatencyProfile, limits: list[int]) 
     the other that other trees may be the best."""
     for requests in limits:
         first, second = there.curve(requests), profile.curve(requests)
-        ours = np.array(first.seconds) / first.seconds[0]
-        ratio = ours / (np.array(second.seconds) / second.seconds[0])
+        ours = np.array(first.seconds) / first.plain_s
+        ratio = ours / (np.array(second.seconds) / second.plain_s)
         if max(ratio.max(), 1 / ratio.min()) >= _WORTH:
             return True
     return False
@@ -154,7 +154,7 @@ class _Search:
             found = _best_together(
                 self.evidence, curve, requests, self.max_rows, self.num_ept, found
             )
-            gain = found.tokens_per_second * float(curve.seconds[0])
+            gain = found.tokens_per_second * curve.plain_s
             least = least_gain(requests, self.measured)
             planned.append(PlannedTier(requests, found, gain, least, self.context))
             # What does not pay at some load does not pay at a higher one.
@@ -166,7 +166,7 @@ class _Search:
         """Whether some tier is enough faster than that of another plan would be."""
         for each in planned:
             curve = self.profile.curve(each.requests)
-            plain = 1 / float(curve.seconds[0])
+            plain = 1 / curve.plain_s
             ours = each.gain * plain if each.speculates else plain
             if ours >= _WORTH * served_speed(other, self.evidence, curve, each):
                 return True
@@ -179,7 +179,7 @@ def served_speed(
     """Tokens per second of one request where `plan` serves the load of `tier`."""
     served = plan.tiers[plan.tier_index(tier.requests, tier.context)].policies
     if not served:
-        return 1 / float(curve.seconds[0])
+        return 1 / curve.plain_s
     trees = [policy.trees for policy in served]
     _, speed, share = policy_value(trees, evidence, curve)
     if tier.requests > 1:
@@ -273,15 +273,15 @@ def shared_curve(curve: LatencyCurve, paid: float, mean_rows: float) -> LatencyC
     Args:
         curve: seconds of a step by rows per request, all requests having as many.
         paid: chance that other requests' guesses are in the step. Then a row alone
-            costs what the line through the next two points says, not a plain step.
+            costs what the line through the next two points says, not a bare step.
         mean_rows: rows per request in the mean, at which the cost is right; around it
             every row costs the same, whoever's it is.
     """
     if len(curve.rows) < 3:
         return curve
-    (one, two, more), (plain, second, third) = curve.rows[:3], curve.seconds[:3]
+    (one, two, more), (bare, second, third) = curve.rows[:3], curve.seconds[:3]
     line = second - (third - second) / (more - two) * (two - one)
-    first = plain + paid * max(0.0, line - plain)
+    first = bare + paid * max(0.0, line - bare)
     mean_rows = max(mean_rows, 1.5)
     beyond = max(0.0, curve(mean_rows) - first)
     return LatencyCurve.linear(first, beyond / (mean_rows - 1))

@@ -25,7 +25,7 @@ from vllm_ppd.latency import LatencyCurve
 __all__ = ["LatencyProfile", "ProfileError", "cache_file", "default_profile"]
 
 FORMAT = "ppd_profile"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # Seconds of a step, relative to one of a single row, by all rows of all requests: soon
 # compute-bound cores, and a device that waits for its memory. Used until measured.
@@ -51,6 +51,8 @@ class LatencyProfile:
         seconds: [R][Q], with short contexts.
         key: what it was measured on.
         context_cost: what longer ones add; None if not known.
+        bare: [R] of a step in which nobody guesses, though guesses may come: it has to
+            look for them. Empty where that is no longer than a plain step.
     """
 
     requests: tuple[int, ...]
@@ -58,12 +60,14 @@ class LatencyProfile:
     seconds: tuple[tuple[float, ...], ...]
     key: Mapping[str, Any]
     context_cost: ContextCost | None = None
+    bare: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "requests", tuple(int(n) for n in self.requests))
         object.__setattr__(self, "rows", tuple(int(n) for n in self.rows))
         table = tuple(tuple(float(t) for t in row) for row in self.seconds)
         object.__setattr__(self, "seconds", table)
+        object.__setattr__(self, "bare", tuple(float(t) for t in self.bare))
         for name in ("requests", "rows"):
             values = getattr(self, name)
             if not values or values[0] != 1 or list(values) != sorted(set(values)):
@@ -78,6 +82,16 @@ class LatencyProfile:
             )
         if not (np.isfinite(array) & (array > 0)).all():
             raise ProfileError("seconds must be finite and positive")
+        if self.bare and len(self.bare) != len(self.requests):
+            raise ProfileError(
+                f"bare has {len(self.bare)} times; expected {shape[0]} or none"
+            )
+        plain = array[:, 0]
+        if self.bare and not (plain <= self.bare).all():
+            raise ProfileError(
+                f"bare steps take {list(self.bare)} s; expected at least as long as "
+                f"plain ones, {plain.tolist()} s"
+            )
 
     @classmethod
     def smoothed(
@@ -86,15 +100,22 @@ class LatencyProfile:
         rows: Sequence[int],
         seconds: np.ndarray,
         key: Mapping[str, Any],
+        bare: np.ndarray | None = None,
     ) -> LatencyProfile:
         """From raw measurements [R, Q]: more rows or requests never look faster.
 
         A pool-adjacent-violators pass along the rows, then along the requests, which
         averages neighbours that are out of order.
         """
-        table = np.array([_rising(row) for row in seconds])
+        table = seconds if bare is None else np.insert(seconds, 1, bare, axis=1)
+        table = np.array([_rising(row) for row in table])
         table = np.array([_rising(column) for column in table.T]).T
-        return cls(tuple(requests), tuple(rows), tuple(map(tuple, table)), key)
+        known: tuple[float, ...] = ()
+        if bare is not None:
+            known, table = tuple(table[:, 1]), np.delete(table, 1, axis=1)
+        return cls(
+            tuple(requests), tuple(rows), tuple(map(tuple, table)), key, bare=known
+        )
 
     def at_context(self, tokens: int) -> LatencyProfile:
         """Steps of requests that have so much context in the mean."""
@@ -103,18 +124,24 @@ class LatencyProfile:
             return self
         added = cost.added(self.requests, self.rows, tokens)
         table = np.array(self.seconds) + added
-        found = self.smoothed(self.requests, self.rows, table, self.key)
+        bare = np.array(self.bare) + added[:, 0] if self.bare else None
+        found = self.smoothed(self.requests, self.rows, table, self.key, bare)
         return replace(found, context_cost=replace(cost, context=tokens))
 
     def curve(self, requests: int) -> LatencyCurve:
-        """Seconds by rows per request at so many running requests."""
+        """Seconds by rows per request at so many running requests, while guesses may
+        come, and those of a plain step."""
         table = np.array(self.seconds)
+        plain = table[:, 0].copy()
+        if self.bare:
+            table[:, 0] = self.bare
         known = np.array(self.requests)
         at = min(requests, int(known[-1]))
-        seconds = np.array([np.interp(at, known, column) for column in table.T])
+        columns = np.vstack([plain, table.T])
+        seconds = np.array([np.interp(at, known, column) for column in columns])
         # Beyond what was measured all rows count alike.
-        seconds *= requests / at
-        return LatencyCurve(self.rows, tuple(np.maximum.accumulate(seconds)))
+        seconds = np.maximum.accumulate(seconds * (requests / at))
+        return LatencyCurve(self.rows, tuple(seconds[1:]), plain=seconds[0])
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -125,6 +152,7 @@ class LatencyProfile:
             "rows": list(self.rows),
             "seconds": [list(row) for row in self.seconds],
             "context_cost": self.context_cost and self.context_cost.to_dict(),
+            "bare": list(self.bare),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -141,7 +169,7 @@ class LatencyProfile:
                 f"format is {data['format']!r} {data['format_version']!r}; expected "
                 f"{FORMAT!r} {FORMAT_VERSION}"
             )
-        names = ("requests", "rows", "seconds", "key", "context_cost")
+        names = ("requests", "rows", "seconds", "key", "context_cost", "bare")
         if set(data) != {"format", "format_version", *names}:
             raise ProfileError("it is no latency profile")
         values = {name: data[name] for name in names}

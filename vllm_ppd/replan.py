@@ -67,7 +67,7 @@ def better_plan(
     )
     for tier in tiers:
         curve = profile.at_context(tier.context).curve(tier.requests)
-        plain = 1 / float(curve.seconds[0])
+        plain = 1 / curve.plain_s
         here = served_speed(current, evidence, curve, tier)
         then = plain * tier.gain if tier.speculates else plain
         if then >= _LEAST_GAIN * here:

@@ -59,14 +59,20 @@ def corrected(profile: LatencyProfile, timings: Sequence[StepTiming]) -> Latency
     for timing in timings:
         loads.setdefault(timing.requests, []).append(timing)
     factors = {requests: _factors(profile, looks) for requests, looks in loads.items()}
-    table = np.array(profile.seconds)
+    table, bare = np.array(profile.seconds), np.array(profile.bare)
     for index, requests in enumerate(profile.requests):
         nearest = min(factors, key=lambda n: abs(np.log2(n) - np.log2(requests)))
         slower, cost = factors[nearest]
         first = table[index, 0]
         table[index] = slower * (first + cost * (table[index] - first))
+        if bare.size:
+            bare[index] = slower * (first + cost * (bare[index] - first))
     found = LatencyProfile.smoothed(
-        profile.requests, profile.rows, table, dict(profile.key)
+        profile.requests,
+        profile.rows,
+        table,
+        dict(profile.key),
+        bare if bare.size else None,
     )
     return replace(found, context_cost=profile.context_cost)
 
@@ -80,7 +86,7 @@ def _factors(
     slower, costs = [], []
     for look in looks:
         curve = profile.at_context(look.context).curve(look.requests)
-        plain, beyond = float(curve.seconds[0]), _beyond(curve, look.rows)
+        plain, beyond = curve.plain_s, _beyond(curve, look.rows)
         slower.append(look.plain_s / plain)
         if beyond > _LEAST_COST * plain:
             extra = look.guessing_s - look.plain_s
@@ -95,4 +101,4 @@ def _factors(
 def _beyond(curve: LatencyCurve, rows: RowShares) -> float:
     """Seconds that such steps take longer than plain ones."""
     counts, shares = np.array(rows, dtype=np.float64).T
-    return float(shares @ (curve(counts) - curve.seconds[0]))
+    return float(shares @ (curve(counts) - curve.plain_s))

@@ -58,6 +58,9 @@ class Clockwork:
         # One step in three is far too slow; the median does not see it.
         return [1 + self.requests * count / 100] * 2 + [99.0]
 
+    def bare_seconds(self):
+        return [seconds + 0.001 for seconds in self.seconds(1)]
+
     def close(self):
         self.closed = True
 
@@ -84,6 +87,25 @@ def test_all_rows_of_a_load_are_visited_in_turn(monkeypatch):
     # Where nothing was measured rows cost in proportion.
     expected[2, 3] = 2 * expected[2, 2]
     np.testing.assert_allclose(profile.seconds, expected)
+
+
+def test_steps_without_guesses_are_visited_too_where_they_are_no_plain_ones(
+    monkeypatch,
+):
+    monkeypatch.setattr(grid, "agreed", lambda answer: answer)
+    visits: list[Clockwork] = []
+
+    def visit(requests, counts):
+        visits.append(Clockwork(requests, counts))
+        return visits[-1]
+
+    limits = SimpleNamespace(max_num_batched_tokens=32, max_num_seqs=2)
+    profile = grid.measure_grid(
+        visit, [1, 4], limits, {}, quiet=True, bare=Clockwork.bare_seconds
+    )
+    assert [v.visited for v in visits] == [[1, 1, 4]] * 6
+    np.testing.assert_allclose(profile.bare, (1.011, 1.021))
+    np.testing.assert_allclose(profile.seconds, ((1.01, 1.04), (1.02, 1.08)))
 
 
 def test_a_slow_machine_is_visited_once_and_visits_end_when_they_fail(monkeypatch):

@@ -213,6 +213,20 @@ def test_what_speculation_costs_decides_the_tiers():
     assert plan.tiers[0].policies
 
 
+def test_looking_for_guesses_has_to_pay_too():
+    """Guesses are made in few states, and every other step is a little longer."""
+    evidence, rows = some_evidence(1, m=2, ranks=3), (1, 2, 4, 8)
+    table = ((1.0, 1.2, 1.6, 2.4),)
+    gains = []
+    for bare in ((), (1.05,), (1.15,)):
+        profile = LatencyProfile((1,), rows, table, {}, bare=bare)
+        _, (tier,) = best_plan(evidence, profile, 8, max_requests=1)
+        gains.append(tier.gain)
+        value = policy_value(tier.found.trees, evidence, profile.curve(1))[1]
+        assert tier.gain == pytest.approx(value)
+    assert gains[0] > gains[1] > gains[2]
+
+
 def test_requests_share_what_guessing_costs():
     """A jump from one row to two is paid by every request of a step with guesses."""
     curve = LatencyCurve((1, 2, 4, 8), (1.0, 2.0, 2.2, 2.6))

@@ -360,6 +360,20 @@ def test_steps_of_different_size_are_no_steps_of_the_size_between(other):
     np.testing.assert_allclose(found.seconds, profile.seconds)
 
 
+def test_looking_for_guesses_is_corrected_like_rows():
+    """Four steps in five had none, and took longer than plain ones all the same."""
+    seconds = ((1.0, 1.4, 2.0),)
+    profile = LatencyProfile((1,), (1, 4, 8), seconds, {}, bare=(1.1,))
+    rows = ((1.0, 0.8), (4.0, 0.2))
+    for cost in (1.0, 2.0):
+        guessing = 1 + cost * (0.8 * 0.1 + 0.2 * 0.4)
+        timing = StepTiming(1, rows, 3.0, 3 * guessing)
+        found = corrected(profile, [timing] * 10_000)
+        expected = (3, 3 + 1.2 * cost, 3 + 3 * cost)
+        np.testing.assert_allclose(found.seconds[0], expected, rtol=1e-3)
+        np.testing.assert_allclose(found.bare, 3 + 0.3 * cost, rtol=1e-3)
+
+
 def test_a_few_looks_are_half_believed():
     # Rows seem to cost four times what the profile has.
     found = corrected(PROFILE, looks(1, 3.0, 2.0, 4.4, 2))

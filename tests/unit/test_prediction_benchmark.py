@@ -21,6 +21,7 @@ from vllm_ppd.evidence import Evidence
 from vllm_ppd.latency import LatencyCurve
 from vllm_ppd.plan import TreePlan
 from vllm_ppd.profile import LatencyProfile
+from vllm_ppd.step_timing import StepTiming
 from vllm_ppd.train.calibrate import Measurement
 from vllm_ppd.train.reliability import Reliability
 from vllm_ppd.tree import SparseTree, TreePolicy
@@ -119,7 +120,7 @@ def test_guessing_is_compared_with_plain_steps_of_the_same_round() -> None:
         "evidence": evidence.to_dict(),
         "profile": LatencyProfile((1,), (1, 8), ((0.1, 0.12),), {}).to_dict(),
         "plan_changes": 0,
-        "timings": [],
+        "timings": [StepTiming(1, ((1.0, 0.5), (4.0, 0.5)), 0.1, 0.12)._asdict()],
     }
     rows = tree.num_rows
     step_s = 0.1 + 0.02 * (rows - 1) / 7
@@ -135,7 +136,7 @@ def test_guessing_is_compared_with_plain_steps_of_the_same_round() -> None:
         )
         for slow in (1, 2)
     ]
-    cell = plan_prediction.cell_of("learnt", 0.0, 1, report, rounds, 100)
+    cell = plan_prediction.cell_of("learnt", 0.0, 1, report, rounds, 100, 200)
     assert cell["expected"]["tokens_per_step"] == pytest.approx(1.5)
     assert cell["measured"]["tokens_per_step"] == pytest.approx(1.5)
     assert cell["measured"]["over_plain"]["min"] == pytest.approx(
@@ -147,6 +148,9 @@ def test_guessing_is_compared_with_plain_steps_of_the_same_round() -> None:
     assert cell["measured"]["bound"] == pytest.approx(0.15 / step_s, abs=1e-4)
     assert cell["expected_over_measured"]["over_plain"] == pytest.approx(1)
     assert cell["over_plain_of_bound"] == pytest.approx(1)
+    assert cell["timings"] == [
+        {"requests": 1, "rows": 2.5, "plain_s": 0.1, "guessing_s": 0.12, "context": 1}
+    ]
 
 
 def engine(weights: int, blocks: int, used: int, process: int) -> dict[str, Any]:

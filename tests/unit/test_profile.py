@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from vllm_ppd.context_cost import ContextCost
 from vllm_ppd.profile import (
     LatencyProfile,
     ProfileError,
@@ -33,6 +34,26 @@ def test_curves_lie_between_and_beyond_the_measured_loads():
     assert PROFILE.curve(8)(np.array([1, 2])).tolist() == [4, 8]
 
 
+COST = ContextCost(128, 1e-3, 1e-3, 0)
+BARE = LatencyProfile((1, 4), PROFILE.rows, PROFILE.seconds, KEY, COST, (1.5, 3.0))
+
+
+def test_looking_for_guesses_takes_time():
+    curve = BARE.curve(2)
+    assert curve.plain_s == PROFILE.curve(2).plain_s == pytest.approx(4 / 3)
+    assert curve(np.array([1, 8])) == pytest.approx([2.0, 16 / 3])
+    assert PROFILE.curve(2).plain_s == PROFILE.curve(2)(1)
+    assert BARE.curve(8).plain_s == 4 and BARE.curve(8)(1) == 6
+    # Contexts are read by plain attention.
+    longer = BARE.at_context(1128)
+    assert longer.bare == pytest.approx((2.5, 7.0))
+    assert longer.curve(1).plain_s == pytest.approx(2.0)
+    # Measured out of order, steps take the mean.
+    raw = np.array([[1.0, 2.0, 4.0]])
+    found = LatencyProfile.smoothed((1,), (1, 2, 8), raw, KEY, np.array([3.0]))
+    assert (found.seconds, found.bare) == (((1.0, 2.5, 4.0),), (2.5,))
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_typical_machines(device):
     profile = default_profile(device)
@@ -47,6 +68,8 @@ def test_files(tmp_path):
     PROFILE.save(path)
     assert LatencyProfile.load(path) == PROFILE
     assert LatencyProfile.load(path, KEY) == PROFILE
+    BARE.save(path)
+    assert LatencyProfile.load(path, KEY) == BARE
     with pytest.raises(ProfileError, match="with threads 2, and this is 4"):
         LatencyProfile.load(path, {**KEY, "threads": 4})
 
@@ -55,7 +78,12 @@ def test_files(tmp_path):
     ("change", "message"),
     [
         (lambda d: d.pop("rows"), "no latency profile"),
-        (lambda d: d.update(format_version=1), "expected 'ppd_profile' 2"),
+        (lambda d: d.update(format_version=1), "expected 'ppd_profile' 3"),
+        (lambda d: d.update(format_version=2), "expected 'ppd_profile' 3"),
+        (lambda d: d.update(bare=[1.0]), "bare has 1 times; expected 2 or none"),
+        (lambda d: d.update(bare=[1.0, 1.9]), "at least as long as plain ones"),
+        (lambda d: d.update(bare=[1.0, float("nan")]), "at least as long"),
+        (lambda d: d.update(bare=3), "not iterable"),
         (lambda d: d.update(context_cost=3), "must be a mapping"),
         (lambda d: d.update(context_cost={"plain": 1e-6}), "missing"),
         (

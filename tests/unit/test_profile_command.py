@@ -146,6 +146,16 @@ def test_it_measures_once(command, engine) -> None:
     ]
 
 
+def test_what_steps_without_guesses_cost_in_words() -> None:
+    measured = LatencyProfile((1, 8), ROWS, SECONDS, KEY)
+    assert profile.bare_sentence(measured) == (
+        "Steps of one row take no longer among steps with guesses."
+    )
+    bare = tuple(1.1 * row[0] for row in SECONDS)
+    measured = LatencyProfile((1, 8), ROWS, SECONDS, KEY, bare=bare)
+    assert "by 10% with 1 request, by 10% with 8." in profile.bare_sentence(measured)
+
+
 def test_what_contexts_cost_in_words() -> None:
     cost = ContextCost(128, 2e-6, 1e-6, 1e-6)
     measured = LatencyProfile((1, 8), ROWS, SECONDS, KEY, cost)

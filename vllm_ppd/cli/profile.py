@@ -189,6 +189,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"{_short(file)} ({how})", soft_wrap=True)
     console.print("\nMilliseconds of a step, by running requests and rows of each:")
     console.print(profile_table(profile))
+    console.print(bare_sentence(profile))
     console.print(context_sentence(profile))
     if args.out:
         profile.save(Path(args.out).expanduser())
@@ -244,6 +245,21 @@ def profile_table(profile: LatencyProfile) -> Any:
     for load, seconds in zip(profile.requests, profile.seconds, strict=True):
         table.add_row(str(load), *(_ms(each) for each in seconds))
     return table
+
+
+def bare_sentence(profile: LatencyProfile) -> str:
+    """How long a step without guesses takes where some have them."""
+    if not profile.bare:
+        return "Steps of one row take no longer among steps with guesses."
+    longer = [
+        bare / seconds[0] - 1
+        for bare, seconds in zip(profile.bare, profile.seconds, strict=True)
+    ]
+    return (
+        "Where guesses may come a step without any takes longer, for it looks for "
+        f"them: by {longer[0]:.0%} with {profile.requests[0]} request, by "
+        f"{longer[-1]:.0%} with {profile.requests[-1]}."
+    )
 
 
 def context_sentence(profile: LatencyProfile) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -24,6 +24,8 @@ CONTEXT = 128
 # visited in turn, several times, and each visit is short. The first step of a visit has
 # no guesses yet, the second warms up.
 _VISITS, UNTIMED, TIMED = 3, 2, 3
+# What stands for steps of one row that are no plain ones.
+_BARE = 0
 # Seconds after which there are no more rounds of visits.
 _LONG_ENOUGH = 15.0
 
@@ -38,12 +40,16 @@ class Visit(Protocol):
         """Free the requests."""
 
 
+AnyVisit = TypeVar("AnyVisit", bound=Visit)
+
+
 def measure_grid(
-    visit_of: Callable[[int, list[int]], Visit],
+    visit_of: Callable[[int, list[int]], AnyVisit],
     rows: list[int],
     limits: Any,
     key: dict[str, Any],
     quiet: bool,
+    bare: Callable[[AnyVisit], list[float]] | None = None,
 ) -> LatencyProfile:
     """The profile for these row counts and all loads that the scheduler allows.
 
@@ -52,6 +58,8 @@ def measure_grid(
         rows: per request, rising from 1.
         limits: vLLM's SchedulerConfig.
         key, quiet: of `measure_profile`.
+        bare: seconds of each step in which nobody guesses, though guesses may come;
+            None where those are plain steps.
     """
     most = min(_MOST_ROWS, limits.max_num_batched_tokens)
     loads = {
@@ -60,7 +68,7 @@ def measure_grid(
         if requests <= limits.max_num_seqs
     }
     found: dict[tuple[int, int], list[float]] = defaultdict(list)
-    cells = sum(map(len, loads.values()))
+    cells = sum(len(counts) + (bare is not None) for counts in loads.values())
     begun = time.perf_counter()
     with tqdm(
         total=_VISITS * cells, desc="PPD measures steps", unit="", disable=quiet
@@ -72,6 +80,9 @@ def measure_grid(
                     for count in counts:
                         found[requests, count] += visit.seconds(count)
                         bar.update()
+                        if bare is not None and count == 1:
+                            found[requests, _BARE] += bare(visit)
+                            bar.update()
                 finally:
                     visit.close()
             if agreed(time.perf_counter() - begun > _LONG_ENOUGH):
@@ -79,7 +90,10 @@ def measure_grid(
         bar.total = bar.n
     medians = {cell: float(np.median(times)) for cell, times in found.items()}
     table = np.array([_fill_row(medians, load, rows) for load in loads])
-    return LatencyProfile.smoothed(list(loads), rows, table, key)
+    others = None
+    if bare is not None:
+        others = np.array([medians[load, _BARE] for load in loads])
+    return LatencyProfile.smoothed(list(loads), rows, table, key, others)
 
 
 def agreed(answer: bool) -> bool:

@@ -25,7 +25,7 @@ from vllm_ppd.engine.measure_context import measure_context_cost
 from vllm_ppd.engine.measure_grid import CONTEXT, ROWS, TIMED, UNTIMED, measure_grid
 from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.profile import LatencyProfile
-from vllm_ppd.tree import TreePolicy
+from vllm_ppd.tree import SparseTree, TreePolicy
 
 __all__ = ["measure_profile"]
 
@@ -51,6 +51,7 @@ def measure_profile(
             limits,
             key,
             quiet,
+            bare=_Visit.bare_seconds,
         )
         cost = measure_context_cost(
             lambda *asked: _Visit(runner, *asked), rows, limits.max_num_seqs
@@ -82,7 +83,7 @@ class _Visit:
         self._ids = [f"ppd-measure-{index}" for index in range(requests)]
         # Tokens that a visit can write, with room for the rows of its last step.
         steps = UNTIMED + TIMED
-        most = sum(steps * (1 + self._depth(count)) for count in counts)
+        most = sum(steps * (1 + self._depth(count)) for count in [1, *counts])
         length = runner.model_config.max_model_len
         self.context = max(1, min(context, length - most - max(counts) - 1))
         self._tokens = min(length, self.context + most + max(counts))
@@ -98,10 +99,19 @@ class _Visit:
 
         Less than usual, but at least one, where the model's length leaves no room.
         """
+        return self._seconds(count, self._trees.get(count))
+
+    def bare_seconds(self) -> list[float]:
+        """Those of steps in which nobody guesses, though guesses may come."""
+        prompts = self._runner.drafter.prompts
+        return self._seconds(1, SparseTree((), (), (0,), prompts.num_ept))
+
+    def _seconds(self, count: int, tree: SparseTree | None) -> list[float]:
+        """Seconds of each timed step with a tree of `count` rows, or a plain one."""
         runner, drafter = self._runner, self._runner.drafter
         tier = Tier(None)
-        if count > 1:
-            policy = TreePolicy((self._trees[count],) * drafter.num_states)
+        if tree is not None:
+            policy = TreePolicy((tree,) * drafter.num_states)
             tier = Tier(None, (policy,) * drafter.num_classes)
         drafter.set_plan(TreePlan((tier,)))
         # Guesses pending were laid out for trees that are gone.

@@ -259,11 +259,13 @@ class PPDRunnerMixin:
         classes, chains = self._match(batch)
         trees = first_tree + classes * drafter.num_states + counts
         self._learn_matches(classes, chains, tables.tries_chain[trees])
-        roots = np.array([tokens[-1] if tokens else 0 for tokens in sampled_token_ids])
-        ids = drafter.fill(trees, Guesses(counts, logits, roots, chains)).tolist()
-        lengths = tables.num_rows[trees].tolist()
         request_ids = self.input_batch.req_ids  # type: ignore[attr-defined]
         self.ppd_trees.update(zip(request_ids, trees.tolist(), strict=True))
+        lengths = tables.num_rows[trees].tolist()
+        if max(lengths) == 1:
+            return [[]] * batch
+        roots = np.array([tokens[-1] if tokens else 0 for tokens in sampled_token_ids])
+        ids = drafter.fill(trees, Guesses(counts, logits, roots, chains)).tolist()
         grammar = scheduler_output.has_structured_output_requests
         drafts = []
         for index, request_id in enumerate(request_ids):
