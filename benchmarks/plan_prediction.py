@@ -200,8 +200,10 @@ def cell_of(
 
 def shown_timing(timing: StepTiming) -> dict[str, Any]:
     """A look's steps, with the mean of their rows."""
-    rows = sum(rows * share for rows, share in timing.rows)
-    return {**timing._asdict(), "rows": round(rows, 3)}
+    steps = sum(count for _, count in timing.rows)
+    rows = sum(rows * count for rows, count in timing.rows) / steps
+    bare = dict(timing.rows).get(1.0, 0)
+    return {**timing._asdict(), "rows": round(rows, 3), "steps": steps, "bare": bare}
 
 
 def measure(

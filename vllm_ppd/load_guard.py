@@ -219,9 +219,10 @@ class LoadGuard:
         return [
             StepTiming(
                 load.running,
-                guessing.row_shares,
+                guessing.row_steps,
                 plain.seconds,
                 guessing.seconds,
+                guessing.bare_s,
                 load.context,
             )
             for load in self._loads.values()

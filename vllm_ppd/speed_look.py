@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from operator import mul
 from statistics import fmean, median
 from typing import NamedTuple
 
 from vllm_ppd.prompt_cost import seconds_per_row
-from vllm_ppd.step_timing import RowShares
+from vllm_ppd.step_timing import RowSteps
 
 __all__ = ["BLOCK", "HOPELESS", "OTHER_BLOCKS", "Look", "MeanStep", "TimedStep"]
 
@@ -51,12 +52,15 @@ class MeanStep(NamedTuple):
     """Steps of one way to decode, in the mean."""
 
     seconds: float
-    row_shares: RowShares
+    row_steps: RowSteps
+    bare_s: float
+    """Seconds of those in which nobody guessed; 0 if there are none."""
 
     @property
     def rows(self) -> float:
         """Per request."""
-        return sum(rows * share for rows, share in self.row_shares)
+        rows, steps = zip(*self.row_steps, strict=True)
+        return sum(map(mul, rows, steps)) / sum(steps)
 
 
 class Look:
@@ -141,10 +145,11 @@ class Look:
         long ones.
         """
         steps = self._undisturbed(guessing, prompt_row_s)
-        counts = Counter(step.rows for step in steps)
+        bare = [step.seconds for step in steps if step.rows == 1]
         return MeanStep(
             fmean(step.seconds for step in steps),
-            tuple((rows, count / len(steps)) for rows, count in sorted(counts.items())),
+            tuple(sorted(Counter(step.rows for step in steps).items())),
+            fmean(bare) if bare else 0.0,
         )
 
     def _undisturbed(self, guessing: bool, prompt_row_s: float) -> list[TimedStep]:

@@ -158,7 +158,7 @@ def test_only_contexts_in_use_are_searched():
 def test_times_of_long_contexts_correct_what_is_expected_there():
     # Exactly as the profile has it, for requests of 1128 tokens.
     plain, guessing = (PROFILE.at_context(1128).curve(1)(n) for n in (1, 4))
-    timing = StepTiming(1, ((4.0, 1.0),), plain, guessing, 1128)
+    timing = StepTiming(1, ((4.0, 48),), plain, guessing, context=1128)
     found = corrected(PROFILE, [timing] * 9)
     assert np.array(found.seconds) == pytest.approx(np.array(SECONDS))
     assert found.context_cost == COST

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -225,8 +226,8 @@ def test_what_guesses_brought_at_other_rows_than_the_clock_saw():
     assert tally.missing(-1.0) == tally.missing(0.1) > tally.missing(0.2) > 0
     assert tally.missing(0.5) == 0
     # 2.5 tokens in steps of 4 rows; those of 3 rows took 1.5 times a plain one.
-    guessing = MeanStep(3.0, ((2.0, 0.5), (4.0, 0.5)))
-    plain = MeanStep(2.0, ((1.0, 1.0),))
+    guessing = MeanStep(3.0, ((2.0, 8), (4.0, 8)), 0.0)
+    plain = MeanStep(2.0, ((1.0, 16),), 2.0)
     assert tally.ratio(guessing, plain) == pytest.approx(2.5 / 1.75)
     # The last ones count more than those of long ago.
     for _ in range(10_000):
@@ -285,7 +286,9 @@ def test_both_ways_to_decode_are_timed():
     world.run(400)
     timings = world.guard.timings
     for timing in timings:
-        assert (timing.requests, timing.rows) == (4, ((3.0, 1.0),))
+        ((rows, steps),) = timing.rows
+        assert (timing.requests, rows, timing.bare_s) == (4, 3.0, 0.0)
+        assert 30 < steps <= 48
         # One step in twenty takes ten seconds more, and does not count.
         assert timing.plain_s == pytest.approx(1.0)
         assert timing.guessing_s == pytest.approx(2.5)
@@ -297,12 +300,12 @@ def test_both_ways_to_decode_are_timed():
 
 
 def test_steps_are_timed_with_the_rows_they_had():
-    steps = [TimedStep(2.0, 8, rows, 0, 4) for rows in (1.0, 3.0, 3.0, 5.0)]
+    steps = [TimedStep(rows, 8, rows, 0, 4) for rows in (1.0, 3.0, 3.0, 5.0)]
     look = Look(True, steps * 4)
     for _ in range(16):
         look.add(TimedStep(1.0, 4, 1.0, 0, 4))
     found = look.mean_step(True, 0.0)
-    assert found == (2.0, ((1.0, 0.25), (3.0, 0.5), (5.0, 0.25)))
+    assert found == (3.0, ((1.0, 4), (3.0, 8), (5.0, 4)), 1.0)
     assert found.rows == pytest.approx(3.0)
 
 
@@ -315,7 +318,8 @@ def looks(
     requests: int, rows: float, plain_s: float, guessing_s: float, count: int = 10_000
 ) -> list[StepTiming]:
     """As many looks as it takes to be believed."""
-    return [StepTiming(requests, ((rows, 1.0),), plain_s, guessing_s)] * count
+    bare_s = guessing_s if rows == 1 else 0.0
+    return [StepTiming(requests, ((rows, 48),), plain_s, guessing_s, bare_s)] * count
 
 
 def test_a_profile_follows_the_clock():
@@ -355,23 +359,39 @@ def test_steps_of_different_size_are_no_steps_of_the_size_between(other):
     curve = profile.curve(1)
     seconds = (curve(other) + curve(8)) / 2
     assert seconds < 0.97 * curve((other + 8) / 2)
-    timing = StepTiming(1, ((other, 0.5), (8.0, 0.5)), 1.0, seconds)
+    timing = StepTiming(1, ((other, 24), (8.0, 24)), 1.0, seconds, curve(1))
     found = corrected(profile, [timing] * 9)
     np.testing.assert_allclose(found.seconds, profile.seconds)
 
 
-def test_looking_for_guesses_is_corrected_like_rows():
+def test_looking_for_guesses_is_told_apart_from_rows():
     """Four steps in five had none, and took longer than plain ones all the same."""
     seconds = ((1.0, 1.4, 2.0),)
     profile = LatencyProfile((1,), (1, 4, 8), seconds, {}, bare=(1.1,))
-    rows = ((1.0, 0.8), (4.0, 0.2))
-    for cost in (1.0, 2.0):
-        guessing = 1 + cost * (0.8 * 0.1 + 0.2 * 0.4)
-        timing = StepTiming(1, rows, 3.0, 3 * guessing)
+    rows = ((1.0, 40), (4.0, 10))
+    for bare, cost in ((1.1, 1.0), (1.3, 1.0), (1.1, 2.0)):
+        guessing = 0.8 * bare + 0.2 * (1 + cost * 0.4)
+        timing = StepTiming(1, rows, 3.0, 3 * guessing, 3 * bare)
         found = corrected(profile, [timing] * 10_000)
         expected = (3, 3 + 1.2 * cost, 3 + 3 * cost)
         np.testing.assert_allclose(found.seconds[0], expected, rtol=1e-3)
-        np.testing.assert_allclose(found.bare, 3 + 0.3 * cost, rtol=1e-3)
+        np.testing.assert_allclose(found.bare, 3 * bare, rtol=1e-3)
+    # It is seen where the profile does not know of it too, and half believed.
+    unknown = replace(profile, bare=())
+    found = corrected(unknown, [StepTiming(1, rows, 1.0, 1.3, 1.21)] * 2)
+    np.testing.assert_allclose(found.bare, 1.1)
+
+
+def test_a_few_steps_say_nothing():
+    profile = LatencyProfile((1,), (1, 4, 8), ((1.0, 1.4, 2.0),), {}, bare=(1.1,))
+    few_bare = StepTiming(1, ((1.0, 3), (8.0, 45)), 1.0, 3.0, 1.2)
+    found = corrected(profile, [few_bare] * 9)
+    assert found.bare == pytest.approx(profile.bare)
+    assert found.seconds[0][2] > 2.5
+    few_rows = StepTiming(1, ((1.0, 45), (8.0, 3)), 1.0, 1.5, 1.2)
+    found = corrected(profile, [few_rows] * 9)
+    assert found.bare > profile.bare
+    np.testing.assert_allclose(found.seconds, profile.seconds)
 
 
 def test_a_few_looks_are_half_believed():
@@ -381,8 +401,9 @@ def test_a_few_looks_are_half_believed():
 
 
 def test_steps_without_guesses_say_nothing_about_rows():
-    found = corrected(PROFILE, looks(2, 1.0, 3.0, 3.3))
+    found = corrected(PROFILE, looks(2, 1.0, 3.0, 3.15))
     np.testing.assert_allclose(found.seconds[1], (3, 3.3, 3.9, 4.5))
+    assert found.bare[1] == pytest.approx(3.15, rel=1e-3)
 
 
 @pytest.mark.parametrize("running", [1, 16])
@@ -416,5 +437,6 @@ def test_a_look_bears_a_wrong_idea_of_what_prompts_cost():
     assert look.ratio(prompt_row_s=1.0) == pytest.approx(1.5)
     assert look.mean_step(True, prompt_row_s=1.0) == (
         pytest.approx(0.2),
-        ((3.0, 1.0),),
+        ((3.0, 16),),
+        0.0,
     )
