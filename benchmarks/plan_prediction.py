@@ -235,6 +235,7 @@ def measure(
         context = len(prompts[0]) + max_tokens // 2
         cell = cell_of(kind, temperature, batch, report, rounds, max_tokens, context)
         cells.append(cell)
+        say(line(cell))
     return cells
 
 
@@ -298,25 +299,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
-    lines = [
+    heads = [
         "| plan | temperature | requests | tokens/step expected | measured (95 %) | "
         "ratio | over plain expected | measured (min-max) | ratio | bound | "
         "of the bound |",
         "|---" * 11 + "|",
     ]
-    for cell in cells:
-        expected, measured = cell["expected"], cell["measured"]
-        ratio, faster = cell["expected_over_measured"], measured["over_plain"]
-        lines.append(
-            f"| {cell['plan']} | {cell['temperature']:g} | {cell['batch']} "
-            f"| {expected['tokens_per_step']:.3f} "
-            f"| {measured['tokens_per_step']:.3f} ± {measured['half_width_95']:.3f} "
-            f"| {ratio['tokens_per_step']:.3f} | {expected['over_plain']:.3f} "
-            f"| {faster['median']:.3f} ({faster['min']:.3f}-{faster['max']:.3f}) "
-            f"| {ratio['over_plain']:.3f} | {measured['bound']:.3f} "
-            f"| {cell['over_plain_of_bound']:.3f} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([*heads, *map(line, cells)])
+
+
+def line(cell: dict[str, Any]) -> str:
+    """One result of the table."""
+    expected, measured = cell["expected"], cell["measured"]
+    ratio, faster = cell["expected_over_measured"], measured["over_plain"]
+    return (
+        f"| {cell['plan']} | {cell['temperature']:g} | {cell['batch']} "
+        f"| {expected['tokens_per_step']:.3f} "
+        f"| {measured['tokens_per_step']:.3f} ± {measured['half_width_95']:.3f} "
+        f"| {ratio['tokens_per_step']:.3f} | {expected['over_plain']:.3f} "
+        f"| {faster['median']:.3f} ({faster['min']:.3f}-{faster['max']:.3f}) "
+        f"| {ratio['over_plain']:.3f} | {measured['bound']:.3f} "
+        f"| {cell['over_plain_of_bound']:.3f} |"
+    )
 
 
 def say(text: str) -> None:
