@@ -63,6 +63,8 @@ from vllm_ppd.train.data import read_stream
 CALIBRATED, LEARNT = "calibrated", "learnt"
 # Tokens that a step can bring: those of a tree's longest path, and one.
 _REACH = 16
+# Groups of requests before an engine that does not learn is measured.
+_WARM_UP = 8
 _NO_GUESSES = TreePlan((Tier(None),))
 
 
@@ -219,9 +221,11 @@ def measure(
     params = {"temperature": temperature, "ignore_eos": True}
     learnt = {**params, "max_tokens": max_tokens}
     longer = {**params, "max_tokens": max_tokens + _REACH}
+    # What does not learn needs a few to be warm.
     for _ in range(args.learning_rounds if kind == LEARNT else 1):
         for batch in args.batch:
-            for group in groups(prompts, batch):
+            first = len(prompts) if kind == LEARNT else _WARM_UP * batch
+            for group in groups(prompts[:first], batch):
                 engine.generate(group, learnt)
     settle()
     report = engine.report()

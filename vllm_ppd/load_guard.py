@@ -197,8 +197,8 @@ class LoadGuard:
         self._loads: dict[int, _Load] = {}
         # When the last step ended.
         self._last: float | None = None
-        # Whether the step under way may have guesses.
-        self._mode = True
+        # Whether the step under way may have guesses, and is part of a comparison.
+        self._mode, self._looking = True, False
 
     def renew(self) -> None:
         """The plan has changed: what is known of steps with guesses is out of date.
@@ -270,8 +270,13 @@ class LoadGuard:
                 load.wait = _FIRST_WAIT // 2
             elif load.left <= 0:
                 load.go_on()
-        self._mode = load.guessing
+        self._mode, self._looking = load.guessing, load.look is not None
         return self._mode
+
+    @property
+    def looking(self) -> bool:
+        """Whether the step under way is part of a comparison."""
+        return self._looking
 
     def guesses(self, running: int) -> bool:
         """Whether steps of so many requests may have guesses, as far as is decided."""

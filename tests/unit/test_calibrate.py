@@ -243,3 +243,20 @@ def test_a_model_that_ends_at_once(stream):
     silent.model.generation_config.eos_token_id = list(range(VOCAB))
     with pytest.raises(DataError, match="after none of 8 prompts"):
         measure(silent, table(2, 1), stream, SETTINGS)
+
+
+def test_text_is_dealt_in_pieces_from_all_over():
+    for total, size in ((100_000, 40_000), (1_000_000, 20_000), (3_000, 1_500), (9, 4)):
+        tokens = torch.arange(total, dtype=torch.int32)
+        rest, dealt = TokenStream(tokens, tokens % 2 == 0).deal(size)
+        assert rest.tokens.numel() + dealt.tokens.numel() == total
+        assert torch.cat([rest.tokens, dealt.tokens]).unique().numel() == total
+        assert dealt.tokens.numel() == pytest.approx(size, rel=0.4)
+        assert torch.equal(dealt.allowed, dealt.tokens % 2 == 0)
+        for part in (rest, dealt):
+            assert (part.tokens.diff() > 0).all()
+            # The middle of the text is the middle of either part.
+            assert part.tokens.float().mean() == pytest.approx(total / 2, rel=0.5)
+        if total > 10_000:
+            assert dealt.tokens.numel() == pytest.approx(size, rel=0.07)
+            assert (dealt.tokens.diff() > 1).sum() >= 2

@@ -433,17 +433,22 @@ def test_other_families_pass_the_same_comparison(family: str) -> None:
 
 
 def test_points_in_a_row():
-    tokens = torch.ones(200, 30)
-    allowed = torch.ones(200, 30).bool()
+    tokens = torch.ones(2000, 30)
+    allowed = torch.ones(2000, 30).bool()
     allowed[:, :5] = False
-    allowed[100:, 12:] = False
+    allowed[1000:, 12:] = False
     generator = torch.Generator().manual_seed(0)
     found = sample_insertion(tokens, 6, 2, 1, generator, allowed, in_a_row=True)
-    # Places 5 .. 27, and only 5 .. 9 in the second half.
-    assert found.points.shape == (200, 6)
-    assert found.valid[:100].all() and (found.valid[100:].sum(dim=1) == 5).all()
+    # Places 5 .. 27, and only 5 .. 9 in the second half, all of which fit in a run.
+    assert found.points.shape == (2000, 6)
+    assert (found.valid[1000:].sum(dim=1) == 5).all()
+    lengths = found.valid[:1000].sum(dim=1)
+    assert lengths.min() == 1 and lengths.max() == 6
     for points, valid in zip(found.points, found.valid, strict=True):
         chosen = points[valid]
         assert (chosen.diff() == 1).all() and chosen[0] >= 5
-    begins = set(found.points[:100, 0].tolist())
-    assert begins <= set(range(5, 23)) and len(begins) > 12
+    # No place is in a run more often than others, the first and the last included.
+    often = torch.bincount(found.points[:1000][found.valid[:1000]], minlength=28)
+    assert not often[:5].any()
+    expected = 1000 * 6 / 28
+    assert (often[5:28] - expected).abs().max() < 5 * expected**0.5

@@ -299,6 +299,17 @@ def test_both_ways_to_decode_are_timed():
     assert len(timings) < len(world.guard.timings) == 9
 
 
+def test_it_says_which_steps_it_compares():
+    world = World(1.2)
+    looking = []
+    for _ in range(600):
+        world.run(1)
+        looking.append(world.guard.looking)
+    # Five blocks, each of sixteen steps and two before that settle.
+    first = looking.index(True)
+    assert first >= 16 and sum(looking) == sum(looking[first : first + 90]) == 90
+
+
 def test_steps_are_timed_with_the_rows_they_had():
     steps = [TimedStep(rows, 8, rows, 0, 4) for rows in (1.0, 3.0, 3.0, 5.0)]
     look = Look(True, steps * 4)

@@ -136,7 +136,13 @@ class OnlineTrees:
 
     @property
     def counts_now(self) -> bool:
-        return self._steps < _COUNT_FIRST or self._steps % _COUNT_EVERY == 0
+        return self._counts_all or self._steps % _COUNT_EVERY == 0
+
+    @property
+    def _counts_all(self) -> bool:
+        """At first, but steps that are timed are to take as long as later ones."""
+        looking = self._guard is not None and self._guard.looking
+        return self._steps < _COUNT_FIRST and not looking
 
     @property
     def glances_now(self) -> bool:
@@ -202,7 +208,7 @@ class OnlineTrees:
         before = self._matched
         if before.request_ids != request_ids:
             # Every change is counted, other moves now and then.
-            weight = 1.0 if self._steps < _COUNT_FIRST else 1 / _COUNT_EVERY
+            weight = 1.0 if self._counts_all else 1 / _COUNT_EVERY
             self._count_changes(request_ids, classes, weight)
         elif self.counts_now and before.step == self._steps - 1:
             went_on = ends > before.ends

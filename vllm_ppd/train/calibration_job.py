@@ -23,6 +23,7 @@ from vllm_ppd.default_trees import ACCEPTANCE_FILE
 from vllm_ppd.evidence import EVIDENCE_FILE
 from vllm_ppd.fingerprint import BaseModelFingerprint
 from vllm_ppd.hub import resolve_model_path, resolve_path
+from vllm_ppd.profile import default_profile
 from vllm_ppd.prompts import PromptTokens, tensor_file
 from vllm_ppd.successors import SUCCESSOR_FILE, SuccessorTable
 from vllm_ppd.train.calibrate import Measurement, measure
@@ -93,7 +94,13 @@ class CalibrationJob:
         )
         begun = time.monotonic()
         table, stream = self._successors(model, stream, prompts.num_prompt_tokens)
-        counts = EvidenceCounts(prompts.num_prompt_tokens, self.settings.ranks, table)
+        counts = EvidenceCounts(
+            prompts.num_prompt_tokens,
+            self.settings.ranks,
+            table,
+            default_profile("cuda" if gpu else "cpu").curve(1),
+            prompts.num_ept,
+        )
         found = measure(
             model, prompts.embeddings, stream, self.settings, self.quiet, counts
         )
@@ -125,7 +132,7 @@ class CalibrationJob:
         """The table, and the text that it has not seen."""
         size = min(self.settings.successors, model.vocab_size)
         seen = min(self.settings.successor_tokens, stream.tokens.numel() // 2)
-        rest, first = stream.split(seen)
+        rest, first = stream.deal(seen)
         # Chats measure where the assistant writes, and prompts need room.
         if not size or not seen or rest.tokens.numel() < self.settings.prompt_length:
             return None, stream

@@ -24,6 +24,10 @@ __all__ = ["TokenStream", "load_tokenizer", "prompt_starts", "read_stream"]
 _DOCUMENTS_AT_ONCE = 256
 
 
+# Text is dealt in so many pieces or more, each of at least and at most so many tokens.
+_PIECES, _SHORT_PIECE, _PIECE = 32, 512, 8192
+
+
 @dataclass(frozen=True, eq=False)
 class TokenStream:
     """Packed documents."""
@@ -53,7 +57,17 @@ class TokenStream:
         cut = self.tokens.numel() - size
         return self._part(slice(0, cut)), self._part(slice(cut, None))
 
-    def _part(self, part: slice) -> TokenStream:
+    def deal(self, size: int) -> tuple[TokenStream, TokenStream]:
+        """Everything but about `size` tokens, and those, taken in pieces from all over:
+        files are often in an order, and one end of it is not like the other."""
+        total = self.tokens.numel()
+        piece = max(1, min(_PIECE, max(_SHORT_PIECE, total // _PIECES), size))
+        number = torch.arange(total) // piece
+        # The next piece is taken as soon as that makes no more than its share.
+        taken = (number + 1) * size // total > number * size // total
+        return self._part(~taken), self._part(taken)
+
+    def _part(self, part: slice | torch.Tensor) -> TokenStream:
         allowed = None if self.allowed is None else self.allowed[part]
         return TokenStream(self.tokens[part], allowed)
 

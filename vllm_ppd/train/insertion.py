@@ -138,7 +138,8 @@ def sample_insertion(
 ) -> Insertion:
     """Draw insertion points uniformly, without repetition within a sequence.
 
-    `in_a_row`: a run of neighbouring places instead, wherever it begins.
+    `in_a_row`: a run of neighbouring places instead, wherever it begins; one that is
+    cut by the first or last place is shorter.
 
     `attention_mask` [batch, T] is nonzero at tokens and may be padded on either side;
     `allowed` [batch, T] restricts the points further (to an assistant's turns). A root
@@ -163,7 +164,10 @@ def sample_insertion(
     if in_a_row:
         order, total = places.cumsum(dim=1) - 1, places.sum(dim=1, keepdim=True)
         draw = torch.rand(len(places), 1, generator=generator)
-        first = (draw * (total - count + 1).clamp(min=1)).long()
+        # Also before the first place, so that all places are as often in a run.
+        before = (count - 1) * (total > count)
+        first = (draw * (total + before).clamp(min=1)).long() - before
+        first = torch.where(total > count, first, 0)
         places = places & (order >= first) & (order < first + count)
         score = places.float()
     points = score.topk(count, dim=1).indices.sort(dim=1).values
