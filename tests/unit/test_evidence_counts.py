@@ -106,12 +106,9 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
         if False in same:
             beside = place(None, root + right, 0.0, int(chain[right]))
         assert points.beside_alone[index] == beside
-        then, fresh, last = texts.after(
-            points.text[[index]], points.root[[index]], np.array([3])
-        )
-        following = match_chain(tokens[s, : min(root + 3, end - 2) + 1])[0]
-        assert (then[0], fresh[0]) == (following, match_chain(tokens[s, :1])[0])
-        assert last[0] == pytest.approx(3 / end)
+        then = texts.after(points.text[[index]], points.root[[index]], np.array([3]))
+        next_root = root + 3 if root + 3 < end - M else 0
+        assert then == match_chain(tokens[s, : next_root + 1])[0]
     assert matched > 5
 
 
@@ -231,9 +228,9 @@ def test_rates_are_those_of_the_steps(monkeypatch):
         # A second weight that is always worse.
         values[name] = np.stack([np.full_like(values[name], K), values[name]])
     tried = TriedPoints(**values)
-    texts = Texts()
+    texts = Texts(M)
     class_at, first = rng.integers(0, 3, (3, 240)), np.zeros(3, dtype=int)
-    assert texts.add(class_at, first, np.full(3, 240)) == 0
+    assert texts.add(class_at, first, np.full(3, 200)) == 0
 
     def fixed(evidence, *_):
         return SimpleNamespace(trees=TREES[: evidence.num_classes])
@@ -260,11 +257,10 @@ def test_rates_are_those_of_the_steps(monkeypatch):
             tries[match_class - 1, : points.tried[at]] += weight
             if points.tried[at] > right and right < state:
                 beside[match_class - 1, right, points.beside[at, right]] += weight
-        last = advance / 240
-        text, then = points.text[at], min(points.root[at] + advance, 238)
-        where = moves[int(advance > 1), match_class]
-        where[class_at[text, then]] += weight * (1 - last)
-        where[class_at[text, 0]] += weight * last
+        then = points.root[at] + advance
+        # No point begins with the last tokens; another text does.
+        then = class_at[points.text[at], then if then < 200 - M else 0]
+        moves[int(advance > 1), match_class, then] += weight
     for at, state, weight, advance in walked(points.without_matches(), TREES[:1])[1]:
         for d in range(advance):
             if d < state:
@@ -289,7 +285,7 @@ def test_what_is_promised_is_what_a_walk_gets(sources):
     """Text in passages that are easy to guess, and others that are not: most of its
     tokens are in the former, most of its steps in the latter."""
     rng = np.random.default_rng(5)
-    length, texts = 400, Texts()
+    length, texts = 400, Texts(M)
     # Of two prompt tokens and the table alone.
     weak = np.array(sources)[:, None]
     hard = np.zeros((20, length), dtype=bool)

@@ -56,7 +56,8 @@ class EvidenceCounts:
         self._weights = WEIGHTS if table else (0.0,)
         self._latency = latency or default_profile("cpu").curve(1)
         self._num_ept = num_ept
-        self._texts = Texts()
+        # A point has m true tokens after its root.
+        self._texts = Texts(num_prompt_tokens)
         self._points: list[TriedPoints] = []
         self._settled: tuple[Evidence, tuple[int, ...]] | None = None
 

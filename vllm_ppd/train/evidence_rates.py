@@ -34,9 +34,13 @@ _NEVER = 1e-9
 
 
 class Texts:
-    """Match classes of texts, number after number."""
+    """Match classes of texts, number after number.
 
-    def __init__(self) -> None:
+    beyond: tokens at a text's end that are the root of no point.
+    """
+
+    def __init__(self, beyond: int) -> None:
+        self._beyond = beyond
         self._classes: list[np.ndarray] = []
         self._bounds: list[np.ndarray] = []
         self._count = self._size = 0
@@ -54,18 +58,13 @@ class Texts:
 
     def after(
         self, text: np.ndarray, root: np.ndarray, advance: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[N] match class of the step after one; that with which the text begins; and
-        the chance that the step is its text's last one.
-
-        After the end of a text another one begins, where matches are rare: a step of n
-        tokens is the last one of a text of N with chance n / N.
-        """
+    ) -> np.ndarray:
+        """[N] match class of the step after one. After the end of a text another one
+        begins, where matches are rare."""
         classes = np.concatenate(self._classes)
         offset, first, end = np.concatenate(self._bounds, axis=1)[:, text]
-        last = np.minimum(1.0, advance / (end - first))
-        then = classes[offset + np.minimum(root + advance, end - 2)]
-        return then, classes[offset + first], last
+        then = root + advance
+        return classes[offset + np.where(then < end - self._beyond, then, first)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,10 +205,9 @@ def _moves(points: StepPoints, steps: Steps, texts: Texts) -> np.ndarray:
     moves = np.full((2, len(LENGTHS) + 1, len(LENGTHS) + 1), 1e-3)
 
     def count(at: np.ndarray, begins: np.ndarray, advance: np.ndarray) -> None:
-        then, fresh, last = texts.after(points.text[at], points.root[at], advance)
-        where = (advance > 1).astype(int), points.match_class[at]
-        np.add.at(moves, (*where, then), begins * (1 - last))
-        np.add.at(moves, (*where, fresh), begins * last)
+        then = texts.after(points.text[at], points.root[at], advance)
+        where = (advance > 1).astype(int), points.match_class[at], then
+        np.add.at(moves, where, begins)
 
     at, state = np.nonzero(steps.begins)
     count(at, steps.begins[at, state], steps.advances[at, state])
