@@ -220,7 +220,7 @@ def hold(llm: Any, plan: dict[str, Any] | None = None) -> None:
 class _Turns:
     """A load guard that allows guesses for some steps and forbids them for as many."""
 
-    timings = ()
+    timings, looking = (), False
 
     def __init__(self, period: int):
         self._period, self._steps = period, 0
