@@ -70,3 +70,22 @@ def latency_curve(seconds: Mapping[int, float]) -> LatencyCurve:
     rows = sorted(seconds)
     so_far = [max(seconds[n] for n in rows if n <= count) for count in rows]
     return LatencyCurve(tuple(rows), tuple(so_far))
+
+
+def decode_rate(batch: Batch) -> tuple[int, float]:
+    """Tokens and seconds after the last request's first step, until one ends."""
+    begun = max(request.steps[0].at_s for request in batch.requests)
+    ended = min(request.steps[-1].at_s for request in batch.requests)
+    tokens = sum(
+        len(step.ids)
+        for request in batch.requests
+        for step in request.steps
+        if begun < step.at_s <= ended
+    )
+    return tokens, ended - begun
+
+
+def speed_of(batches: Sequence[Batch]) -> float:
+    """Tokens per second of all requests that run together."""
+    pairs = [decode_rate(each) for each in batches]
+    return sum(tokens for tokens, _ in pairs) / sum(seconds for _, seconds in pairs)

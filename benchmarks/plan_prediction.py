@@ -37,7 +37,7 @@ from statistics import median
 from typing import Any
 
 from continuations import prompt_ids
-from decoding import acceptance_length, decode_counts
+from decoding import acceptance_length, decode_counts, speed_of
 from environment import ROOT, environment_card, shown_path
 from harness import document, running
 from stats import Spread, ratios
@@ -56,7 +56,7 @@ from vllm_ppd.evidence import Evidence
 from vllm_ppd.plan import Tier, TreePlan
 from vllm_ppd.plan_report import evidence_for, load_figures
 from vllm_ppd.profile import LatencyProfile
-from vllm_ppd.step_timing import StepTiming
+from vllm_ppd.step_timing import StepTiming, mean_rows
 from vllm_ppd.train.calibration_settings import CalibrationSettings
 from vllm_ppd.train.data import read_stream
 
@@ -125,25 +125,6 @@ class Round:
         return found
 
 
-def decode_rate(batch: Batch) -> tuple[int, float]:
-    """Tokens and seconds after the last request's first step, until one ends."""
-    begun = max(request.steps[0].at_s for request in batch.requests)
-    ended = min(request.steps[-1].at_s for request in batch.requests)
-    tokens = sum(
-        len(step.ids)
-        for request in batch.requests
-        for step in request.steps
-        if begun < step.at_s <= ended
-    )
-    return tokens, ended - begun
-
-
-def speed_of(batches: Sequence[Batch]) -> float:
-    """Tokens per second of all requests that run together."""
-    pairs = [decode_rate(each) for each in batches]
-    return sum(tokens for tokens, _ in pairs) / sum(seconds for _, seconds in pairs)
-
-
 def cell_of(
     kind: str,
     temperature: float,
@@ -202,10 +183,9 @@ def cell_of(
 
 def shown_timing(timing: StepTiming) -> dict[str, Any]:
     """A look's steps, with the mean of their rows."""
-    steps = sum(count for _, count in timing.rows)
-    rows = sum(rows * count for rows, count in timing.rows) / steps
-    bare = dict(timing.rows).get(1.0, 0)
-    return {**timing._asdict(), "rows": round(rows, 3), "steps": steps, "bare": bare}
+    steps = dict(timing.rows)
+    shown = {"rows": round(mean_rows(timing.rows), 3), "steps": sum(steps.values())}
+    return {**timing._asdict(), **shown, "bare": steps.get(1.0, 0)}
 
 
 def measure(

@@ -33,7 +33,7 @@ import torch
 from environment import ROOT, environment_card, shown_path
 from harness import document
 from step_points import RANKS, Point, Points, Ranker
-from step_starts import accepted_guesses, step_starts
+from step_starts import step_starts
 
 from vllm_ppd.atomic import write_json
 from vllm_ppd.prompts import PromptTokens
@@ -43,6 +43,7 @@ from vllm_ppd.train.calibration_settings import CalibrationSettings
 from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream
 from vllm_ppd.train.model import FrozenModel
 from vllm_ppd.train.reliability import EDGES
+from vllm_ppd.train.step_points import accepted_guesses
 
 NODES = (4, 8, 16, 32, 64)
 # Ranks from which on candidates are alike.

@@ -11,23 +11,10 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["accepted_guesses", "step_starts"]
+__all__ = ["step_starts"]
 
-# Candidates that a middling tree has at each depth: only where steps begin depends on
-# them, not what is counted there.
-_WIDTHS = (4, 2, 1)
 # Walks begin at so many places, and have forgotten where once they are past these.
 _BURN_IN = 8
-
-
-def accepted_guesses(ranks: np.ndarray) -> np.ndarray:
-    """[n] tokens that a middling tree would guess right.
-
-    ranks: [n, m] place of the true token among each prompt token's candidates.
-    """
-    widths = np.ones(ranks.shape[1], dtype=int)
-    widths[: len(_WIDTHS)] = _WIDTHS[: len(widths)]
-    return (ranks < widths).cumprod(axis=1).sum(axis=1)
 
 
 def step_starts(advances: np.ndarray) -> np.ndarray:

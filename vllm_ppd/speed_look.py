@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from operator import mul
 from statistics import fmean, median
 from typing import NamedTuple
 
 from vllm_ppd.prompt_cost import seconds_per_row
-from vllm_ppd.step_timing import RowSteps
+from vllm_ppd.step_timing import RowSteps, mean_rows
 
 __all__ = ["BLOCK", "HOPELESS", "OTHER_BLOCKS", "Look", "MeanStep", "TimedStep"]
 
@@ -59,8 +58,7 @@ class MeanStep(NamedTuple):
     @property
     def rows(self) -> float:
         """Per request."""
-        rows, steps = zip(*self.row_steps, strict=True)
-        return sum(map(mul, rows, steps)) / sum(steps)
+        return mean_rows(self.row_steps)
 
 
 class Look:

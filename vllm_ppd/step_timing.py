@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import mul
 from typing import NamedTuple
 
 import numpy as np
 
 from vllm_ppd.profile import LatencyProfile
 
-__all__ = ["RowSteps", "StepTiming", "corrected"]
+__all__ = ["RowSteps", "StepTiming", "corrected", "mean_rows"]
 
 # A factor further from 1 than this is taken for noise.
 _MOST = 4.0
@@ -30,6 +31,12 @@ _DOUBT = 2
 
 # (rows per request, number of steps that had them).
 RowSteps = tuple[tuple[float, int], ...]
+
+
+def mean_rows(row_steps: RowSteps) -> float:
+    """Rows per request of the mean step."""
+    rows, steps = zip(*row_steps, strict=True)
+    return sum(map(mul, rows, steps)) / sum(steps)
 
 
 class StepTiming(NamedTuple):
@@ -88,8 +95,13 @@ def corrected(profile: LatencyProfile, timings: Sequence[StepTiming]) -> Latency
 def _factors(profile: LatencyProfile, looks: Sequence[StepTiming]) -> _Factors:
     """Each in the median over looks: within one the machine is about equally fast."""
     slower, bare, costs = [], [], []
+    # A search is asked for within a decode step, and curves take most of the time.
+    curves = {
+        look.context: profile.at_context(look.context).curve(look.requests)
+        for look in {each.context: each for each in looks}.values()
+    }
     for look in looks:
-        curve = profile.at_context(look.context).curve(look.requests)
+        curve = curves[look.context]
         slower.append(look.plain_s / curve.plain_s)
         steps = dict(look.rows)
         without = steps.pop(1.0, 0)

@@ -65,17 +65,20 @@ class Clockwork:
         self.closed = True
 
 
+class Visits(list[Clockwork]):
+    """Makes them, and knows all that were made."""
+
+    def __call__(self, requests, counts):
+        self.append(Clockwork(requests, counts))
+        return self[-1]
+
+
 def test_all_rows_of_a_load_are_visited_in_turn(monkeypatch):
     monkeypatch.setattr(grid, "agreed", lambda answer: answer)
-    visits: list[Clockwork] = []
-
-    def visit(requests, counts):
-        visits.append(Clockwork(requests, counts))
-        return visits[-1]
-
+    visits = Visits()
     limits = SimpleNamespace(max_num_batched_tokens=32, max_num_seqs=5)
     rows = [1, 4, 8, 16]
-    profile = grid.measure_grid(visit, rows, limits, {"of": "clockwork"}, quiet=True)
+    profile = grid.measure_grid(visits, rows, limits, {"of": "clockwork"}, quiet=True)
     # Steps of more than 32 rows are left out.
     assert [(v.requests, v.visited) for v in visits] == [
         *((1, [1, 4, 8, 16]), (2, [1, 4, 8, 16]), (4, [1, 4, 8])),
@@ -93,15 +96,10 @@ def test_steps_without_guesses_are_visited_too_where_they_are_no_plain_ones(
     monkeypatch,
 ):
     monkeypatch.setattr(grid, "agreed", lambda answer: answer)
-    visits: list[Clockwork] = []
-
-    def visit(requests, counts):
-        visits.append(Clockwork(requests, counts))
-        return visits[-1]
-
+    visits = Visits()
     limits = SimpleNamespace(max_num_batched_tokens=32, max_num_seqs=2)
     profile = grid.measure_grid(
-        visit, [1, 4], limits, {}, quiet=True, bare=Clockwork.bare_seconds
+        visits, [1, 4], limits, {}, quiet=True, bare=Clockwork.bare_seconds
     )
     assert [v.visited for v in visits] == [[1, 1, 4]] * 6
     np.testing.assert_allclose(profile.bare, (1.011, 1.021))
@@ -111,13 +109,8 @@ def test_steps_without_guesses_are_visited_too_where_they_are_no_plain_ones(
 def test_a_slow_machine_is_visited_once_and_visits_end_when_they_fail(monkeypatch):
     monkeypatch.setattr(grid, "agreed", lambda answer: True)
     limits = SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=2)
-    visits: list[Clockwork] = []
-
-    def visit(requests, counts):
-        visits.append(Clockwork(requests, counts))
-        return visits[-1]
-
-    grid.measure_grid(visit, [1, 2], limits, {}, quiet=True)
+    visits = Visits()
+    grid.measure_grid(visits, [1, 2], limits, {}, quiet=True)
     assert [visit.requests for visit in visits] == [1, 2]
 
     def broken(count):

@@ -19,7 +19,7 @@ from vllm_ppd.train import evidence_counts, evidence_rates  # noqa: E402
 from vllm_ppd.train.continuation import Continuation  # noqa: E402
 from vllm_ppd.train.evidence_counts import WEIGHTS, EvidenceCounts  # noqa: E402
 from vllm_ppd.train.evidence_rates import Texts, TriedPoints  # noqa: E402
-from vllm_ppd.train.step_points import StepPoints, walk_steps  # noqa: E402
+from vllm_ppd.train.step_points import StepPoints, accepted_guesses, walk_steps  # noqa: E402
 
 VOCABULARY, M, K, LENGTH = 12, 2, 5, 40
 
@@ -54,8 +54,8 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
 
     monkeypatch.setattr(evidence_counts, "settled_evidence", settled)
     counts.add_texts(Continuation(torch.from_numpy(tokens), written, None))
-    # As two batches of points, and logits in pieces.
-    for some in (slice(0, 20), slice(20, None)):
+    # A run in two parts, in any order, and logits in pieces.
+    for some in (slice(20, None), slice(0, 20)):
         counts.add_points(sequence[some], target[some])
         mine = logits.view(-1, M, VOCABULARY)[some].flatten(0, 1)
         for first in range(0, len(mine), 7):
@@ -336,3 +336,9 @@ def test_what_is_promised_is_what_a_walk_gets(sources):
         everywhere = evidence_rates._from_everywhere(known)
         naive = evidence_rates._counted(known, everywhere, everywhere, texts, K)
         assert promised_over_walked(naive) > 1.05
+
+
+def test_a_middling_tree():
+    ranks = np.array([[3, 1, 0], [3, 2, 0], [4, 0, 0], [0, 0, 1]])
+    np.testing.assert_array_equal(accepted_guesses(ranks), [3, 1, 0, 2])
+    np.testing.assert_array_equal(accepted_guesses(ranks[:, :1]), [1, 1, 0, 1])

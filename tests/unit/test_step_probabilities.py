@@ -14,6 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from step_points import Point, Ranker  # noqa: E402
 from step_probabilities import NODES, places_of_truth  # noqa: E402
+from step_starts import step_starts  # noqa: E402
 
 from vllm_ppd.successors import SuccessorCounts  # noqa: E402
 
@@ -88,3 +89,18 @@ def test_a_sure_guess_is_the_first_node(ranker, point):
     point.truth[0] = ranker.children(point, 0, int(point.parents[0])).ids[1]
     places = places_of_truth(point, ranker, sure)
     assert 1 < places[0] <= NODES[-1]
+
+
+def test_steps_begin_where_a_walk_lands():
+    advances = np.array([1, 4, 1, 2, 3, 1, 1, 1, 6, 1, 2, 1, 1, 1, 5, 1, 1, 2, 1, 1])
+    landed = np.zeros(len(advances))
+    for begin in range(8):
+        at = begin
+        while at < len(advances):
+            landed[at] += (at >= 8) / 8
+            at += advances[at]
+    np.testing.assert_allclose(step_starts(advances), landed)
+    # Whoever starts where, an easy passage is entered once and left at its end.
+    np.testing.assert_allclose(step_starts(advances)[14], 1)
+    assert not step_starts(advances)[15:19].any()
+    np.testing.assert_allclose(step_starts(np.array([3])), [1])

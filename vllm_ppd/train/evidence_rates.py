@@ -17,7 +17,7 @@ from vllm_ppd.evidence import BEYOND, Evidence
 from vllm_ppd.evidence_search import best_policy
 from vllm_ppd.latency import LatencyCurve
 from vllm_ppd.suffix import LENGTHS, MAX_CHAIN
-from vllm_ppd.train.step_points import StepPoints, Steps, walk_steps
+from vllm_ppd.train.step_points import StepPoints, Steps, accepted_guesses, walk_steps
 
 __all__ = ["Texts", "TriedPoints", "settled_evidence"]
 
@@ -27,8 +27,8 @@ _ROUNDS, _MAX_ROWS = 3, 64
 _CHOSEN_BY = 4
 # Chances that no step of the trees puts to the test are asked for all the same. So
 # steps that have other guesses at hand count, too, by so much; and so do moves of steps
-# with so many candidates at each depth.
-_ELSEWHERE, _WIDTHS = 0.02, (4, 2, 1)
+# with a middling tree.
+_ELSEWHERE = 0.02
 # Less than any weight of a point.
 _NEVER = 1e-9
 
@@ -76,9 +76,14 @@ class TriedPoints(StepPoints):
 
     @classmethod
     def joined(cls, parts: Sequence[TriedPoints]) -> TriedPoints:
+        """All of them, runs in one piece that came in several."""
+        text = np.concatenate([part.text for part in parts])
+        order = np.lexsort((np.concatenate([part.root for part in parts]), text))
+
         def all_of(name: str) -> np.ndarray:
             values = [getattr(part, name) for part in parts]
-            return np.concatenate(values, axis=int(name in ("prompted", "beside")))
+            axis = int(name in ("prompted", "beside"))
+            return np.concatenate(values, axis).take(order, axis)
 
         return cls(**{field.name: all_of(field.name) for field in fields(cls)})
 
@@ -217,10 +222,8 @@ def _moves(points: StepPoints, steps: Steps, texts: Texts) -> np.ndarray:
 
 
 def _middling_advances(points: StepPoints) -> np.ndarray:
-    """[N] tokens of steps that try the whole chain, or `_WIDTHS` candidates."""
-    widths = np.ones(points.num_prompt_tokens, dtype=int)
-    widths[: len(_WIDTHS)] = _WIDTHS[: len(widths)]
-    guessed = (points.prompted < widths).cumprod(axis=1).sum(axis=1)
+    """[N] tokens of steps that try the whole chain, or a middling tree."""
+    guessed = accepted_guesses(points.prompted)
     return 1 + np.where(points.right > 0, points.right, guessed)
 
 

@@ -16,8 +16,10 @@ import numpy as np
 
 from vllm_ppd.plain_tree import TreeLike
 
-__all__ = ["StepPoints", "Steps", "walk_steps"]
+__all__ = ["StepPoints", "Steps", "accepted_guesses", "walk_steps"]
 
+# Candidates that a middling tree has at each depth.
+_WIDTHS = (4, 2, 1)
 # Walks begin at so many places, and have forgotten where once they are past these.
 _BURN_IN = 8
 
@@ -70,6 +72,16 @@ class StepPoints:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values.update(match_class=nothing, right=nothing, tried=nothing)
         return StepPoints(**values)
+
+
+def accepted_guesses(ranks: np.ndarray) -> np.ndarray:
+    """[n] tokens that a middling tree would guess right.
+
+    ranks: [n, m] place of the true token among each prompt token's candidates.
+    """
+    widths = np.ones(ranks.shape[1], dtype=int)
+    widths[: len(_WIDTHS)] = _WIDTHS[: len(widths)]
+    return (ranks < widths).cumprod(axis=1).sum(axis=1)
 
 
 @dataclass(frozen=True, eq=False)
