@@ -212,6 +212,17 @@ def report(llm: Any) -> dict[str, Any]:
     return llm.llm_engine.model_executor.driver_worker.worker.ppd_report()
 
 
+def await_search(llm: Any) -> None:
+    """Until a search for better trees has ended, if one goes on.
+
+    It runs when nobody else wants the machine, and other tests may want it for long.
+    """
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    process = runner._ppd_online._replanner._process
+    if process is not None:
+        process.wait()
+
+
 def hold(llm: Any, plan: dict[str, Any] | None = None) -> None:
     """No longer follow the traffic, and serve a plan's trees if there is one."""
     llm.llm_engine.model_executor.driver_worker.worker.ppd_hold(plan)

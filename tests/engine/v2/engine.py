@@ -330,6 +330,7 @@ def learn(llm: Any, prompts: Any, params: Any, rounds: int) -> Any:
     try:
         while len(outputs) < rounds and not learning.changes:
             outputs.append(engine_process.generate(llm, prompts, params))
+            engine_process.await_search(llm)
     finally:
         online.COUNT_EVERY, online.ASK_EVERY = usual
     moves = learning._sums.parts(learning._seen).moves
