@@ -9,9 +9,11 @@ All decoders write the same numbers of tokens for the same held-out prompts (end
 text is ignored), alternating A B C A B C ... so that a change in the machine's state
 meets all of them. Each speed is tokens per second from the first request on, prompts
 included, as long as a request that has finished is followed by another; ratios are
-taken within a round, then summarised. Greedy
-decoding of a small model falls into loops, which are easy to guess: read its figures
-beside "repeated" (share of 4-grams seen before) and beside those of sampling.
+taken within a round, then summarised. Of two engines that run the very same code one
+may be several per cent faster, by how it has started: --starts starts all of them anew,
+every other time in the opposite order. Greedy decoding of a small model falls into
+loops, which are easy to guess: read its figures beside "repeated" (share of 4-grams
+seen before) and beside those of sampling.
 
 The very last line of standard output is the results as one compact JSON document.
 """
@@ -28,10 +30,12 @@ from environment import ROOT, environment_card, shown_path, weight_bytes
 from harness import (
     DECODERS,
     Cell,
+    Measured,
     decoder_settings,
     document,
     encode_prompts,
     measure_cell,
+    report,
     running,
     text_lengths,
 )
@@ -107,7 +111,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--batch", type=numbers(int), default=[1, 4, 16], help="requests at a time")
     add("--temperature", type=numbers(float), default=[0.0, 0.7, 1.0])
-    add("--rounds", type=int, default=5, help="alternating rounds, 3 or more")
+    add("--rounds", type=int, default=5, help="alternating rounds of each start")
+    add("--starts", type=int, default=1, help="times that the engines are started")
     # The engines
     add("--dtype", default="auto", help="as in vllm serve")
     add("--max-model-len", type=int, help="as in vllm serve")
@@ -125,12 +130,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.num_prompts, args.prompt_tokens, args.max_tokens = 2, 16, 8
         args.batch, args.temperature, args.rounds = [1, 2], [0.0, 1.0], 3
         args.eager, args.waves = True, 1
-    if args.rounds < 3:
-        parser.error("--rounds must be at least 3, or there is no spread to show")
+    if args.rounds * args.starts < 3:
+        parser.error(
+            "--rounds times --starts must be at least 3, or there is no spread to show"
+        )
     if not 0 <= args.range_ratio < 1:
         parser.error("--range-ratio must be at least 0 and less than 1")
-    if min(*args.batch, args.num_prompts, args.waves) < 1:
-        parser.error("--batch, --num-prompts and --waves must be at least 1")
+    counts = (args.num_prompts, args.waves, args.rounds, args.starts)
+    if min(*args.batch, *counts) < 1:
+        parser.error(
+            "--batch, --num-prompts, --waves, --rounds and --starts must be at least 1"
+        )
     return args
 
 
@@ -208,25 +218,38 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"note: other programs are running (load average {card['load_average']}); "
             "figures from a busy machine mislead"
         )
-    cells = []
-    with running(settings, args.in_process, say) as engines:
-        first = next(iter(engines.values()))
-        most = max(args.num_prompts, args.waves * max(args.batch))
-        prompts = encode_prompts(first, args.text, most, args.prompt_tokens)
-        lengths = text_lengths(most, args.max_tokens, args.range_ratio)
-        for temperature in args.temperature:
-            for batch in args.batch:
-                say(f"measuring batch {batch}, temperature {temperature:g}")
-                cell = Cell(batch, temperature)
-                count = max(args.num_prompts, args.waves * batch)
-                cells.append(
+    most = max(args.num_prompts, args.waves * max(args.batch))
+    lengths = text_lengths(most, args.max_tokens, args.range_ratio)
+    prompts: list[list[int]] = []
+    wanted = [Cell(batch, t) for t in args.temperature for batch in args.batch]
+    measured: dict[Cell, list[dict[str, Measured]]] = {cell: [] for cell in wanted}
+    results: dict[str, Any] = {}
+    for start in range(1, args.starts + 1):
+        ordered = dict(reversed(settings.items())) if start % 2 == 0 else settings
+        with running(ordered, args.in_process, say) as engines:
+            if not prompts:
+                first = next(iter(engines.values()))
+                prompts = encode_prompts(first, args.text, most, args.prompt_tokens)
+            for cell in wanted:
+                say(
+                    f"measuring batch {cell.batch}, temperature {cell.temperature:g}, "
+                    f"start {start} of {args.starts}"
+                )
+                count = max(args.num_prompts, args.waves * cell.batch)
+                measured[cell].append(
                     measure_cell(
                         engines, prompts[:count], cell, lengths[:count], args.rounds
                     )
                 )
-        cards = {name: engine.card for name, engine in engines.items()}
-    shown = shown_settings(args)
-    return document("compare_decoders", card, cards, shown, cells)
+            cards = {name: engines[name].card for name in settings}
+        shown = {**shown_settings(args), "starts": start}
+        cells = [report(cell, starts) for cell, starts in measured.items()]
+        results = document("compare_decoders", card, cards, shown, cells)
+        if args.out:
+            # What there is, should the run be stopped.
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.out, results)
+    return results
 
 
 def heading(results: dict[str, Any]) -> str:
@@ -252,8 +275,6 @@ def main(argv: list[str] | None = None) -> int:
     print(heading(results))
     print(table(results["cells"]))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, results)
         say(f"written to {args.out}")
     print(json.dumps(results, separators=(",", ":")))
     return 0

@@ -198,7 +198,7 @@ def measure_cell(
     lengths: Sequence[int],
     rounds: int,
     pause: Any = settle,
-) -> dict[str, Any]:
+) -> dict[str, Measured]:
     """Warm every decoder up, then measure them in alternation.
 
     lengths: tokens that are written for each prompt.
@@ -216,13 +216,24 @@ def measure_cell(
             found[name].rounds.append(figures(batches))
             if number == 0:
                 found[name].texts = [r for b in batches for r in b.requests]
-    return report(cell, found)
+    return found
 
 
-def report(cell: Cell, found: Mapping[str, Measured]) -> dict[str, Any]:
-    """A cell's part of the results file."""
-    summary = summarise({name: measured.rounds for name, measured in found.items()})
+def report(cell: Cell, starts: Sequence[Mapping[str, Measured]]) -> dict[str, Any]:
+    """A cell's part of the results file.
+
+    starts: what was measured each time that the engines were started.
+    """
+    by_start = [
+        summarise({name: measured.rounds for name, measured in found.items()})
+        for found in starts
+    ]
+    rounds = {
+        name: [one for f in starts for one in f[name].rounds] for name in starts[0]
+    }
+    summary = summarise(rounds)
     decoders = {}
+    found = starts[0]
     for name, measured in found.items():
         same = None
         # Sampled texts differ by chance, greedy ones must not.
@@ -230,13 +241,17 @@ def report(cell: Cell, found: Mapping[str, Measured]) -> dict[str, Any]:
             plain_ids = [text.ids for text in found["plain"].texts]
             same = vars(Sameness.of([t.ids for t in measured.texts], plain_ids))
         repeated = [text.repeated for text in measured.texts]
+        ratios = [
+            one[name]["ratio"]["median"] for one in by_start if "ratio" in one[name]
+        ]
         decoders[name] = {
             **summary[name],
+            "ratio_by_start": ratios,
             "same_ids_as_plain": same,
             "repeated_4grams": round(sum(repeated) / len(repeated), 4),
             "rounds": [
                 {key: round(value, 5) for key, value in one.items()}
-                for one in measured.rounds
+                for one in rounds[name]
             ],
         }
     return {

@@ -39,7 +39,7 @@ def caption(results: dict[str, Any]) -> str:
     """The conditions in one line."""
     engine = next(iter(results["engines"].values()))
     settings = results["settings"]
-    device = engine["device"]
+    device, rounds = engine["device"], settings["rounds"] * settings.get("starts", 1)
     if device == "cpu":
         device = (
             f"{results['environment']['cpu']}, cores used: {len(engine['worker_cpus'])}"
@@ -47,7 +47,7 @@ def caption(results: dict[str, Any]) -> str:
     return (
         f"{settings['model']}, {engine['dtype']}, {device}, vLLM {engine['vllm']}; "
         f"{settings['num_prompts']} prompts of {settings['prompt_tokens']} tokens, "
-        f"{settings['max_tokens']} new; {settings['rounds']} rounds"
+        f"{settings['max_tokens']} new; {rounds} rounds"
     )
 
 

@@ -110,7 +110,7 @@ def section() -> str:
     for document in loads:
         for cell in document["cells"]:
             where = cell["batch"], cell["temperature"]
-            counts[where] += document["settings"]["rounds"]
+            counts[where] += len(cell["decoders"]["ppd"]["rounds"])
     rounds = " to ".join(map(str, sorted({min(counts.values()), max(counts.values())})))
     machine = results["environment"]
     engine = results["engines"]["ppd"]
@@ -124,7 +124,7 @@ def section() -> str:
         f"{engine['dtype']}, {'eager' if engine['eager'] else 'compiled'}; held-out "
         f"Python sources, {least} to {most} tokens each; engines take turns; medians "
         f"of {rounds} rounds, slowest and fastest in brackets; n-gram from a run "
-        f"beside PPD, {settings['rounds']} rounds):",
+        f"beside PPD, {settings['rounds'] * settings.get('starts', 1)} rounds):",
         "",
         *decoders(results, loads),
         "",

@@ -87,18 +87,23 @@ class FakeDecoder:
         return Batch(wall, steps_of_all, (request,) * len(prompts))
 
 
-def cell(batch: int = 2, temperature: float = 0.0) -> tuple[dict, list[str]]:
+def start(where: Any, ppd_step_s: float = 0.015) -> tuple[dict, list[str]]:
     log: list[str] = []
     engines = {
         "plain": FakeDecoder("plain", 1, 0.01, log),
-        "ppd": FakeDecoder("ppd", 2, 0.015, log),
+        "ppd": FakeDecoder("ppd", 2, ppd_step_s, log),
     }
     prompts = [[1], [2], [3], [4]]
-    where = harness.Cell(batch, temperature)
     found = harness.measure_cell(
         engines, prompts, where, [9] * 4, 3, pause=lambda: log.append("pause")
     )
     return found, log
+
+
+def cell(batch: int = 2, temperature: float = 0.0) -> tuple[dict, list[str]]:
+    where = harness.Cell(batch, temperature)
+    found, log = start(where)
+    return harness.report(where, [found]), log
 
 
 def test_measure_cell_alternates_and_counts() -> None:
@@ -115,6 +120,17 @@ def test_measure_cell_alternates_and_counts() -> None:
     assert ppd["ratio"]["median"] == pytest.approx(0.09 / 0.075)
     assert ppd["same_ids_as_plain"]["identical"] == 4
     assert len(ppd["rounds"]) == 3
+
+
+def test_engines_that_start_anew() -> None:
+    where = harness.Cell(2, 0.0)
+    lucky = start(where, ppd_step_s=0.0125)[0]
+    found = harness.report(where, [start(where)[0], lucky])
+    ppd = found["decoders"]["ppd"]
+    assert ppd["ratio_by_start"] == [1.2, 1.44]
+    assert found["decoders"]["plain"]["ratio_by_start"] == [1.0, 1.0]
+    assert len(ppd["rounds"]) == 6
+    assert ppd["ratio"] == {"median": 1.32, "min": 1.2, "max": 1.44}
 
 
 def test_lengths_of_texts() -> None:
@@ -196,7 +212,13 @@ def test_decoder_settings() -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [["--rounds", "2"], ["--batch", "0"], ["--waves", "0"], ["--decoders", "plain,x"]],
+    [
+        ["--rounds", "2"],
+        ["--starts", "0"],
+        ["--batch", "0"],
+        ["--waves", "0"],
+        ["--decoders", "plain,x"],
+    ],
 )
 def test_bad_arguments(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
