@@ -19,8 +19,13 @@ from vllm_ppd.fixed_rows import best_fixed_plan
 from vllm_ppd.plan import TreePlan
 from vllm_ppd.plan_search import PlannedTier, best_plan
 from vllm_ppd.profile import LatencyProfile, default_profile
+from vllm_ppd.successors import SUCCESSOR_FILE, SuccessorTable
 
 __all__ = ["PlanSettings"]
+
+# A successor table that starts empty: next tokens listed, and how much of its gain to
+# add to prompt rows' logits, which calibration would have measured.
+_LEARNT_SIZE, _LEARNT_WEIGHT = 16, 0.8
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,20 @@ class PlanSettings:
         return evidence_of(
             Path(self.path), self.num_prompt_tokens, self.conditioned, self.suffix
         )
+
+    def successors(self, vocab_size: int, learns: bool) -> SuccessorTable | None:
+        """The folder's successor table, or an empty one that will learn, or none.
+
+        Raises:
+            SuccessorError: a file that cannot be used.
+        """
+        m = self.num_prompt_tokens
+        if self.conditioned:
+            return SuccessorTable.load(Path(self.path) / SUCCESSOR_FILE, vocab_size, m)
+        if learns:
+            weights = (_LEARNT_WEIGHT,) * m
+            return SuccessorTable.empty(vocab_size, _LEARNT_SIZE, weights)
+        return None
 
     def given_plan(self) -> TreePlan | None:
         """The user's own plan, if there is one.

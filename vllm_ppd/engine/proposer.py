@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,7 @@ from vllm_ppd.plan_choice import PlanSettings
 from vllm_ppd.profile import default_profile
 from vllm_ppd.prompts import PromptTokens
 from vllm_ppd.successor_learning import LiveSuccessors
-from vllm_ppd.successors import SUCCESSOR_FILE, SuccessorTable
 from vllm_ppd.tables import PolicyTables
-
-# A successor table that starts empty: next tokens listed, and how much of its gain to
-# add to prompt rows' logits, which calibration would have measured.
-_LEARNT_SIZE, _LEARNT_WEIGHT = 16, 0.8
 
 
 class PPDProposer:
@@ -60,15 +54,9 @@ class PPDProposer:
         self.set_plan(self.plan_settings.choose(profile)[0])
 
     def _load_successors(self, learn: bool) -> None:
-        """The table of the folder, or an empty one that will learn, or none."""
-        table, m = None, self.prompts.num_prompt_tokens
-        if self.plan_settings.conditioned:
-            path = Path(self.plan_settings.path) / SUCCESSOR_FILE
-            table = SuccessorTable.load(path, self.vocab_size, m)
-        elif learn:
-            weights = (_LEARNT_WEIGHT,) * m
-            table = SuccessorTable.empty(self.vocab_size, _LEARNT_SIZE, weights)
-        self.weights = table.weights if table is not None else (1.0,) * m
+        table = self.plan_settings.successors(self.vocab_size, learn)
+        none = (1.0,) * self.prompts.num_prompt_tokens
+        self.weights = table.weights if table is not None else none
         self.live_successors = None
         if table is not None and learn:
             self.live_successors = LiveSuccessors.of(table, self.device)

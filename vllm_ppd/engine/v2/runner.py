@@ -33,6 +33,7 @@ from vllm_ppd.engine.v2.online import DeviceOnlineTrees
 from vllm_ppd.engine.v2.sampling import TreeSampler
 from vllm_ppd.engine.v2.speculator import KEY, PPDSpeculator
 from vllm_ppd.engine.v2.step_log import DeviceStepLog
+from vllm_ppd.engine.v2.table_learner import DeviceTableLearner
 from vllm_ppd.plan_choice import PlanSettings
 from vllm_ppd.prompts import PromptTokens
 
@@ -140,6 +141,10 @@ class TreeRunnerMixin:
 
     def start_serving(self) -> None:
         """Count and learn from now on; what ran before was no traffic."""
+        runner: Any = self
+        live, drafts = self.speculator.live_successors, runner.num_speculative_steps
+        if live is not None:
+            runner.rejection_sampler.learner = DeviceTableLearner(live, drafts + 1)
         if get_tensor_model_parallel_rank():
             # All ranks would count the same.
             return

@@ -20,13 +20,18 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
+from vllm_ppd.engine.v2.table_learner import DeviceTableLearner
 from vllm_ppd.engine.v2.trees import DeviceTrees
 from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.kernels.triton.tree_walk import tree_walk
 
 
 class TreeSampler:
-    """Takes the place of vLLM's ``RejectionSampler`` in steps that have trees."""
+    """Takes the place of vLLM's ``RejectionSampler`` in steps that have trees.
+
+    Attributes:
+        learner: told of every walk, once there is traffic; None if nobody learns.
+    """
 
     # vLLM's warm-up asks.
     enable_adaptive_verification = False
@@ -35,6 +40,7 @@ class TreeSampler:
         self.sampler = sampler
         self._trees = trees
         self._vocab_size = vocab_size
+        self.learner: DeviceTableLearner | None = None
 
     def __call__(
         self,
@@ -56,6 +62,8 @@ class TreeSampler:
             input_batch.cu_num_logits[:-1],
         )
         trees.walk = walk
+        if self.learner is not None:
+            self.learner.after_walk(walk, logits, input_batch)
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             walk.num_sampled,
             input_batch.seq_lens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_ppd.candidates import Successors
 from vllm_ppd.engine.v2.trees import DeviceTrees
 from vllm_ppd.plan import TreePlan
 from vllm_ppd.plan_choice import PlanSettings
-from vllm_ppd.successors import SUCCESSOR_FILE, SuccessorTable
+from vllm_ppd.successor_learning import LiveSuccessors
 
 # Where the front end puts PPD's settings in vLLM's additional_config.
 KEY = "ppd"
@@ -32,26 +32,32 @@ class PPDSpeculator(BaseSpeculator):
     draft_logits = None
     # The target, set once vLLM has loaded it.
     model: Any = None
+    # The successor table and its counts; None if it does not learn.
+    live_successors: LiveSuccessors | None
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, requests: RequestState
     ):
         speculative: Any = vllm_config.speculative_config
-        settings = PlanSettings(**vllm_config.additional_config[KEY]["plan"])
+        given = vllm_config.additional_config[KEY]
         vocab_size = vllm_config.model_config.get_vocab_size()
-        successors = None
-        if settings.conditioned:
-            successors = SuccessorTable.load(
-                Path(settings.path) / SUCCESSOR_FILE,
-                vocab_size,
-                settings.num_prompt_tokens,
-            )
+        learns = given["learn_successors"]
+        table = PlanSettings(**given["plan"]).successors(vocab_size, learns)
+        self.live_successors, successors, weights = None, None, None
+        if table is not None:
+            weights = torch.tensor(table.weights, device=device)
+            if learns:
+                self.live_successors = LiveSuccessors.of(table, device)
+                successors = self.live_successors.table
+            else:
+                successors = Successors.of(table, device)
         self.trees = DeviceTrees(
             TreePlan.from_dict(speculative.plan),
             vocab_size,
             requests.num_speculative_steps,
             requests,
             successors,
+            weights,
         )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:

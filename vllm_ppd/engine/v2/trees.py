@@ -28,7 +28,6 @@ from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.kernels.triton.place_tree import place_tree
 from vllm_ppd.plan import TreePlan
 from vllm_ppd.step import ranges
-from vllm_ppd.successors import SuccessorTable
 from vllm_ppd.tables import PolicyTables
 
 # Far below any tree's id.
@@ -44,6 +43,7 @@ class DeviceTrees:
         num_drafts: K, rows besides the root that vLLM schedules at most.
         requests: vLLM's state of all requests.
         successors: the successor table, if there is one.
+        weights: float32 [M] its weight at each prompt token; None without one.
 
     Attributes:
         served_plan: the trees.
@@ -68,16 +68,13 @@ class DeviceTrees:
         vocab_size: int,
         num_drafts: int,
         requests: RequestState,
-        successors: SuccessorTable | None = None,
+        successors: Successors | None = None,
+        weights: torch.Tensor | None = None,
     ):
         device = requests.device
         self._requests = requests
         self._vocab_size, self._num_drafts = vocab_size, num_drafts
-        self._successors: Successors | None = None
-        self._weights: torch.Tensor | None = None
-        if successors is not None:
-            self._successors = Successors.of(successors, device)
-            self._weights = torch.tensor(successors.weights, device=device)
+        self._successors, self._weights = successors, weights
         # vLLM schedules the rows of the first plan's tiers, whatever plan follows.
         self.row_bounds = sorted(
             {num_drafts + 1}

@@ -1,0 +1,56 @@
+"""Feeds the successor table with what verification computes anyway, on the device.
+
+Ranks of a tensor-parallel group see the same logits, and learn the same from them in
+the same step.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_ppd.kernels.tree_walk import Walk
+from vllm_ppd.successor_learning import LiveSuccessors, learn_successors
+
+# Steps between looks, and about how many nodes one takes in. Some fifty small kernels
+# are launched for it, however many nodes there are: more nodes seldom, then.
+EVERY, _NODES = 8, 32
+
+
+class DeviceTableLearner:
+    """The learning of one worker.
+
+    Args:
+        live: the table, which changes in place.
+        most_rows: of any request in a step.
+    """
+
+    def __init__(self, live: LiveSuccessors, most_rows: int):
+        self._live = live
+        self._levels = torch.arange(most_rows, device=live.base.device)
+        self._steps = 0
+
+    def after_walk(self, walk: Walk, logits: torch.Tensor, batch: InputBatch) -> None:
+        """Learn from visited nodes: what stands there, and what the target says next.
+
+        Args:
+            walk: where verification ended.
+            logits: [L, V] of all nodes, as the target gave them.
+            batch: the step's, whose rows with logits are nodes.
+        """
+        self._steps += 1
+        if self._steps % EVERY:
+            return
+        requests, length = walk.paths.shape
+        # In turn, if there are more.
+        most = max(1, _NODES // length)
+        first = self._steps // EVERY * most % requests
+        some = slice(first, first + most)
+        # As many nodes of each request: a short path once more from its root. Such
+        # nodes count twice for base rates, and as one for what follows them.
+        visited = walk.num_sampled[some, None].clamp(min=1)
+        levels = self._levels[:length] % visited
+        nodes = walk.paths[some].gather(1, levels)
+        rows = (batch.cu_num_logits[:-1][some, None] + nodes).flatten()
+        tokens = batch.input_ids[batch.logits_indices[rows]]
+        learn_successors(self._live, tokens, logits[rows].float())
