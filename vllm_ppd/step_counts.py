@@ -80,13 +80,15 @@ class StepCounts:
         if folder is None or not Path(folder).is_dir():
             return
         path = Path(folder) / f"{os.getpid()}.bin"
-        self.values = np.memmap(path, np.float64, "w+", shape=(len(slots),))
+        # As a plain array, which is quicker to write to than one that is called a map.
+        self.values = np.asarray(np.memmap(path, np.float64, "w+", shape=len(slots)))
         description = [[name, {**(labels or {}), **more}] for name, more in slots]
         write_json(path.with_suffix(".json"), description)
 
     def add_plain(self, running: int) -> None:
         """A step in which nobody guessed: one row and one token per request."""
-        self.values[[Slot.PLAIN, Slot.TOKENS, Slot.ROWS]] += running
+        for slot in (Slot.PLAIN, Slot.TOKENS, Slot.ROWS):
+            self.values[slot] += running
 
     def add(self, step: TreeStep, walk: TreeWalk, states: np.ndarray) -> None:
         """A verified step.

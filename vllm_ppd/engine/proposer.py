@@ -19,6 +19,9 @@ from vllm_ppd.prompts import PromptTokens
 from vllm_ppd.successor_learning import LiveSuccessors
 from vllm_ppd.tables import PolicyTables
 
+# Steps between looks at how long requests are.
+_LENGTHS_EVERY = 8
+
 
 class PPDProposer:
     """Holds what the runner needs: trees as tables, the successor table, soft tokens.
@@ -49,8 +52,9 @@ class PPDProposer:
             and profile is None
             and self.plan_settings.tree is None
         )
-        # Mean tokens of the requests that run.
-        self.context = 1
+        # Mean tokens of the requests that run, and how many those were.
+        self.context, self._running = 1, 0
+        self._lengths_left = 0
         self.set_plan(self.plan_settings.choose(profile)[0])
 
     def _load_successors(self, learn: bool) -> None:
@@ -66,7 +70,7 @@ class PPDProposer:
 
     def set_plan(self, plan: TreePlan) -> None:
         """Serve other trees; no request may have guesses pending."""
-        self.plan = plan
+        self.plan, self._load, self._first_tree = plan, (0, 0), 0
         self.num_states = self.prompts.num_prompt_tokens + 1
         self.num_classes = plan.num_classes
         self.tables = PolicyTables(plan, self.vocab_size, self.num_rows)
@@ -94,9 +98,29 @@ class PPDProposer:
 
         self.fill = fill
 
+    def note_lengths(self, lengths: np.ndarray, new: int) -> None:
+        """Know how long requests are in the mean, which is looked at now and then: the
+        same ones grow by a token or two a step.
+
+        Args:
+            lengths: [B] their tokens.
+            new: how many of them began with this step.
+        """
+        self._lengths_left -= 1
+        if new or len(lengths) != self._running or self._lengths_left <= 0:
+            self._running, self._lengths_left = len(lengths), _LENGTHS_EVERY
+            self.context = int(lengths.sum()) // self._running
+
     def first_tree(self, running: int) -> int:
-        """Tree id of match class 0, state 0 at this load; 0 to not speculate."""
-        return self.plan.first_trees[self.plan.tier_index(running, self.context)]
+        """Tree id of match class 0, state 0 at this load; 0 to not speculate.
+
+        Asked several times a step, mostly as before.
+        """
+        load = running, self.context
+        if load != self._load:
+            self._load = load
+            self._first_tree = self.plan.first_trees[self.plan.tier_index(*load)]
+        return self._first_tree
 
     def padded_tree(self, running: int) -> int:
         """Tree id for rows that were scheduled before anything could be guessed."""

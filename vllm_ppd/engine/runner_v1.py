@@ -205,7 +205,7 @@ class PPDRunnerMixin:
         drafter, step, walk = self.drafter, self._ppd_step, self._ppd_walk
         online = self._ppd_online
         lengths = self.input_batch.num_tokens_no_spec  # type: ignore[attr-defined]
-        drafter.context = int(lengths[:batch].sum()) // batch
+        drafter.note_lengths(lengths[:batch], self._ppd_new)
         changes = 0 if online is None else online.changes
         self._ppd_log.after_step(drafter, batch, step, walk, changes)
         if online is not None and online.after_step(batch, step, walk):
@@ -220,6 +220,9 @@ class PPDRunnerMixin:
             return first_tree
         if sampled is not None:
             emitted = sum(map(len, sampled))
+        elif self._ppd_rows == batch:
+            # Nobody reads a prompt.
+            emitted = batch
         else:
             # What vLLM will drop, because a prompt goes on.
             dropped = self.discard_request_mask.np[:batch]  # type: ignore[attr-defined]
