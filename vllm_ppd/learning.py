@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_ppd.chain_replay import ReplayedSteps
-from vllm_ppd.drift import drifted
 from vllm_ppd.evidence import Evidence
 from vllm_ppd.step import TreeStep
 from vllm_ppd.verify import TreeWalk
@@ -32,9 +31,6 @@ PRIOR, PRIOR_MOVES = 60.0, 20.0
 _SHIFT = 1.0
 # What remains of the counts each time they are used.
 KEPT = 0.7
-# Tokens between two looks at whether traffic has changed, and those that one of them
-# takes in at most.
-_LOOK, _WINDOW = 128.0, 1024.0
 
 
 class Places(NamedTuple):
@@ -61,16 +57,6 @@ class Places(NamedTuple):
         return np.concatenate([[0], np.cumsum(sizes)])
 
 
-class _Window(NamedTuple):
-    """Counts when it began, and the chances that were believed."""
-
-    observations: float
-    tries: np.ndarray
-    hits: np.ndarray
-    moves: np.ndarray
-    believed: np.ndarray
-
-
 class EvidenceLearner:
     """Counts of one engine; `evidence` mixes them with what was known before.
 
@@ -88,9 +74,6 @@ class EvidenceLearner:
         # Axis 0: the step accepted a guess.
         self._moves = np.zeros((2, classes + 1, classes + 1))
         self.observations = 0.0
-        self._look_at: float
-        self._window: _Window
-        self._open_window()
 
     def observe_walk(
         self, step: TreeStep, walk: TreeWalk, states: np.ndarray, classes: np.ndarray
@@ -222,7 +205,22 @@ class EvidenceLearner:
         """What to believe now."""
         m, ranks, classes, _ = self.places
         prior = self.prior
-        parts = np.split(self._chances(), self._firsts[1:-1])
+        known = np.concatenate(
+            [
+                prior.prompted.ravel(),
+                prior.unprompted.ravel(),
+                prior.chain.ravel(),
+                prior.beside.ravel(),
+            ]
+        )
+        firsts = self._firsts
+        for first, end in pairwise(firsts.tolist()):
+            source = slice(first, end)
+            known[source] = _shifted(
+                known[source], self._tries[source], self._hits[source]
+            )
+        rates = (self._hits + PRIOR * known) / (self._tries + PRIOR)
+        parts = np.split(rates, firsts[1:-1])
         moves = self._moves + PRIOR_MOVES * prior.moves
         prompted = parts[0].reshape(m, ranks)
         return Evidence(
@@ -234,62 +232,11 @@ class EvidenceLearner:
             overall=np.concatenate([_bounded(prompted), _bounded(parts[1])[None]]),
         )
 
-    def _chances(self) -> np.ndarray:
-        """[places] as counts and calibration together have them."""
-        prior = self.prior
-        known = np.concatenate(
-            [
-                prior.prompted.ravel(),
-                prior.unprompted.ravel(),
-                prior.chain.ravel(),
-                prior.beside.ravel(),
-            ]
-        )
-        for first, end in pairwise(self._firsts.tolist()):
-            source = slice(first, end)
-            known[source] = _shifted(
-                known[source], self._tries[source], self._hits[source]
-            )
-        return (self._hits + PRIOR * known) / (self._tries + PRIOR)
-
-    def traffic_changed(self) -> bool:
-        """Whether guesses of late came true far more or less often than before; if so,
-        all that was seen before is forgotten.
-
-        To be asked now and then. It costs something once in a hundred tokens.
-        """
-        if self.observations < self._look_at:
-            return False
-        self._look_at = self.observations + _LOOK
-        since = self._window
-        tokens = self.observations - since.observations
-        tries, hits = self._tries - since.tries, self._hits - since.hits
-        changed = drifted(tries, hits, since.believed, self._firsts.tolist())
-        if changed:
-            self._tries, self._hits = tries, hits
-            self._moves = self._moves - since.moves
-            self.observations = tokens
-        if changed or tokens >= _WINDOW:
-            self._open_window()
-        return changed
-
-    def _open_window(self) -> None:
-        """What is believed now is compared with what comes from now on."""
-        self._look_at = self.observations + _LOOK
-        self._window = _Window(
-            self.observations,
-            self._tries.copy(),
-            self._hits.copy(),
-            self._moves.copy(),
-            self._chances(),
-        )
-
     def forget(self) -> None:
         """Let later observations weigh more."""
         for counts in (self._tries, self._hits, self._moves):
             counts *= KEPT
         self.observations = 0.0
-        self._open_window()
 
 
 def _shifted(known: np.ndarray, tries: np.ndarray, hits: np.ndarray) -> np.ndarray:

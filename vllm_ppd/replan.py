@@ -96,10 +96,6 @@ class SearchPace:
         rested = not self._by_clock or time.monotonic() >= self._rested_s
         return rested and observations >= self._enough
 
-    def hurry(self) -> None:
-        """The traffic has changed: as many tokens as at first are enough again."""
-        self._enough = _ENOUGH
-
     def begun(self) -> None:
         self._asked_s = time.monotonic()
 

@@ -29,8 +29,8 @@ __all__ = ["OnlineTrees"]
 logger = init_logger("vllm.ppd")
 
 # Steps between looks: counting takes tens of microseconds, asking for a plan less. At
-# first every step is counted, for nothing is known of the traffic yet, and when it has
-# changed. Where nobody guesses, looking for matches is pure cost, and rarer.
+# first every step is counted, for nothing is known of the traffic yet. Where nobody
+# guesses, looking for matches is pure cost, and rarer.
 _COUNT_EVERY, _ASK_EVERY, _GLANCE_EVERY = 4, 32, 64
 _COUNT_FIRST = 512
 # There, what guesses would have done is found for the last tokens of so many requests
@@ -68,8 +68,6 @@ class OnlineTrees:
         self._pace = SearchPace(by_clock=self._alone)
         self.changes = 0
         self._steps = self._asked_at = 0
-        # Until then every step is counted.
-        self._known_at = _COUNT_FIRST
         # Steps by running requests and their context since the last question.
         self._loads: Counter[tuple[int, int]] = Counter()
         # request -> (tokens before the chain, match class, chain)
@@ -142,10 +140,9 @@ class OnlineTrees:
 
     @property
     def _counts_all(self) -> bool:
-        """At first, and after a change of the traffic; but steps that are timed are to
-        take as long as later ones."""
+        """At first, but steps that are timed are to take as long as later ones."""
         looking = self._guard is not None and self._guard.looking
-        return self._steps < self._known_at and not looking
+        return self._steps < _COUNT_FIRST and not looking
 
     @property
     def glances_now(self) -> bool:
@@ -271,9 +268,6 @@ class OnlineTrees:
 
     def _replan(self) -> bool:
         drafter, replanner = self._drafter, self._replanner
-        if self._learner.traffic_changed():
-            self._pace.hurry()
-            self._known_at = self._steps + _COUNT_FIRST
         if replanner.busy:
             if self._alone:
                 plan = replanner.take()

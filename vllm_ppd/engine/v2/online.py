@@ -95,8 +95,6 @@ class DeviceOnlineTrees:
 
     def _replan(self) -> None:
         replanner = self._replanner
-        if self._learner.traffic_changed():
-            self._pace.hurry()
         if replanner.busy:
             plan = replanner.take()
             if replanner.busy:
