@@ -39,7 +39,8 @@ def caption(results: dict[str, Any]) -> str:
     """The conditions in one line."""
     engine = next(iter(results["engines"].values()))
     settings = results["settings"]
-    device, rounds = engine["device"], settings["rounds"] * settings.get("starts", 1)
+    device = engine["device"]
+    rounds = len(next(iter(results["cells"][0]["decoders"].values()))["rounds"])
     if device == "cpu":
         device = (
             f"{results['environment']['cpu']}, cores used: {len(engine['worker_cpus'])}"

@@ -115,6 +115,7 @@ def section() -> str:
     machine = results["environment"]
     engine = results["engines"]["ppd"]
     settings = results["settings"]
+    beside = len(results["cells"][0]["decoders"]["ngram"]["rounds"])
     tokens, ratio = settings["max_tokens"], settings["range_ratio"]
     least, most = round((1 - ratio) * tokens), round((1 + ratio) * tokens)
     lines = [
@@ -124,7 +125,7 @@ def section() -> str:
         f"{engine['dtype']}, {'eager' if engine['eager'] else 'compiled'}; held-out "
         f"Python sources, {least} to {most} tokens each; engines take turns; medians "
         f"of {rounds} rounds, slowest and fastest in brackets; n-gram from a run "
-        f"beside PPD, {settings['rounds'] * settings.get('starts', 1)} rounds):",
+        f"beside PPD, {beside} rounds):",
         "",
         *decoders(results, loads),
         "",

@@ -220,9 +220,6 @@ class PPDRunnerMixin:
             return first_tree
         if sampled is not None:
             emitted = sum(map(len, sampled))
-        elif self._ppd_rows == batch:
-            # Nobody reads a prompt.
-            emitted = batch
         else:
             # What vLLM will drop, because a prompt goes on.
             dropped = self.discard_request_mask.np[:batch]  # type: ignore[attr-defined]

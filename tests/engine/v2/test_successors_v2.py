@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.v2 import engine as engines
 from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
 from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.successor_learning import LiveSuccessors
@@ -80,7 +79,6 @@ def test_not_every_step_is_looked_at():
     assert float(learnt(2 * EVERY, seen, [3], [0, 1]).totals.sum()) == 2
 
 
-@pytest.mark.skipif(not engines.HAS_TRITON, reason="needs Triton")
 def test_guesses_get_better(plain, ppd, tiny_engine, tiny_ppd):
     """The same trees and prompt tokens, which are noise, without and with a table that
     starts empty."""

@@ -12,8 +12,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.successor_learning import LiveSuccessors, learn_successors
 
-# Steps between looks, and about how many nodes one takes in. Some fifty small kernels
-# are launched for it, however many nodes there are: more nodes seldom, then.
+# Steps between looks, and about how many nodes one takes in. As many small kernels are
+# launched for few nodes as for many: more nodes seldom, then.
 EVERY, _NODES = 8, 32
 
 
