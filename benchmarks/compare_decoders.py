@@ -40,8 +40,8 @@ from harness import (
     text_lengths,
 )
 
-from vllm_ppd.atomic import write_json
-from vllm_ppd.cli.engine_process import EngineFailedError, engine_environment
+from vllm_ppd.cli.engines import EngineFailedError, engine_environment
+from vllm_ppd.files import write_json
 
 
 def numbers(kind: type) -> Any:

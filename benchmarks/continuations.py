@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm_ppd.prompts import PromptTokens
-from vllm_ppd.train.calibrate import Measurement, measure, prompt_starts
-from vllm_ppd.train.calibration_settings import CalibrationSettings
+from vllm_ppd.calibrate.measure import Measurement, measure, prompt_starts
+from vllm_ppd.calibrate.settings import CalibrationSettings
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.data import TokenStream
 from vllm_ppd.train.model import FrozenModel
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import median
 
 from vllm_ppd.cli.generation import Batch, Generation
-from vllm_ppd.latency import LatencyCurve
+from vllm_ppd.search.latency import LatencyCurve
 
 
 def decode_counts(request: Generation, max_tokens: int, reach: int) -> tuple[int, int]:

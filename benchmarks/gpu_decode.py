@@ -33,9 +33,9 @@ from gpu_engine import TimedEngine
 from gpu_timing import choose_device, finish
 from stats import summarise
 
-from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.latency import LatencyCurve
-from vllm_ppd.tree_search import optimal_policy
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.search.latency import LatencyCurve
+from vllm_ppd.search.tree_search import optimal_policy
 
 TABLE = ROOT / "benchmarks" / "data" / "vicuna-7b-v1.3.json"
 # hidden, intermediate, layers, heads, KV heads, head size, vocabulary
@@ -59,8 +59,8 @@ def make_model(shape: str, stats: AcceptanceStats, folder: Path) -> tuple[str, s
     import torch
     from transformers import LlamaConfig
 
-    from vllm_ppd.fingerprint import BaseModelFingerprint
-    from vllm_ppd.prompts import PromptTokens
+    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+    from vllm_ppd.prompt_tokens.tokens import PromptTokens
 
     hidden, inner, layers, heads, kv_heads, size, vocabulary = SHAPES[shape]
     config = LlamaConfig(

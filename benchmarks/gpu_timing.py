@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from environment import environment_card
 
-from vllm_ppd.atomic import write_json
+from vllm_ppd.files import write_json
 
 
 def choose_device(dry_run: bool) -> torch.device:

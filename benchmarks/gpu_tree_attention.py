@@ -26,7 +26,7 @@ from gpu_timing import choose_device, finish, microseconds
 from stats import Spread
 
 from vllm_ppd.kernels.tree_attention import TreeBatch, tree_attention_reference
-from vllm_ppd.tables import pack_mask
+from vllm_ppd.trees.layout import pack_mask
 
 # (heads, KV heads, head size) of models in use.
 SHAPES = {

@@ -21,11 +21,11 @@ import torch
 from gpu_timing import choose_device, finish, microseconds
 from stats import Spread
 
-from vllm_ppd.candidates import POOL, Successors
-from vllm_ppd.kernels.guess_tree import DeviceGuesses
+from vllm_ppd.kernels.fill_tree import DeviceGuesses
 from vllm_ppd.kernels.tree_tables import TreeTables
-from vllm_ppd.tables import PolicyTables
-from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.trees.drafting import POOL, Successors
+from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 VOCABULARY = 32000
 # (layers, KV heads, head size)
@@ -53,7 +53,7 @@ def kernel_calls(
     shape: tuple[int, int, int], batch: int, rows: int, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
     """What a step of `batch` trees runs; three tokens of every tree are accepted."""
-    from vllm_ppd.kernels.triton.guess_tree import guess_tree
+    from vllm_ppd.kernels.triton.fill_tree import guess_tree
     from vllm_ppd.kernels.triton.kv_compact import KVCompactor
     from vllm_ppd.kernels.triton.place_tree import place_tree
     from vllm_ppd.kernels.triton.tree_walk import tree_walk

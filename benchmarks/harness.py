@@ -1,6 +1,6 @@
 """Runs decoders in turn on the same prompts, counted by the same counter.
 
-Every decoder is a vLLM engine in a process of its own (`vllm_ppd.cli.engine_process`)
+Every decoder is a vLLM engine in a process of its own (`vllm_ppd.cli.engines`)
 that sleeps while another is measured. Tokens are the token ids in vLLM's own outputs,
 for all decoders alike; steps are the engine's steps that brought output.
 """
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from stats import Sameness, summarise
 
 from vllm_ppd.cli.demo_prompts import read_texts
-from vllm_ppd.cli.engine_process import (
+from vllm_ppd.cli.engines import (
     EngineProcess,
     engine_processes,
     settle,

@@ -35,9 +35,9 @@ from environment import ROOT, environment_card, shown_path
 from safetensors import safe_open
 from stats import Spread
 
-from vllm_ppd.atomic import write_json
+from vllm_ppd.files import write_json
 from vllm_ppd.hub import resolve_path
-from vllm_ppd.prompts import TENSOR_FILE, PromptTokens
+from vllm_ppd.prompt_tokens.tokens import TENSOR_FILE, PromptTokens
 
 # Chen et al., table of the results: memory overhead of PPD, per cent.
 PAPER_PERCENT = 0.0004

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_ppd.atomic import write_bytes
+from vllm_ppd.files import write_bytes
 
 __all__ = ["ResultsPage"]
 

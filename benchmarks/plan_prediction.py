@@ -42,23 +42,23 @@ from environment import ROOT, environment_card, shown_path
 from harness import document, running
 from stats import Spread, ratios
 
-from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.atomic import write_json
-from vllm_ppd.cli.engine_process import (
+from vllm_ppd.adaptive.step_timing import StepTiming, mean_rows
+from vllm_ppd.calibrate.settings import CalibrationSettings
+from vllm_ppd.cli.engines import (
     EngineFailedError,
     EngineProcess,
     engine_environment,
     settle,
 )
 from vllm_ppd.cli.generation import Batch
-from vllm_ppd.default_trees import ACCEPTANCE_FILE
-from vllm_ppd.evidence import Evidence
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.plan_report import evidence_for, load_figures
-from vllm_ppd.profile import LatencyProfile
-from vllm_ppd.step_timing import StepTiming, mean_rows
-from vllm_ppd.train.calibration_settings import CalibrationSettings
+from vllm_ppd.files import write_json
+from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.search.defaults import ACCEPTANCE_FILE
+from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.report import evidence_for, load_figures
 from vllm_ppd.train.data import read_stream
+from vllm_ppd.trees.menu import Tier, TreePlan
 
 CALIBRATED, LEARNT = "calibrated", "learnt"
 # Tokens that a step can bring: those of a tree's longest path, and one.

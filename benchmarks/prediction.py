@@ -6,7 +6,7 @@
 Trees are found from the prompt tokens' acceptance.json. Their acceptance length
 (tokens per step) and speed are predicted, then measured in vLLM:
 
-- predicted: `vllm_ppd.policy_value` with acceptance.json for the temperature that it
+- predicted: `vllm_ppd.search.policy_value` with acceptance.json for the temperature that it
   was measured at, and with a table measured here for any other. Speed divides by the
   time of a plain step with as many rows, measured with plain vLLM decoding that many
   requests at once;
@@ -47,24 +47,24 @@ from environment import ROOT, environment_card, shown_path
 from harness import document, running
 from stats import Spread
 
-from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.atomic import write_json
-from vllm_ppd.cli.engine_process import (
+from vllm_ppd.calibrate.measure import Measurement
+from vllm_ppd.calibrate.settings import CalibrationSettings
+from vllm_ppd.cli.engines import (
     EngineFailedError,
     EngineProcess,
     engine_environment,
     settle,
 )
 from vllm_ppd.cli.generation import Generation
-from vllm_ppd.default_trees import ACCEPTANCE_FILE
-from vllm_ppd.latency import LatencyCurve
-from vllm_ppd.prompts import PromptTokens
-from vllm_ppd.train.calibrate import Measurement
-from vllm_ppd.train.calibration_settings import CalibrationSettings
+from vllm_ppd.files import write_json
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.search.defaults import ACCEPTANCE_FILE
+from vllm_ppd.search.latency import LatencyCurve
+from vllm_ppd.search.tree_search import evaluate, optimal_policy
 from vllm_ppd.train.data import TokenStream, read_stream
 from vllm_ppd.train.model import FrozenModel
-from vllm_ppd.tree import TreePolicy
-from vllm_ppd.tree_search import evaluate, optimal_policy
+from vllm_ppd.trees.tree import TreePolicy
 
 PLAIN = "plain"
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from vllm_ppd.acceptance import AcceptanceStats
+from vllm_ppd.search.acceptance_table import AcceptanceStats
 
 
 def replay_acceptance(stats: AcceptanceStats, seed: int = 0) -> None:
     """Make PPD's V1 runner in this process accept guesses as ``stats`` says."""
-    from vllm_ppd.engine import sampling
-    from vllm_ppd.verify import TreeWalk, kv_moves
+    from vllm_ppd.engine.v1 import sampling
+    from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
     rng = np.random.default_rng(seed)
     table = stats.acceptance  # [m, K]

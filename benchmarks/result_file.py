@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_ppd.atomic import write_json
+from vllm_ppd.files import write_json
 
 __all__ = ["open_work_folder", "read_results"]
 

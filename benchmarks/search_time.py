@@ -6,11 +6,11 @@
 Times three searches by rows, prompt tokens (m) and rows per prompt token (EPT), on
 typical chances and a typical GPU's latencies:
 
-- optimal_policy: prompt rows alone, one load (`vllm_ppd/tree_search.py`);
+- optimal_policy: prompt rows alone, one load (`vllm_ppd/search/tree_search.py`);
 - best_policy: with a successor table and earlier matches, one load
-  (`vllm_ppd/evidence_search.py`);
+  (`vllm_ppd/search/policy_iteration.py`);
 - best_plan: the same for every tier of load, what a start of the server does
-  (`vllm_ppd/plan_search.py`). A plan serves at most 129 rows.
+  (`vllm_ppd/search/plan_search.py`). A plan serves at most 129 rows.
 
 Each is repeated for a while, slow ones are run once; the median of the processor's time
 is shown, which other programs disturb less than the clock. The last line printed is one
@@ -33,14 +33,14 @@ from typing import Any
 import numpy as np
 from environment import environment_card
 
-from vllm_ppd.atomic import write_json
-from vllm_ppd.default_trees import typical_acceptance
-from vllm_ppd.evidence import Evidence
-from vllm_ppd.evidence_search import best_policy
-from vllm_ppd.plan_search import best_plan
-from vllm_ppd.profile import default_profile
-from vllm_ppd.tree import MAX_ROWS
-from vllm_ppd.tree_search import optimal_policy
+from vllm_ppd.files import write_json
+from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.defaults import typical_acceptance
+from vllm_ppd.search.plan_search import best_plan
+from vllm_ppd.search.policy_iteration import best_policy
+from vllm_ppd.search.profile import default_profile
+from vllm_ppd.search.tree_search import optimal_policy
+from vllm_ppd.trees.tree import MAX_ROWS
 
 SEARCHES = ("optimal_policy", "best_policy", "best_plan")
 # With more, the typical chances would sum to over one.

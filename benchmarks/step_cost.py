@@ -41,12 +41,12 @@ from environment import environment_card
 from replay import replay_acceptance
 from step_cost_report import show, speedups, summarise
 
-from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.atomic import write_json
-from vllm_ppd.default_trees import acceptance_of
-from vllm_ppd.latency import LatencyCurve
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.tree_search import optimal_policy
+from vllm_ppd.files import write_json
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.search.defaults import acceptance_of
+from vllm_ppd.search.latency import LatencyCurve
+from vllm_ppd.search.tree_search import optimal_policy
+from vllm_ppd.trees.menu import Tier, TreePlan
 
 ROOT = Path(__file__).resolve().parent.parent
 # Method of the runner (or of what hangs on it) -> the part of a step it is.
@@ -176,8 +176,8 @@ def sized_model(args: argparse.Namespace, folder: str) -> tuple[str, str]:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from vllm_ppd.fingerprint import BaseModelFingerprint
-    from vllm_ppd.prompts import PromptTokens
+    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+    from vllm_ppd.prompt_tokens.tokens import PromptTokens
 
     config = LlamaConfig.from_pretrained(args.model)
     config.update(

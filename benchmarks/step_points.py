@@ -10,9 +10,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from vllm_ppd.candidates import POOL, Successors
-from vllm_ppd.successors import SuccessorTable
 from vllm_ppd.train.continuation import Continuation
+from vllm_ppd.trees.bigram import SuccessorTable
+from vllm_ppd.trees.drafting import POOL, Successors
 
 RANKS = 32
 

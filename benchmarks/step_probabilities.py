@@ -35,15 +35,15 @@ from harness import document
 from step_points import RANKS, Point, Points, Ranker
 from step_starts import step_starts
 
-from vllm_ppd.atomic import write_json
-from vllm_ppd.prompts import PromptTokens
-from vllm_ppd.successors import SUCCESSOR_FILE, SuccessorTable
-from vllm_ppd.train.calibrate import measure
-from vllm_ppd.train.calibration_settings import CalibrationSettings
+from vllm_ppd.calibrate.measure import measure
+from vllm_ppd.calibrate.reliability import EDGES
+from vllm_ppd.calibrate.settings import CalibrationSettings
+from vllm_ppd.calibrate.step_points import accepted_guesses
+from vllm_ppd.files import write_json
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream
 from vllm_ppd.train.model import FrozenModel
-from vllm_ppd.train.reliability import EDGES
-from vllm_ppd.train.step_points import accepted_guesses
+from vllm_ppd.trees.bigram import SUCCESSOR_FILE, SuccessorTable
 
 NODES = (4, 8, 16, 32, 64)
 # Ranks from which on candidates are alike.

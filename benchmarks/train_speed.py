@@ -42,7 +42,7 @@ from benchmarks.environment import ROOT, environment_card, git_state, shown_path
 from benchmarks.stats import Spread
 from benchmarks.train_speed_curves import ROWS, compared, curve_of, quality
 from benchmarks.train_speed_plot import draw
-from vllm_ppd.atomic import write_json
+from vllm_ppd.files import write_json
 from vllm_ppd.train.settings import RATE_STEPS, TrainSettings
 from vllm_ppd.train.trainer import Interrupted
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_ppd.tree import MAX_ROWS
+from vllm_ppd.trees.tree import MAX_ROWS
 
 METHOD = "ppd"
 MODEL_PREFIX = "ppd:"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import ROOT, environment_card, git_state, shown_path
-from vllm_ppd.atomic import write_json
+from vllm_ppd.files import write_json
 from vllm_ppd.train.trainer import Interrupted
 
 from .document import ablations_document

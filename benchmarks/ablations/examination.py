@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.latency import LatencyCurve
-from vllm_ppd.train.calibrate import Measurement, measure
-from vllm_ppd.train.calibration_settings import CalibrationSettings
+from vllm_ppd.calibrate.measure import Measurement, measure
+from vllm_ppd.calibrate.settings import CalibrationSettings
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.search.latency import LatencyCurve
+from vllm_ppd.search.tree_search import SearchResult, optimal_policy
 from vllm_ppd.train.evaluation import evaluate
 from vllm_ppd.train.settings import TrainSettings
-from vllm_ppd.tree_search import SearchResult, optimal_policy
 
 from .walk import walk_text
 from .workbench import Workbench

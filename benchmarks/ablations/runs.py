@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.result_file import open_work_folder
-from vllm_ppd.atomic import write_json
-from vllm_ppd.prompts import TENSOR_FILE, PromptTokens
+from vllm_ppd.files import write_json
+from vllm_ppd.prompt_tokens.tokens import TENSOR_FILE, PromptTokens
 from vllm_ppd.train.settings import TrainSettings
 
 from .examination import Examination

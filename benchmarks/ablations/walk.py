@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_ppd.plain_tree import TreeLike
+from vllm_ppd.trees.plain_tree import TreeLike
 
 __all__ = ["mean_acceptance_length", "walk_text"]
 

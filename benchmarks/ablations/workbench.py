@@ -9,8 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import AutoTokenizer
 
-from vllm_ppd.fingerprint import BaseModelFingerprint
-from vllm_ppd.prompts import PromptTokens
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.data import TokenStream, read_stream
 from vllm_ppd.train.documents import sha256_of_files
 from vllm_ppd.train.model import FrozenModel

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT, environment_card, shown_path
-from vllm_ppd.atomic import write_json
-from vllm_ppd.cli.engine_process import EngineFailedError, engine_environment
-from vllm_ppd.default_trees import ACCEPTANCE_FILE
-from vllm_ppd.evidence import EVIDENCE_FILE
+from vllm_ppd.cli.engines import EngineFailedError, engine_environment
+from vllm_ppd.files import write_json
 from vllm_ppd.hub import resolve_path
-from vllm_ppd.profile import LatencyProfile
-from vllm_ppd.prompts import PromptTokens, tensor_file
-from vllm_ppd.successors import SUCCESSOR_FILE
+from vllm_ppd.prompt_tokens.tokens import PromptTokens, tensor_file
+from vllm_ppd.search.acceptance import EVIDENCE_FILE
+from vllm_ppd.search.defaults import ACCEPTANCE_FILE
+from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.trees.bigram import SUCCESSOR_FILE
 
 from .document import tree_document
 from .kinds import KINDS, Trees, Variant, plan_of

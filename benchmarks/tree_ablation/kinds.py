@@ -12,14 +12,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.baseline_policies import baseline_trees
-from vllm_ppd.evidence import Evidence
-from vllm_ppd.evidence_search import best_policy, policy_value
-from vllm_ppd.latency import LatencyCurve
-from vllm_ppd.plain_tree import PlainTree
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.tree import SparseTree, TreePolicy
+from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.search.baseline_policies import baseline_trees
+from vllm_ppd.search.latency import LatencyCurve
+from vllm_ppd.search.policy_iteration import best_policy, policy_value
+from vllm_ppd.trees.menu import Tier, TreePlan
+from vllm_ppd.trees.plain_tree import PlainTree
+from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
 __all__ = ["KINDS", "Kind", "Value", "Variant", "plan_of", "trees_of", "value_of"]
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.decoding import acceptance_length, decode_counts
-from vllm_ppd.atomic import write_json
-from vllm_ppd.cli.engine_process import EngineProcess, engine_processes, start_all
+from vllm_ppd.cli.engines import EngineProcess, engine_processes, start_all
 from vllm_ppd.cli.generation import Batch
-from vllm_ppd.plan import TreePlan
+from vllm_ppd.files import write_json
+from vllm_ppd.trees.menu import TreePlan
 
 __all__ = ["Work", "engine_settings", "measure_plan", "running"]
 

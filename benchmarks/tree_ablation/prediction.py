@@ -8,11 +8,11 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.environment import ROOT
-from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.default_trees import DEFAULT_ROWS, evidence_of
-from vllm_ppd.evidence import Evidence
-from vllm_ppd.plan_search import best_plan
-from vllm_ppd.profile import LatencyProfile, default_profile
+from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.search.defaults import DEFAULT_ROWS, evidence_of
+from vllm_ppd.search.plan_search import best_plan
+from vllm_ppd.search.profile import LatencyProfile, default_profile
 
 from .kinds import Trees, Variant, trees_of, value_of
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.result_file import open_work_folder
-from vllm_ppd.atomic import write_json
-from vllm_ppd.plan import TreePlan
+from vllm_ppd.files import write_json
+from vllm_ppd.trees.menu import TreePlan
 
 __all__ = ["RecordFolder", "plan_name"]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.engine.engine_process import GPU_MEMORY, ON_GPU, EngineProcess
-from vllm_ppd.prompts import PromptTokens
-from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "demo_model" / "model"

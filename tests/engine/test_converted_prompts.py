@@ -15,11 +15,11 @@ import torch
 
 from tests.authors_checkpoint import write_authors_checkpoint
 from tests.engine.conftest import MODEL, PROMPTS, cpu_only
-from vllm_ppd.convert import convert
-from vllm_ppd.prompts import PromptTokens
+from vllm_ppd.prompt_tokens.convert import convert
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.insertion import Insertion
 from vllm_ppd.train.model import FrozenModel
-from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 pytestmark = cpu_only
 

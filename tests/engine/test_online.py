@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.engine.conftest import PROMPTS
-from vllm_ppd.engine.online import OnlineTrees
-from vllm_ppd.evidence import Evidence
-from vllm_ppd.suffix import match_chains
+from vllm_ppd.engine.v1.online import OnlineTrees
+from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.trees.ngram import match_chains
 
 NO_CHAINS = np.full((2, 8), -1)
 TOKENS = np.zeros((2, 64), dtype=np.int64)

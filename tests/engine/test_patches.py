@@ -21,8 +21,8 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ppd.engine import patches
-from vllm_ppd.engine.runner_v1 import OVERRIDDEN, PPDRunnerMixin
-from vllm_ppd.engine.worker_cpu import PPDCPUModelRunner
+from vllm_ppd.engine.v1.runner import OVERRIDDEN, PPDRunnerMixin
+from vllm_ppd.engine.v1.worker import PPDCPUModelRunner
 from vllm_ppd.plugin import register
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from tests.engine.conftest import PROMPTS, cpu_only
 from tests.engine.test_exactness import GREEDY, mixed, same
-from vllm_ppd.engine.executor import count_other_rows
-from vllm_ppd.evidence import Evidence
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.engine.v1.executor import count_other_rows
+from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.trees.menu import Tier, TreePlan
+from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 pytestmark = cpu_only
 

@@ -18,9 +18,9 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.engine.conftest import MODEL, PROMPTS
-from vllm_ppd.engine.selection import KEY, WORKERS
-from vllm_ppd.profile import default_profile
-from vllm_ppd.tree import TreePolicy, chain_tree
+from vllm_ppd.engine.select import KEY, WORKERS
+from vllm_ppd.search.profile import default_profile
+from vllm_ppd.trees.tree import TreePolicy, chain_tree
 
 PPD = {"method": "ppd", "model": str(PROMPTS)}
 

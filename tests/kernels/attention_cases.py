@@ -14,7 +14,7 @@ import torch
 
 from tests.kernels.implementations import DEVICE
 from vllm_ppd.kernels.tree_attention import TreeBatch
-from vllm_ppd.tables import pack_mask
+from vllm_ppd.trees.layout import pack_mask
 
 
 @dataclass

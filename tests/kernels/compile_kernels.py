@@ -19,17 +19,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import vllm_ppd.kernels.triton.guess_tree as guess_module
+import vllm_ppd.kernels.triton.fill_tree as guess_module
 import vllm_ppd.kernels.triton.kv_compact as compact_module
-import vllm_ppd.kernels.triton.match_chains as match_module
+import vllm_ppd.kernels.triton.ngram as match_module
 import vllm_ppd.kernels.triton.place_tree as place_module
 import vllm_ppd.kernels.triton.tree_attention as attention_module
 import vllm_ppd.kernels.triton.tree_walk as walk_module
 from tests.kernels.trees import random_policy, tables_of
-from vllm_ppd.candidates import Successors
-from vllm_ppd.kernels.guess_tree import DeviceGuesses
+from vllm_ppd.kernels.fill_tree import DeviceGuesses
 from vllm_ppd.kernels.tree_attention import TreeBatch
 from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.trees.drafting import Successors
 
 TYPES = {
     torch.float32: "fp32",

@@ -21,9 +21,9 @@ def _import_triton() -> str | None:
     else:
         os.environ["TRITON_INTERPRET"] = "1"
     try:
-        import vllm_ppd.kernels.triton.guess_tree
+        import vllm_ppd.kernels.triton.fill_tree
         import vllm_ppd.kernels.triton.kv_compact
-        import vllm_ppd.kernels.triton.match_chains
+        import vllm_ppd.kernels.triton.ngram
         import vllm_ppd.kernels.triton.place_tree
         import vllm_ppd.kernels.triton.tree_attention
         import vllm_ppd.kernels.triton.tree_walk  # noqa: F401

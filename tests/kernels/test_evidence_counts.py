@@ -10,14 +10,14 @@ import torch
 
 from tests.kernels.implementations import DEVICE
 from tests.kernels.trees import FIRST_SOFT_ID, random_plan, random_rows
-from vllm_ppd.evidence import Evidence
+from vllm_ppd.adaptive.learning import EvidenceLearner
 from vllm_ppd.kernels.evidence_counts import count_evidence
 from vllm_ppd.kernels.tree_tables import TreeTables
 from vllm_ppd.kernels.tree_walk import tree_walk_reference
-from vllm_ppd.learning import EvidenceLearner
-from vllm_ppd.step import TreeStep
-from vllm_ppd.tables import PolicyTables
-from vllm_ppd.verify import TreeWalk
+from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.verify import TreeWalk
 
 # Fewer ranks and depths than trees have, so that some candidates have no place.
 RANKS = np.array([0.3, 0.1])

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from tests.unit.test_tree import random_tree
-from vllm_ppd.candidates import Guesses, Successors, fill_trees, rank_children
 from vllm_ppd.kernels.cpu import CpuTreeFiller, load_library
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.successors import SuccessorTable
-from vllm_ppd.tables import PolicyTables
-from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.trees.bigram import SuccessorTable
+from vllm_ppd.trees.drafting import Guesses, Successors, fill_trees, rank_children
+from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.menu import Tier, TreePlan
+from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 # root -> a, b; a -> c; no prompt rows, to look at candidates only.
 SMALL = SparseTree((0, 0, 1), (0, 1, 0), (0, 0, 0, 0))

@@ -8,9 +8,9 @@ import torch
 
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
 from tests.kernels.test_fill_trees_cpu import random_case
-from vllm_ppd.candidates import POOL, Successors, fill_trees
-from vllm_ppd.kernels.guess_tree import DeviceGuesses, guess_tree_reference
+from vllm_ppd.kernels.fill_tree import DeviceGuesses, guess_tree_reference
 from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.trees.drafting import POOL, Successors, fill_trees
 
 UNTOUCHED = -7
 
@@ -19,7 +19,7 @@ UNTOUCHED = -7
 def guess(request):
     if request.param == "reference":
         return guess_tree_reference
-    from vllm_ppd.kernels.triton.guess_tree import guess_tree
+    from vllm_ppd.kernels.triton.fill_tree import guess_tree
 
     return guess_tree
 

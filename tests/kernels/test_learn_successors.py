@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from vllm_ppd.kernels.cpu import CpuSuccessorLearner
-from vllm_ppd.successor_learning import (
+from vllm_ppd.trees.bigram import SMOOTHING, SuccessorCounts, SuccessorTable
+from vllm_ppd.trees.bigram_learning import (
     LISTED,
     MOST,
     LiveSuccessors,
     learn_successors,
 )
-from vllm_ppd.successors import SMOOTHING, SuccessorCounts, SuccessorTable
 
 VOCABULARY, SIZE = 40, 12
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
-from vllm_ppd.kernels.match_chains import match_chains_reference
-from vllm_ppd.suffix import match_chains
+from vllm_ppd.kernels.ngram import match_chains_reference
+from vllm_ppd.trees.ngram import match_chains
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def match(request):
     if request.param == "reference":
         return match_chains_reference
-    from vllm_ppd.kernels.triton.match_chains import match_chains
+    from vllm_ppd.kernels.triton.ngram import match_chains
 
     return match_chains
 

@@ -13,8 +13,8 @@ from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
 from tests.kernels.trees import random_policy, random_rows, tables_of
 from vllm_ppd.kernels.place_tree import place_tree_reference
 from vllm_ppd.kernels.tree_tables import TreeTables
-from vllm_ppd.step import TreeStep
-from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 UNTOUCHED = -7
 

@@ -10,14 +10,14 @@ import torch
 
 from tests.kernels.implementations import DEVICE
 from tests.kernels.trees import FIRST_SOFT_ID, random_plan, random_policy, random_rows
+from vllm_ppd.engine.step_counts import Slot, StepCounts
 from vllm_ppd.kernels.step_counts import count_step
 from vllm_ppd.kernels.tree_tables import TreeTables
 from vllm_ppd.kernels.tree_walk import tree_walk_reference
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.step import TreeStep
-from vllm_ppd.step_counts import Slot, StepCounts
-from vllm_ppd.tables import PolicyTables
-from vllm_ppd.verify import TreeWalk
+from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.menu import Tier, TreePlan
+from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.verify import TreeWalk
 
 
 @pytest.mark.parametrize("ept", [1, 2])

@@ -5,9 +5,9 @@ import pytest
 
 from tests.kernels.test_fill_trees_cpu import random_case
 from vllm_ppd.kernels.cpu import load_library, match_chains_cpu, walk_greedy_cpu
-from vllm_ppd.step import TreeStep
-from vllm_ppd.suffix import match_chains
-from vllm_ppd.verify import TreeWalk, kv_moves
+from vllm_ppd.trees.ngram import match_chains
+from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
 

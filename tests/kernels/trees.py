@@ -6,9 +6,9 @@ import random
 
 import numpy as np
 
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.tables import PolicyTables
-from vllm_ppd.tree import SparseTree, TreePolicy
+from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.menu import Tier, TreePlan
+from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
 FIRST_SOFT_ID = 1000
 

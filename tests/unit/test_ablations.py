@@ -18,11 +18,11 @@ from benchmarks.ablations.progress import Progress
 from benchmarks.ablations.walk import mean_acceptance_length, walk_text
 from benchmarks.ablations.workbench import Workbench
 from tests.unit.tiny_base import write_texts, write_tiny_model
-from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.latency import LatencyCurve
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.search.latency import LatencyCurve
+from vllm_ppd.search.tree_search import optimal_policy
 from vllm_ppd.train.trainer import Interrupted
-from vllm_ppd.tree import SparseTree
-from vllm_ppd.tree_search import optimal_policy
+from vllm_ppd.trees.tree import SparseTree
 
 TABLES = "loss,init"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_ppd import atomic
-from vllm_ppd.acceptance import AcceptanceError, AcceptanceStats
+from vllm_ppd import files as atomic
+from vllm_ppd.search.acceptance_table import AcceptanceError, AcceptanceStats
 
 TABLE = [[0.5, 0.2, 0.1], [0.3, 0.1, 0.15]]
 SOURCE = {"model": "org/base", "text": ["a", "b"], "positions": 1000}

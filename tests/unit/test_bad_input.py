@@ -18,11 +18,11 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from vllm_ppd import atomic  # noqa: E402
+from vllm_ppd import files as atomic  # noqa: E402
+from vllm_ppd.calibrate import measure as calibrate_module  # noqa: E402
 from vllm_ppd.cli import main  # noqa: E402
-from vllm_ppd.fingerprint import BaseModelFingerprint  # noqa: E402
-from vllm_ppd.prompts import PromptTokens  # noqa: E402
-from vllm_ppd.train import calibrate as calibrate_module  # noqa: E402
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint  # noqa: E402
+from vllm_ppd.prompt_tokens.tokens import PromptTokens  # noqa: E402
 from vllm_ppd.train.model import FrozenModel  # noqa: E402
 
 TRAIN = "--steps 4 --length 24 --batch-size 2 --points 4 --checkpoint-every 2"

@@ -11,16 +11,16 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from vllm_ppd.candidates import fill_drafts  # noqa: E402
-from vllm_ppd.tables import PolicyTables  # noqa: E402
-from vllm_ppd.train.calibrate import Measurement, measure, prompt_starts  # noqa: E402
-from vllm_ppd.train.calibration_settings import CalibrationSettings  # noqa: E402
+from vllm_ppd.calibrate.measure import Measurement, measure, prompt_starts  # noqa: E402
+from vllm_ppd.calibrate.reliability import EDGES, Reliability  # noqa: E402
+from vllm_ppd.calibrate.settings import CalibrationSettings  # noqa: E402
 from vllm_ppd.train.continuation import continue_prompts, end_tokens  # noqa: E402
 from vllm_ppd.train.data import TokenStream  # noqa: E402
 from vllm_ppd.train.documents import DataError  # noqa: E402
 from vllm_ppd.train.model import FrozenModel  # noqa: E402
-from vllm_ppd.train.reliability import EDGES, Reliability  # noqa: E402
-from vllm_ppd.tree import SparseTree, TreePolicy  # noqa: E402
+from vllm_ppd.trees.drafting import fill_drafts  # noqa: E402
+from vllm_ppd.trees.layout import PolicyTables  # noqa: E402
+from vllm_ppd.trees.tree import SparseTree, TreePolicy  # noqa: E402
 
 # END is a token that some greedy continuations below meet halfway.
 VOCAB, HIDDEN, END = 53, 32, 25
@@ -112,8 +112,8 @@ def test_counts_are_those_of_points_one_by_one(model, stream, m, e, monkeypatch)
     assert total > 30
     whole = measure(model, prompts, stream, SETTINGS)
     # The same again with the prompt rows of one point at a time.
-    monkeypatch.setattr("vllm_ppd.train.calibrate._ROWS_AT_ONCE", 1)
-    monkeypatch.setattr("vllm_ppd.train.calibrate._CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("vllm_ppd.calibrate.measure._ROWS_AT_ONCE", 1)
+    monkeypatch.setattr("vllm_ppd.calibrate.measure._CHUNK_ELEMENTS", 1)
     for found in (whole, measure(model, prompts, stream, SETTINGS)):
         assert found.num_points == total
         np.testing.assert_allclose(found.acceptance(VOCAB), counts / total, atol=1e-12)

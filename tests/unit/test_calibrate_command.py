@@ -15,16 +15,16 @@ transformers = pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from tests.unit.test_calibrate import table, tiny_llama  # noqa: E402
-from vllm_ppd.acceptance import AcceptanceError, AcceptanceStats  # noqa: E402
+from vllm_ppd.calibrate import job as calibration_job  # noqa: E402
 from vllm_ppd.cli import calibrate as command  # noqa: E402
-from vllm_ppd.evidence import Evidence  # noqa: E402
-from vllm_ppd.fingerprint import BaseModelFingerprint  # noqa: E402
-from vllm_ppd.prompts import PromptTokens, PromptTokensError  # noqa: E402
-from vllm_ppd.successors import SuccessorTable  # noqa: E402
-from vllm_ppd.train import calibration_job  # noqa: E402
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint  # noqa: E402
+from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError  # noqa: E402
+from vllm_ppd.search.acceptance import Evidence  # noqa: E402
+from vllm_ppd.search.acceptance_table import AcceptanceError, AcceptanceStats  # noqa: E402
 from vllm_ppd.train.documents import DataError  # noqa: E402
 from vllm_ppd.train.model import ModelError  # noqa: E402
 from vllm_ppd.train.settings import SettingsError  # noqa: E402
+from vllm_ppd.trees.bigram import SuccessorTable  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_a_failed_write_leaves_the_earlier_table(folders, prompts_folder, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vllm_ppd.atomic.os.replace", full)
+    monkeypatch.setattr("vllm_ppd.files.os.replace", full)
     with pytest.raises(AcceptanceError, match="No space left"):
         calibrate(folders, prompts_folder, "--overwrite")
     assert file.read_text() == "precious"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.chain_replay import replay_chains
-from vllm_ppd.evidence import Evidence
-from vllm_ppd.learning import EvidenceLearner
-from vllm_ppd.suffix import MAX_CHAIN, match_chain
+from vllm_ppd.adaptive.chain_replay import replay_chains
+from vllm_ppd.adaptive.learning import EvidenceLearner
+from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.trees.ngram import MAX_CHAIN, match_chain
 
 
 def text(length: int, seed: int = 0) -> np.ndarray:

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_ppd.cli import main
-from vllm_ppd.cli.engine_process import EngineFailedError
-from vllm_ppd.fingerprint import BaseModelFingerprint
-from vllm_ppd.prompts import PromptTokens
+from vllm_ppd.cli.engines import EngineFailedError
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
 
 HIDDEN, VOCAB = 8, 50
 

@@ -5,7 +5,7 @@ import pytest
 
 from vllm_ppd.config import PPDConfig, PPDConfigError
 from vllm_ppd.engine.versions import require_supported_vllm
-from vllm_ppd.tree import MAX_ROWS
+from vllm_ppd.trees.tree import MAX_ROWS
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from tests.unit.test_evidence_search import some_evidence
-from vllm_ppd.context_cost import (
+from vllm_ppd.adaptive.context_cost import (
     ContextBand,
     ContextCost,
     ContextSample,
     context_bands,
 )
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.plan_search import best_plan
-from vllm_ppd.profile import LatencyProfile
-from vllm_ppd.replan import better_plan
-from vllm_ppd.step_timing import StepTiming, corrected
+from vllm_ppd.adaptive.replan import better_plan
+from vllm_ppd.adaptive.step_timing import StepTiming, corrected
+from vllm_ppd.search.plan_search import best_plan
+from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.trees.menu import Tier, TreePlan
 
 # A second for a plain step and as much again for three more rows: too dear for guesses.
 ROWS = (1, 2, 4, 8)

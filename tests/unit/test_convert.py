@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.authors_checkpoint import write_authors_checkpoint
-from vllm_ppd import atomic
+from vllm_ppd import files as atomic
 from vllm_ppd.cli import main
-from vllm_ppd.convert import ConversionError, convert
-from vllm_ppd.fingerprint import BaseModelFingerprint
-from vllm_ppd.prompts import PromptTokens, PromptTokensError, tensor_file
+from vllm_ppd.prompt_tokens.convert import ConversionError, convert
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError, tensor_file
 
 HIDDEN, VOCAB = 16, 40
 TABLE = torch.randn(3, 2, HIDDEN, generator=torch.Generator().manual_seed(0))

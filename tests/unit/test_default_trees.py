@@ -6,19 +6,19 @@ import json
 import numpy as np
 import pytest
 
-from vllm_ppd.acceptance import AcceptanceError, AcceptanceStats
 from vllm_ppd.config import PPDConfigError
-from vllm_ppd.default_trees import (
+from vllm_ppd.search.acceptance import Evidence, EvidenceError
+from vllm_ppd.search.acceptance_table import AcceptanceError, AcceptanceStats
+from vllm_ppd.search.defaults import (
     acceptance_of,
     evidence_of,
     row_limit,
     typical_acceptance,
 )
-from vllm_ppd.evidence import Evidence, EvidenceError
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.plan_choice import PlanSettings
-from vllm_ppd.profile import LatencyProfile
-from vllm_ppd.tree import SparseTree, TreeError, TreePolicy, chain_tree
+from vllm_ppd.search.plan_choice import PlanSettings
+from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.trees.menu import Tier, TreePlan
+from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy, chain_tree
 
 
 def settings(folder, **other) -> PlanSettings:

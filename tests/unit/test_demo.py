@@ -13,8 +13,8 @@ from rich.console import Console
 
 from vllm_ppd.cli import demo, demo_prompts, demo_view, main
 from vllm_ppd.cli.demo_report import Comparison, NearTie, Totals, verdict
-from vllm_ppd.cli.engine_process import EngineFailedError, EngineProcess, start_all
 from vllm_ppd.cli.engine_worker import sentence
+from vllm_ppd.cli.engines import EngineFailedError, EngineProcess, start_all
 from vllm_ppd.cli.generation import Generation, Step
 
 

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("accelerate")
 
 from vllm_ppd.cli import main
-from vllm_ppd.prompts import PromptTokens
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.early_stop import (
     best_record,
     evaluations_since_best,

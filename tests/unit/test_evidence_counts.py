@@ -9,17 +9,18 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from vllm_ppd.candidates import Successors, rank_children  # noqa: E402
-from vllm_ppd.evidence_search import best_policy  # noqa: E402
-from vllm_ppd.latency import LatencyCurve  # noqa: E402
-from vllm_ppd.plain_tree import PlainTree  # noqa: E402
-from vllm_ppd.successors import SuccessorTable  # noqa: E402
-from vllm_ppd.suffix import match_chain  # noqa: E402
-from vllm_ppd.train import evidence_counts, evidence_rates  # noqa: E402
+from vllm_ppd.calibrate import counts as evidence_counts  # noqa: E402
+from vllm_ppd.calibrate import rates as evidence_rates  # noqa: E402
+from vllm_ppd.calibrate.counts import WEIGHTS, EvidenceCounts  # noqa: E402
+from vllm_ppd.calibrate.rates import Texts, TriedPoints  # noqa: E402
+from vllm_ppd.calibrate.step_points import StepPoints, accepted_guesses, walk_steps  # noqa: E402
+from vllm_ppd.search.latency import LatencyCurve  # noqa: E402
+from vllm_ppd.search.policy_iteration import best_policy  # noqa: E402
 from vllm_ppd.train.continuation import Continuation  # noqa: E402
-from vllm_ppd.train.evidence_counts import WEIGHTS, EvidenceCounts  # noqa: E402
-from vllm_ppd.train.evidence_rates import Texts, TriedPoints  # noqa: E402
-from vllm_ppd.train.step_points import StepPoints, accepted_guesses, walk_steps  # noqa: E402
+from vllm_ppd.trees.bigram import SuccessorTable  # noqa: E402
+from vllm_ppd.trees.drafting import Successors, rank_children  # noqa: E402
+from vllm_ppd.trees.ngram import match_chain  # noqa: E402
+from vllm_ppd.trees.plain_tree import PlainTree  # noqa: E402
 
 VOCABULARY, M, K, LENGTH = 12, 2, 5, 40
 

@@ -6,16 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.evidence import Evidence, EvidenceError
-from vllm_ppd.evidence_growth import EvidenceTrees, candidates_by_depth, most_tokens
-from vllm_ppd.evidence_search import best_policy, node_chances, policy_value
-from vllm_ppd.latency import LatencyCurve
-from vllm_ppd.plain_tree import PlainTree
-from vllm_ppd.plan_search import best_plan, shared_curve
-from vllm_ppd.profile import LatencyProfile
-from vllm_ppd.subtrees import useful_rows
-from vllm_ppd.tree_search import optimal_policy
+from vllm_ppd.search.acceptance import Evidence, EvidenceError
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.search.latency import LatencyCurve
+from vllm_ppd.search.plan_search import best_plan, shared_curve
+from vllm_ppd.search.policy_iteration import best_policy, node_chances, policy_value
+from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.subtrees import useful_rows
+from vllm_ppd.search.tree_dp import EvidenceTrees, candidates_by_depth, most_tokens
+from vllm_ppd.search.tree_search import optimal_policy
+from vllm_ppd.trees.plain_tree import PlainTree
 
 CURVE = LatencyCurve((1, 2, 4, 8, 16), (1.0, 1.2, 1.3, 1.6, 2.4))
 

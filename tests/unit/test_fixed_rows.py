@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from tests.unit.test_evidence_search import all_trees, some_evidence
-from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.evidence import Evidence
-from vllm_ppd.evidence_search import policy_value
-from vllm_ppd.fixed_rows import best_fixed_plan, best_within, better_within
-from vllm_ppd.latency import LatencyCurve
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.plan_report import load_figures
-from vllm_ppd.plan_search import tier_limits
-from vllm_ppd.profile import LatencyProfile
+from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.search.fixed_rows import best_fixed_plan, best_within, better_within
+from vllm_ppd.search.latency import LatencyCurve
+from vllm_ppd.search.plan_search import tier_limits
+from vllm_ppd.search.policy_iteration import policy_value
+from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.report import load_figures
+from vllm_ppd.trees.menu import Tier, TreePlan
 
 # One prompt token with one guess, right in six of ten steps.
 ONE = Evidence.of(AcceptanceStats(np.array([[0.6]])))

@@ -14,13 +14,13 @@ import torch
 
 pytest.importorskip("accelerate")
 
-from vllm_ppd.fingerprint import BaseModelFingerprint
-from vllm_ppd.prompts import PromptTokens
-from vllm_ppd.train.calibration_job import CalibrationJob
-from vllm_ppd.train.calibration_settings import CalibrationSettings
+from vllm_ppd.calibrate.job import CalibrationJob
+from vllm_ppd.calibrate.settings import CalibrationSettings
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.corpus import text_files
+from vllm_ppd.train.datasets import DatasetName, copy_dataset
 from vllm_ppd.train.documents import DataError, find_documents
-from vllm_ppd.train.hub_dataset import DatasetName, copy_dataset
 from vllm_ppd.train.job import TrainJob
 
 ROWS = [{"text": f"row {i} of some text", "id": i} for i in range(50)]
@@ -169,7 +169,7 @@ def test_a_full_disk(library, tmp_path: Path, monkeypatch) -> None:
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vllm_ppd.train.hub_dataset.os.fsync", full)
+    monkeypatch.setattr("vllm_ppd.train.datasets.os.fsync", full)
     name = DatasetName("org/text", None, "train", False)
     with pytest.raises(DataError, match="No space left"):
         copy_dataset(name, tmp_path, max_bytes=1000)

@@ -3,19 +3,19 @@
 import numpy as np
 import pytest
 
-from vllm_ppd import replan
-from vllm_ppd.evidence import Evidence
-from vllm_ppd.evidence_search import best_policy
-from vllm_ppd.fixed_rows import better_within
-from vllm_ppd.latency import LatencyCurve
-from vllm_ppd.learning import EvidenceLearner
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.plan_search import best_plan
-from vllm_ppd.profile import LatencyProfile
-from vllm_ppd.replan import Replanner, SearchPace, better_plan
-from vllm_ppd.step import TreeStep
-from vllm_ppd.tables import PolicyTables
-from vllm_ppd.verify import TreeWalk
+from vllm_ppd.adaptive import replan
+from vllm_ppd.adaptive.learning import EvidenceLearner
+from vllm_ppd.adaptive.replan import Replanner, SearchPace, better_plan
+from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.fixed_rows import better_within
+from vllm_ppd.search.latency import LatencyCurve
+from vllm_ppd.search.plan_search import best_plan
+from vllm_ppd.search.policy_iteration import best_policy
+from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.menu import Tier, TreePlan
+from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.verify import TreeWalk
 
 ROWS = (1, 2, 4, 8, 16)
 PROFILE = LatencyProfile((1, 2), ROWS, ((1.0, 1.1, 1.2, 1.4, 2.0),) * 2, {})

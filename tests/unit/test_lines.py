@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vllm_ppd.engine.v2.lines import line_policy, with_lines
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.trees.menu import Tier, TreePlan
+from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 
 def policy(rows: int, num_ept: int = 1) -> TreePolicy:

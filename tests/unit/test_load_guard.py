@@ -9,12 +9,12 @@ from statistics import median
 import numpy as np
 import pytest
 
-from vllm_ppd.guess_tally import GuessTally
-from vllm_ppd.load_guard import LoadGuard
-from vllm_ppd.profile import LatencyProfile
-from vllm_ppd.prompt_cost import seconds_per_row
-from vllm_ppd.speed_look import Look, MeanStep, TimedStep
-from vllm_ppd.step_timing import StepTiming, corrected
+from vllm_ppd.adaptive.guess_tally import GuessTally
+from vllm_ppd.adaptive.load_guard import LoadGuard
+from vllm_ppd.adaptive.prompt_cost import seconds_per_row
+from vllm_ppd.adaptive.speed_look import Look, MeanStep, TimedStep
+from vllm_ppd.adaptive.step_timing import StepTiming, corrected
+from vllm_ppd.search.profile import LatencyProfile
 
 
 class World:

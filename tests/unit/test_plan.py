@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.tables import PolicyTables
-from vllm_ppd.tree import SparseTree, TreeError, TreePolicy, chain_tree
+from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.menu import Tier, TreePlan
+from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy, chain_tree
 
 SMALL = TreePolicy((chain_tree(0, (1,)), chain_tree(1, (1, 1))))
 FORK = TreePolicy((chain_tree(0, (1,)), SparseTree((0, 0, 1), (0, 1, 0), (1, 1, 0, 0))))

@@ -15,17 +15,17 @@ from safetensors.torch import save_file
 
 pytest.importorskip("accelerate")
 
-from vllm_ppd.acceptance import AcceptanceStats
+from vllm_ppd.adaptive.step_timing import StepTiming
+from vllm_ppd.calibrate.measure import Measurement
+from vllm_ppd.calibrate.reliability import Reliability
 from vllm_ppd.cli.generation import Batch, Generation, Step
-from vllm_ppd.evidence import Evidence
-from vllm_ppd.latency import LatencyCurve
-from vllm_ppd.plan import TreePlan
-from vllm_ppd.profile import LatencyProfile
-from vllm_ppd.step_timing import StepTiming
-from vllm_ppd.train.calibrate import Measurement
-from vllm_ppd.train.reliability import Reliability
-from vllm_ppd.tree import SparseTree, TreePolicy
-from vllm_ppd.tree_search import optimal_policy
+from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.search.latency import LatencyCurve
+from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.tree_search import optimal_policy
+from vllm_ppd.trees.menu import TreePlan
+from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 decoding: Any = importlib.import_module("decoding")

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from vllm_ppd.context_cost import ContextCost
-from vllm_ppd.profile import (
+from vllm_ppd.adaptive.context_cost import ContextCost
+from vllm_ppd.search.profile import (
     LatencyProfile,
     ProfileError,
     cache_file,

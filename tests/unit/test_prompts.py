@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_ppd import atomic
-from vllm_ppd.fingerprint import BaseModelFingerprint, FingerprintError
+from vllm_ppd import files as atomic
 from vllm_ppd.hub import PathNotResolvedError, resolve_path
-from vllm_ppd.prompts import PromptTokens, PromptTokensError
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint, FingerprintError
+from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError
 
 HIDDEN = 8
 VOCAB = 300
@@ -354,7 +354,7 @@ def test_resolve_path_refusals(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_no_vllm_is_imported() -> None:
-    code = "import sys, vllm_ppd.prompts, vllm_ppd.hub; print('vllm' in sys.modules)"
+    code = "import sys, vllm_ppd.prompt_tokens.tokens, vllm_ppd.hub; print('vllm' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from tests.unit.test_tree import random_tree
-from vllm_ppd.candidates import fill_drafts
-from vllm_ppd.step import TreeStep, ranges, spread
-from vllm_ppd.tables import PolicyTables, pack_mask
-from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
-from vllm_ppd.verify import TreeWalk, kv_moves
+from vllm_ppd.trees.drafting import fill_drafts
+from vllm_ppd.trees.layout import PolicyTables, pack_mask
+from vllm_ppd.trees.step import TreeStep, ranges, spread
+from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
 VOCABULARY = 100
 # root -> a, b; a -> c.  Prompt tokens: 2 on the root, 1 on a, b and c.

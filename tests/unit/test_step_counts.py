@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
 
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.step import TreeStep
-from vllm_ppd.step_counts import StepCounts, read_counts
-from vllm_ppd.tables import PolicyTables
-from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
-from vllm_ppd.verify import TreeWalk
+from vllm_ppd.engine.step_counts import StepCounts, read_counts
+from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.menu import Tier, TreePlan
+from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.trees.verify import TreeWalk
 
 # Node 1 and its child 2 continue an earlier match; 3 and 4 are other guesses.
 FORKED = SparseTree((0, 1, 0, 3), (0, 0, 1, 0), (1, 0, 1, 1, 1))

@@ -16,7 +16,7 @@ from step_points import Point, Ranker  # noqa: E402
 from step_probabilities import NODES, places_of_truth  # noqa: E402
 from step_starts import step_starts  # noqa: E402
 
-from vllm_ppd.successors import SuccessorCounts  # noqa: E402
+from vllm_ppd.trees.bigram import SuccessorCounts  # noqa: E402
 
 VOCABULARY, DEPTHS = 40, 3
 

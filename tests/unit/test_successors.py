@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from vllm_ppd.successors import SuccessorCounts, SuccessorError, SuccessorTable
-from vllm_ppd.suffix import MAX_CHAIN, match_chain
+from vllm_ppd.trees.bigram import SuccessorCounts, SuccessorError, SuccessorTable
+from vllm_ppd.trees.ngram import MAX_CHAIN, match_chain
 
 
 def counted(pairs, vocabulary=6, size=3, smoothing=2.0):

@@ -20,7 +20,7 @@ pytest.importorskip("accelerate")
 from accelerate import Accelerator  # noqa: E402
 
 from vllm_ppd.cli import train as command  # noqa: E402
-from vllm_ppd.prompts import PromptTokens, PromptTokensError  # noqa: E402
+from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError  # noqa: E402
 from vllm_ppd.train import model as model_module  # noqa: E402
 from vllm_ppd.train.checkpoint import CheckpointError  # noqa: E402
 from vllm_ppd.train.data import read_stream  # noqa: E402

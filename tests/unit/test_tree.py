@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from vllm_ppd.tree import SparseTree, TreeError, TreePolicy, chain_tree
+from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy, chain_tree
 
 # root -> a, b; a -> c.  Prompt tokens: 2 on the root, 1 on a, 0 on b, 1 on c.
 SMALL = SparseTree((0, 0, 1), (0, 1, 0), (2, 1, 0, 1))

@@ -28,16 +28,16 @@ from benchmarks.tree_ablation.measurement import Work, engine_settings, measure_
 from benchmarks.tree_ablation.prediction import predict_published, published
 from benchmarks.tree_ablation.records import RecordFolder, plan_name
 from tests.unit.test_tree_command import EVIDENCE
-from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.baseline_policies import baseline_trees
 from vllm_ppd.cli.generation import Batch, Generation, Step
 from vllm_ppd.config import PPDConfig
-from vllm_ppd.evidence import EVIDENCE_FILE, Evidence
-from vllm_ppd.fingerprint import BaseModelFingerprint
-from vllm_ppd.plan import TreePlan
-from vllm_ppd.profile import LatencyProfile
-from vllm_ppd.prompts import PromptTokens
-from vllm_ppd.successors import SUCCESSOR_FILE
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.search.acceptance import EVIDENCE_FILE, Evidence
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.search.baseline_policies import baseline_trees
+from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.trees.bigram import SUCCESSOR_FILE
+from vllm_ppd.trees.menu import TreePlan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 search_time: Any = importlib.import_module("search_time")

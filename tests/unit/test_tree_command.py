@@ -11,20 +11,20 @@ import pytest
 import torch
 from rich.console import Console
 
+from vllm_ppd.adaptive.context_cost import ContextCost
 from vllm_ppd.cli import main
 from vllm_ppd.cli.tree_view import bar, match_name, percent, trees_view
-from vllm_ppd.context_cost import ContextCost
-from vllm_ppd.evidence import EVIDENCE_FILE, Evidence
-from vllm_ppd.fingerprint import BaseModelFingerprint
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.plan_report import evidence_for, load_figures, load_labels
-from vllm_ppd.plan_search import best_plan
-from vllm_ppd.profile import LatencyProfile, default_profile
-from vllm_ppd.prompts import PromptTokens
-from vllm_ppd.successors import SUCCESSOR_FILE
-from vllm_ppd.tree import SparseTree, TreeError, TreePolicy, chain_tree
-from vllm_ppd.tree_drawing import ASCII, LINES, tree_lines
-from vllm_ppd.tree_plot import node_places
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.search.acceptance import EVIDENCE_FILE, Evidence
+from vllm_ppd.search.plan_search import best_plan
+from vllm_ppd.search.profile import LatencyProfile, default_profile
+from vllm_ppd.search.report import evidence_for, load_figures, load_labels
+from vllm_ppd.search.tree_plot import node_places
+from vllm_ppd.trees.bigram import SUCCESSOR_FILE
+from vllm_ppd.trees.drawing import ASCII, LINES, tree_lines
+from vllm_ppd.trees.menu import Tier, TreePlan
+from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy, chain_tree
 
 RANKS = 0.5 * np.arange(1, 7.0) ** -1.3
 EVIDENCE = Evidence(

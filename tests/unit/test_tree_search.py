@@ -13,8 +13,8 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from vllm_ppd.acceptance import AcceptanceStats
-from vllm_ppd.baseline_policies import (
+from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.search.baseline_policies import (
     BaselineKind,
     baseline_trees,
     chain_policy,
@@ -22,12 +22,12 @@ from vllm_ppd.baseline_policies import (
     paper_policy,
     random_policy,
 )
-from vllm_ppd.default_trees import typical_acceptance
-from vllm_ppd.latency import LatencyCurve, LatencyError
-from vllm_ppd.plain_tree import PlainTree, path_probabilities
-from vllm_ppd.tree import SparseTree, TreeError, TreePolicy, chain_tree
-from vllm_ppd.tree_growth import BestTrees
-from vllm_ppd.tree_search import SearchError, evaluate, optimal_policy
+from vllm_ppd.search.defaults import typical_acceptance
+from vllm_ppd.search.latency import LatencyCurve, LatencyError
+from vllm_ppd.search.tree_growth import BestTrees
+from vllm_ppd.search.tree_search import SearchError, evaluate, optimal_policy
+from vllm_ppd.trees.plain_tree import PlainTree, path_probabilities
+from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy, chain_tree
 
 CONSTANT = LatencyCurve.constant()
 PUBLISHED = json.loads(
@@ -523,7 +523,7 @@ def test_search_is_quick() -> None:
 
 def test_neither_vllm_nor_torch_is_imported() -> None:
     code = (
-        "import sys, vllm_ppd.tree_search, vllm_ppd.baseline_policies; "
+        "import sys, vllm_ppd.search.tree_search, vllm_ppd.search.baseline_policies; "
         "print([name for name in ('vllm', 'torch') if name in sys.modules])"
     )
     done = subprocess.run(

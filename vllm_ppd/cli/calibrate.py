@@ -13,7 +13,7 @@ import dataclasses
 import sys
 from typing import Any
 
-from vllm_ppd.train.calibration_settings import CalibrationSettings
+from vllm_ppd.calibrate.settings import CalibrationSettings
 
 _REPORTED = 10  # the wider of the two rates printed, as in the paper
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     # Here, because transformers takes seconds to import.
     from transformers.utils.logging import disable_progress_bar
 
-    from vllm_ppd.train.calibration_job import CalibrationJob
+    from vllm_ppd.calibrate.job import CalibrationJob
 
     # Its bar for loading weights would be the longest output of a short run.
     disable_progress_bar()

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert as the flags say. Raises ValueError subclasses for unusable input."""
-    from vllm_ppd.convert import convert
+    from vllm_ppd.prompt_tokens.convert import convert
 
     done = convert(
         args.source, args.destination, model=args.model, overwrite=args.overwrite

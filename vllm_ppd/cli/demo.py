@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vllm_ppd.cli.demo_report import Comparison, NearTie
-    from vllm_ppd.cli.engine_process import EngineProcess
+    from vllm_ppd.cli.engines import EngineProcess
     from vllm_ppd.cli.generation import Generation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,7 +139,7 @@ def measure(
 ) -> list[Comparison]:
     """Time all prompts with each engine in turn, `rounds` times."""
     from vllm_ppd.cli.demo_report import Comparison
-    from vllm_ppd.cli.engine_process import settle
+    from vllm_ppd.cli.engines import settle
 
     written: list[list[list[Generation]]] = [[[] for _ in ids] for _ in pair]
     for _ in range(rounds):
@@ -165,7 +165,7 @@ def watch(
 
     from vllm_ppd.cli.demo_report import Comparison
     from vllm_ppd.cli.demo_view import TITLES, side_by_side
-    from vllm_ppd.cli.engine_process import settle
+    from vllm_ppd.cli.engines import settle
     from vllm_ppd.cli.generation import Generation
 
     texts = {title: Generation(()) for title in TITLES}
@@ -225,7 +225,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_ppd.cli.demo_prompts import excerpts
     from vllm_ppd.cli.demo_report import verdict
     from vllm_ppd.cli.demo_view import header, print_plainly, replay, summary
-    from vllm_ppd.cli.engine_process import engine_processes, start_all
+    from vllm_ppd.cli.engines import engine_processes, start_all
 
     model, prompt_tokens = check(args)
     prompts = args.prompt or excerpts(TEXTS, args.num_prompts)

@@ -43,8 +43,8 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
     readable prompt tokens, or no such model, at all.
     """
     from vllm_ppd.hub import resolve_path
-    from vllm_ppd.peft_checkpoint import is_peft_checkpoint
-    from vllm_ppd.prompts import FORMAT_VERSION, PromptTokens, tensor_file
+    from vllm_ppd.prompt_tokens.peft import is_peft_checkpoint
+    from vllm_ppd.prompt_tokens.tokens import FORMAT_VERSION, PromptTokens, tensor_file
 
     folder = resolve_path(path)
     prompts = PromptTokens.load(folder)
@@ -70,9 +70,9 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
 
 
 def _fits(prompts: Any, model: str, problems: list[str]) -> dict[str, Any]:
-    from vllm_ppd.fingerprint import BaseModelFingerprint
     from vllm_ppd.hub import resolve_path
-    from vllm_ppd.prompts import PromptTokensError
+    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+    from vllm_ppd.prompt_tokens.tokens import PromptTokensError
 
     fingerprint = BaseModelFingerprint.of_folder(resolve_path(model), name=model)
     known = prompts.base.embedding_sha256 and fingerprint.embedding_sha256
@@ -106,7 +106,7 @@ def _training(folder: Path, problems: list[str]) -> dict[str, Any] | None:
 def _acceptance(
     folder: Path, num_prompt_tokens: int, problems: list[str]
 ) -> dict[str, Any] | None:
-    from vllm_ppd.acceptance import AcceptanceError, AcceptanceStats
+    from vllm_ppd.search.acceptance_table import AcceptanceError, AcceptanceStats
 
     path = folder / ACCEPTANCE_FILE
     if not path.is_file():

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_ppd import __version__
-from vllm_ppd.cli.engine_process import EngineFailedError
+from vllm_ppd.cli.engines import EngineFailedError
 
 __all__ = ["main"]
 

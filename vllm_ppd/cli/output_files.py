@@ -38,7 +38,7 @@ def write_plot(name: str, draw: Callable[[str], bytes]) -> None:
 
     Raises ValueError without matplotlib.
     """
-    from vllm_ppd.atomic import write_bytes
+    from vllm_ppd.files import write_bytes
 
     file = Path(name).expanduser()
     try:

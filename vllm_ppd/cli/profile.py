@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_ppd.profile import LatencyProfile
+    from vllm_ppd.search.profile import LatencyProfile
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Engine arguments that have another place on this command line.
@@ -97,7 +97,7 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that cannot be used; starts nothing."""
     from vllm_ppd.cli.output_files import check_plot, check_target
     from vllm_ppd.hub import resolve_path
-    from vllm_ppd.prompts import PromptTokens
+    from vllm_ppd.prompt_tokens.tokens import PromptTokens
 
     for name in ("tensor_parallel_size", "max_num_seqs", "max_model_len"):
         value = getattr(args, name)
@@ -171,8 +171,8 @@ def run(args: argparse.Namespace) -> int:
 
     from vllm_ppd.cli.output_files import write_plot
     from vllm_ppd.cli.profile_engine import measure, on_file
-    from vllm_ppd.profile import cache_file
-    from vllm_ppd.profile_plot import draw_profile
+    from vllm_ppd.search.profile import cache_file
+    from vllm_ppd.search.profile_plot import draw_profile
 
     check(args)
     settings = engine_settings(args)

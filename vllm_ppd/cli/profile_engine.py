@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_ppd.cli.engine_process import EngineProcess
-    from vllm_ppd.profile import LatencyProfile
+    from vllm_ppd.cli.engines import EngineProcess
+    from vllm_ppd.search.profile import LatencyProfile
 
 __all__ = ["measure", "on_file", "start_once"]
 
@@ -25,7 +25,7 @@ _POLL_S = 0.3
 
 def on_file(file: Path, key: dict[str, Any], console: Console) -> LatencyProfile | None:
     """The profile that is filed, None where there is no usable one."""
-    from vllm_ppd.profile import LatencyProfile, ProfileError
+    from vllm_ppd.search.profile import LatencyProfile, ProfileError
 
     if not file.exists():
         return None
@@ -47,8 +47,8 @@ def measure(
     A profile that is there already is replaced, or stays if the engine fails. Raises
     ValueError and EngineFailedError as the engine does.
     """
-    from vllm_ppd.cli.engine_process import EngineFailedError
-    from vllm_ppd.profile import LatencyProfile
+    from vllm_ppd.cli.engines import EngineFailedError
+    from vllm_ppd.search.profile import LatencyProfile
 
     with _out_of_the_way(file):
         show("starting the engine")
@@ -80,7 +80,7 @@ def _out_of_the_way(file: Path) -> Iterator[None]:
 
 def start_once(settings: dict[str, Any], show: Callable[..., None]) -> None:
     """Start an engine and end it; its log stays only if it fails."""
-    from vllm_ppd.cli.engine_process import engine_processes
+    from vllm_ppd.cli.engines import engine_processes
 
     with engine_processes({"profiling": settings}, "profile") as engines:
         engine = engines["profiling"]

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm_ppd.evidence import Evidence
-    from vllm_ppd.plan import TreePlan
-    from vllm_ppd.plan_choice import PlanSettings
-    from vllm_ppd.plan_report import LoadFigures
-    from vllm_ppd.profile import LatencyProfile
+    from vllm_ppd.search.acceptance import Evidence
+    from vllm_ppd.search.plan_choice import PlanSettings
+    from vllm_ppd.search.profile import LatencyProfile
+    from vllm_ppd.search.report import LoadFigures
+    from vllm_ppd.trees.menu import TreePlan
 
 # Loads at which a plan of the user's own is looked at.
 _LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     from vllm_ppd.cli.output_files import check_plot, check_target
-    from vllm_ppd.tree import MAX_ROWS
+    from vllm_ppd.trees.tree import MAX_ROWS
 
     if args.rows is not None and not 2 <= args.rows <= MAX_ROWS:
         raise ValueError(
@@ -121,11 +121,11 @@ def plan_settings(args: argparse.Namespace, folder: Path) -> PlanSettings:
     """As the engine would make them for these flags."""
     import torch
 
-    from vllm_ppd.default_trees import row_limit
-    from vllm_ppd.plan_choice import PlanSettings
-    from vllm_ppd.prompts import PromptTokens
-    from vllm_ppd.successors import SUCCESSOR_FILE
-    from vllm_ppd.tree import MAX_ROWS
+    from vllm_ppd.prompt_tokens.tokens import PromptTokens
+    from vllm_ppd.search.defaults import row_limit
+    from vllm_ppd.search.plan_choice import PlanSettings
+    from vllm_ppd.trees.bigram import SUCCESSOR_FILE
+    from vllm_ppd.trees.tree import MAX_ROWS
 
     prompts = PromptTokens.load(folder)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -153,13 +153,13 @@ def plan_settings(args: argparse.Namespace, folder: Path) -> PlanSettings:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0. Raises ValueError subclasses for unusable input."""
-    from vllm_ppd.atomic import write_json
     from vllm_ppd.cli.output_files import write_plot
-    from vllm_ppd.default_trees import evidence_of
+    from vllm_ppd.files import write_json
     from vllm_ppd.hub import resolve_path
-    from vllm_ppd.plan_report import evidence_for, load_figures
-    from vllm_ppd.profile import LatencyProfile, default_profile
-    from vllm_ppd.tree_plot import draw_plan
+    from vllm_ppd.search.defaults import evidence_of
+    from vllm_ppd.search.profile import LatencyProfile, default_profile
+    from vllm_ppd.search.report import evidence_for, load_figures
+    from vllm_ppd.search.tree_plot import draw_plan
 
     _check(args)
     folder = resolve_path(args.path)
@@ -213,8 +213,8 @@ def _machine(settings: PlanSettings, profile: LatencyProfile | None) -> str:
 
 def _sources(settings: PlanSettings, plan: TreePlan, evidence: Evidence) -> str:
     """What guesses are made from, and how well that is known."""
-    from vllm_ppd.default_trees import ACCEPTANCE_FILE
-    from vllm_ppd.evidence import EVIDENCE_FILE
+    from vllm_ppd.search.acceptance import EVIDENCE_FILE
+    from vllm_ppd.search.defaults import ACCEPTANCE_FILE
 
     count, ept = settings.num_prompt_tokens, settings.num_ept
     parts = [f"{count} prompt token{'s' * (count > 1)}"]

@@ -13,12 +13,12 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from vllm_ppd.plan_report import LoadFigures, StateFigures, load_labels
-from vllm_ppd.suffix import LENGTHS
-from vllm_ppd.tree_drawing import ASCII, LINES, TreeLine, tree_lines
+from vllm_ppd.search.report import LoadFigures, StateFigures, load_labels
+from vllm_ppd.trees.drawing import ASCII, LINES, TreeLine, tree_lines
+from vllm_ppd.trees.ngram import LENGTHS
 
 if TYPE_CHECKING:
-    from vllm_ppd.plan import TreePlan
+    from vllm_ppd.trees.menu import TreePlan
 
 __all__ = ["loads_table", "match_name", "trees_view"]
 

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 import vllm_ppd
-from vllm_ppd.profile import LatencyProfile, ProfileError, cache_file
+from vllm_ppd.search.profile import LatencyProfile, ProfileError, cache_file
 
 __all__ = ["known_profile", "profile_key"]
 

@@ -10,7 +10,7 @@ from vllm.v1.core.sched.output import (
     SchedulerOutput,
 )
 
-from vllm_ppd.tree import SparseTree
+from vllm_ppd.trees.tree import SparseTree
 
 __all__ = ["blocks_of", "scheduled", "tree_of_rows"]
 

@@ -69,7 +69,7 @@ def _with_ppd_method(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_speculative_config(
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
-        from vllm_ppd.engine.selection import create_ppd_config, speculative_dict
+        from vllm_ppd.engine.select import create_ppd_config, speculative_dict
 
         speculative = speculative_dict(self)
         if speculative is None:

@@ -9,9 +9,9 @@ from typing import Any
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 
-from vllm_ppd.engine.measure_steps import measure_profile
-from vllm_ppd.plan_search import PlannedTier
-from vllm_ppd.profile import LatencyProfile, cache_file
+from vllm_ppd.engine.v1.measure import measure_profile
+from vllm_ppd.search.plan_search import PlannedTier
+from vllm_ppd.search.profile import LatencyProfile, cache_file
 
 __all__ = ["log_tiers", "measure_and_file", "plan_for_this_machine"]
 

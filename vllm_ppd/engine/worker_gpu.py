@@ -10,7 +10,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_ppd.engine.runner_v1 import PPDRunnerMixin
+from vllm_ppd.engine.v1.runner import PPDRunnerMixin
 from vllm_ppd.engine.v2.config import is_v2_config
 
 
@@ -27,7 +27,7 @@ class PPDWorker(Worker):
                 f"runner, but this worker runs {_name(not on_v2)}: set "
                 "VLLM_USE_V2_MODEL_RUNNER alike for all processes, or nowhere"
             )
-        backend = "vllm_ppd.engine.attention_gpu.PPDFlashAttentionBackend"
+        backend = "vllm_ppd.engine.v1.attention_gpu.PPDFlashAttentionBackend"
         if on_v2:
             from vllm_ppd.engine.v2.attention_gpu import backend_path
 

@@ -1,4 +1,4 @@
-"""What a walk adds to `vllm_ppd.learning.EvidenceLearner`, on the device.
+"""What a walk adds to `vllm_ppd.adaptive.learning.EvidenceLearner`, on the device.
 
 The counts of `EvidenceLearner.observe_walk`, as tensors of fixed shapes: no value is
 read on the host.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm_ppd.learning import Places
-
-from .tree_tables import TreeTables
-from .tree_walk import Walk
+from vllm_ppd.adaptive.learning import Places
+from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_walk import Walk
 
 __all__ = ["count_evidence"]
 

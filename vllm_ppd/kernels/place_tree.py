@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import TreeTables
 
 __all__ = ["place_tree_reference"]
 

@@ -1,4 +1,4 @@
-"""What a verified step adds to `vllm_ppd.step_counts.StepCounts`, on the device.
+"""What a verified step adds to `vllm_ppd.engine.step_counts.StepCounts`, on the device.
 
 The same sums as `StepCounts.add`, as tensors of fixed shapes: no value is read on the
 host.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm_ppd.step_counts import SOURCES, Slot
-
-from .tree_tables import TreeTables
-from .tree_walk import Walk
+from vllm_ppd.engine.step_counts import SOURCES, Slot
+from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_walk import Walk
 
 __all__ = ["count_step"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_ppd.tables import PolicyTables
+from vllm_ppd.trees.layout import PolicyTables
 
 __all__ = ["TreeTables"]
 

@@ -1,6 +1,6 @@
 """Verification on the device, the torch reference: the accepted path of every tree.
 
-The same walk as ``vllm_ppd.verify.TreeWalk``, for the case that the target's token
+The same walk as ``vllm_ppd.trees.verify.TreeWalk``, for the case that the target's token
 after *every* node is known already: vLLM draws its noise from (seed, position), so
 one sampler call serves all nodes. No value is read on the host.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import TreeTables
 
 __all__ = ["Walk", "tree_walk_reference"]
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 
-from vllm_ppd.atomic import write_bytes
+from vllm_ppd.files import write_bytes
 
 __all__ = ["Checkpoint", "CheckpointError"]
 

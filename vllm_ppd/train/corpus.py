@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_ppd.train.hub_dataset import DatasetName, copy_dataset
+from vllm_ppd.train.datasets import DatasetName, copy_dataset
 
 __all__ = ["DATA_FOLDER", "text_files"]
 

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 import vllm_ppd
-from vllm_ppd.atomic import write_json
-from vllm_ppd.fingerprint import BaseModelFingerprint
+from vllm_ppd.files import write_json
 from vllm_ppd.hub import resolve_model_path, resolve_path
-from vllm_ppd.prompts import PromptTokens, check_destination
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompt_tokens.tokens import PromptTokens, check_destination
 from vllm_ppd.train.checkpoint import CheckpointError
 from vllm_ppd.train.corpus import DATA_FOLDER, text_files
 from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream
@@ -55,7 +55,7 @@ class TrainJob:
     """Folder or hub id of the frozen model."""
     data: Sequence[str]
     """Text files (vllm_ppd.train.documents) and data sets, by path or hub id
-    (vllm_ppd.train.hub_dataset)."""
+    (vllm_ppd.train.datasets)."""
     out: str
     """Folder for prompt tokens, record and checkpoint."""
     settings: TrainSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_ppd.prompts import PromptTokens
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.data import TokenStream
 from vllm_ppd.train.model import FrozenModel
 

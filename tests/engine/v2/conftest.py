@@ -11,9 +11,9 @@ import torch
 
 from tests.engine.engine_process import GPU_MEMORY, ON_GPU, EngineProcess
 from tests.engine.v2.engine import HAS_TRITON, V2EngineProcess
-from vllm_ppd.fingerprint import BaseModelFingerprint
-from vllm_ppd.prompts import PromptTokens
-from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 VOCABULARY = 24
 

@@ -189,7 +189,7 @@ def rows_per_step(llm: Any, prompts: Any, params: Any) -> list[tuple[int, int]]:
 
 def count_every_step(llm: Any, prompts: Any, params: Any) -> dict[str, float]:
     """What requests add to PPD's and vLLM's counts if PPD's miss no step."""
-    from vllm_ppd.engine.v2 import step_log
+    from vllm_ppd.engine.v2 import counters as step_log
 
     def counts() -> dict[str, float]:
         return engine_process.metrics(llm, "vllm:ppd_") | {
@@ -208,7 +208,7 @@ def count_every_step(llm: Any, prompts: Any, params: Any) -> dict[str, float]:
 
 def in_turn(llm: Any, plans: Any, every: int, prompts: Any, params: Any) -> Any:
     """Generate while the trees are exchanged every so many steps."""
-    from vllm_ppd.plan import TreePlan
+    from vllm_ppd.trees.menu import TreePlan
 
     runner = _runner(llm)
     trees, stock = runner.speculator.trees, runner.sample_tokens
@@ -240,8 +240,8 @@ def learn(llm: Any, prompts: Any, params: Any, rounds: int) -> Any:
     Returns what was generated each time, changes, and (observations, tries, moves).
     """
     from vllm_ppd.engine.v2 import online
-    from vllm_ppd.plan import Tier, TreePlan
-    from vllm_ppd.tree import SparseTree, TreePolicy
+    from vllm_ppd.trees.menu import Tier, TreePlan
+    from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
     runner, outputs = _runner(llm), []
     trees = runner.speculator.trees

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.tree import TreePolicy, chain_tree
+from vllm_ppd.trees.menu import Tier, TreePlan
+from vllm_ppd.trees.tree import TreePolicy, chain_tree
 
 
 @pytest.fixture(scope="module")

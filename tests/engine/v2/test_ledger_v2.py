@@ -36,8 +36,8 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ppd.engine import patches
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.tree import TreePolicy, chain_tree
+from vllm_ppd.trees.menu import Tier, TreePlan
+from vllm_ppd.trees.tree import TreePolicy, chain_tree
 
 
 def parameters(function: Any) -> list[str]:
@@ -289,7 +289,7 @@ def test_earlier_matches_are_looked_for_in_device_memory():
 
 
 def test_rows_that_are_measured():
-    from vllm_ppd.engine.v2.measure_steps import rows_to_measure
+    from vllm_ppd.engine.v2.measure import rows_to_measure
 
     assert rows_to_measure([2]) == [1, 2]
     assert rows_to_measure([6, 12, 45]) == [1, 2, 4, 6, 8, 12, 16, 32, 45]

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
+from vllm_ppd.adaptive.learning import Places
 from vllm_ppd.engine.v2.evidence_sums import EvidenceSums
-from vllm_ppd.learning import Places
-from vllm_ppd.plan import TreePlan
-from vllm_ppd.tree import TreePolicy, chain_tree
+from vllm_ppd.trees.menu import TreePlan
+from vllm_ppd.trees.tree import TreePolicy, chain_tree
 
 CPU = torch.device("cpu")
 

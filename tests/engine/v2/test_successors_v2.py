@@ -10,8 +10,8 @@ import torch
 
 from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
 from vllm_ppd.kernels.tree_walk import Walk
-from vllm_ppd.successor_learning import LiveSuccessors
-from vllm_ppd.successors import SuccessorTable
+from vllm_ppd.trees.bigram import SuccessorTable
+from vllm_ppd.trees.bigram_learning import LiveSuccessors
 
 WORDS = 12
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_ppd.engine.v2 import trees
+from vllm_ppd.engine.v2 import request_trees as trees
 from vllm_ppd.kernels.cpu.layout import key_view, value_view
 from vllm_ppd.kernels.tree_attention import TreeBatch
 from vllm_ppd.kernels.triton.tree_attention import tree_attention

@@ -7,7 +7,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_ppd.engine.attention_cpu import PPDCPUAttentionImpl
+from vllm_ppd.engine.v1.attention_cpu import PPDCPUAttentionImpl
 from vllm_ppd.engine.v2.attention import DeviceTreeMetadataMixin
 
 

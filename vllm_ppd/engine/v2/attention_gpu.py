@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from vllm_ppd.engine.tree_attention import TreeImplMixin
+from vllm_ppd.engine.attention import TreeImplMixin
 from vllm_ppd.engine.v2.attention import DeviceTreeMetadataMixin
 
 

@@ -13,8 +13,8 @@ from vllm.triton_utils import HAS_TRITON
 
 from vllm_ppd.config import METHOD
 from vllm_ppd.engine.v2.candidate_rate import count_candidates_only
-from vllm_ppd.plan import Tier, TreePlan
-from vllm_ppd.plan_choice import PlanSettings
+from vllm_ppd.search.plan_choice import PlanSettings
+from vllm_ppd.trees.menu import Tier, TreePlan
 
 logger = init_logger("vllm.ppd")
 

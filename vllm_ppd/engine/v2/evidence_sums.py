@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from vllm_ppd.adaptive.learning import Places
 from vllm_ppd.kernels.evidence_counts import count_evidence
 from vllm_ppd.kernels.tree_tables import TreeTables
 from vllm_ppd.kernels.tree_walk import Walk
-from vllm_ppd.learning import Places
 
 __all__ = ["EvidenceSums", "Sums"]
 

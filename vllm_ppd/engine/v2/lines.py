@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vllm_ppd.plan import TreePlan
-from vllm_ppd.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.trees.menu import TreePlan
+from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 
 def with_lines(plan: TreePlan) -> TreePlan:

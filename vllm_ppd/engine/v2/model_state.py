@@ -8,7 +8,7 @@ import numpy as np
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_ppd.engine.v2.guessing import Guessing
-from vllm_ppd.engine.v2.trees import DeviceTrees
+from vllm_ppd.engine.v2.request_trees import DeviceTrees
 
 # Methods of vLLM's model state that the mixin overrides; their contract is tested.
 OVERRIDDEN = ("add_request", "apply_staged_writes", "preprocess_state", "prepare_attn")

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from vllm_ppd.adaptive.learning import EvidenceLearner
+from vllm_ppd.adaptive.replan import Replanner, SearchPace
 from vllm_ppd.engine.v2.evidence_sums import EvidenceSums
 from vllm_ppd.engine.v2.host_copy import HostCopy
-from vllm_ppd.engine.v2.trees import DeviceTrees
-from vllm_ppd.learning import EvidenceLearner
-from vllm_ppd.plan_choice import PlanSettings
-from vllm_ppd.replan import Replanner, SearchPace
+from vllm_ppd.engine.v2.request_trees import DeviceTrees
+from vllm_ppd.search.plan_choice import PlanSettings
 
 __all__ = ["DeviceOnlineTrees"]
 

@@ -20,22 +20,22 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.v1.worker.gpu.async_utils import async_copy_to_np
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_ppd.engine.embedding import add_soft_tokens
-from vllm_ppd.engine.metrics import counts_of
+from vllm_ppd.engine.counters import counts_of
 from vllm_ppd.engine.profiling import measure_and_file
+from vllm_ppd.engine.soft_tokens import add_soft_tokens
 from vllm_ppd.engine.v2.candidate_rate import attach_candidates
+from vllm_ppd.engine.v2.counters import DeviceStepLog
 from vllm_ppd.engine.v2.drafts import WordDraftsHandler
 from vllm_ppd.engine.v2.graphs import graphs_of, measured_graphs, served_graphs
 from vllm_ppd.engine.v2.kv_move import PathMover
-from vllm_ppd.engine.v2.measure_steps import measure_profile, rows_to_measure
+from vllm_ppd.engine.v2.measure import measure_profile, rows_to_measure
 from vllm_ppd.engine.v2.model_state import with_trees
 from vllm_ppd.engine.v2.online import DeviceOnlineTrees
 from vllm_ppd.engine.v2.sampling import TreeSampler
 from vllm_ppd.engine.v2.speculator import KEY, PPDSpeculator
-from vllm_ppd.engine.v2.step_log import DeviceStepLog
 from vllm_ppd.engine.v2.table_learner import DeviceTableLearner
-from vllm_ppd.plan_choice import PlanSettings
-from vllm_ppd.prompts import PromptTokens
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.search.plan_choice import PlanSettings
 
 # Methods of vLLM's runner that the mixin overrides; their contract is tested.
 OVERRIDDEN = (

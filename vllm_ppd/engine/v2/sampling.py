@@ -20,8 +20,8 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
+from vllm_ppd.engine.v2.request_trees import DeviceTrees
 from vllm_ppd.engine.v2.table_learner import DeviceTableLearner
-from vllm_ppd.engine.v2.trees import DeviceTrees
 from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.kernels.triton.tree_walk import tree_walk
 

@@ -11,11 +11,11 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_ppd.candidates import Successors
-from vllm_ppd.engine.v2.trees import DeviceTrees
-from vllm_ppd.plan import TreePlan
-from vllm_ppd.plan_choice import PlanSettings
-from vllm_ppd.successor_learning import LiveSuccessors
+from vllm_ppd.engine.v2.request_trees import DeviceTrees
+from vllm_ppd.search.plan_choice import PlanSettings
+from vllm_ppd.trees.bigram_learning import LiveSuccessors
+from vllm_ppd.trees.drafting import Successors
+from vllm_ppd.trees.menu import TreePlan
 
 # Where the front end puts PPD's settings in vLLM's additional_config.
 KEY = "ppd"

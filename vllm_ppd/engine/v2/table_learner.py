@@ -10,7 +10,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_ppd.kernels.tree_walk import Walk
-from vllm_ppd.successor_learning import LiveSuccessors, learn_successors
+from vllm_ppd.trees.bigram_learning import LiveSuccessors, learn_successors
 
 # Steps between looks, and about how many nodes one takes in. As many small kernels are
 # launched for few nodes as for many: more nodes seldom, then.

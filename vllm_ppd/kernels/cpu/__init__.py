@@ -1,12 +1,12 @@
 """C++ kernels for vLLM's CPU backend, compiled at first use."""
 
-from .build import load_library
-from .fill_trees import CpuTreeFiller
-from .kv_compact import CpuKVCompactor
-from .layout import key_view, value_view
-from .learn_successors import CpuSuccessorLearner
-from .tree_attention import CpuTreeAttention
-from .walk_trees import match_chains_cpu, walk_greedy_cpu
+from vllm_ppd.kernels.cpu.bigram import CpuSuccessorLearner
+from vllm_ppd.kernels.cpu.build import load_library
+from vllm_ppd.kernels.cpu.fill_tree import CpuTreeFiller
+from vllm_ppd.kernels.cpu.kv_compact import CpuKVCompactor
+from vllm_ppd.kernels.cpu.layout import key_view, value_view
+from vllm_ppd.kernels.cpu.tree_attention import CpuTreeAttention
+from vllm_ppd.kernels.cpu.tree_walk import match_chains_cpu, walk_greedy_cpu
 
 __all__ = [
     "CpuKVCompactor",

@@ -24,8 +24,8 @@ def source() -> str:
     """The C++ source of all kernels as one translation unit."""
     text = ""
     for name in (
-        *("tree_attention.cpp", "kv_compact.cpp", "fill_trees.cpp"),
-        *("learn_successors.cpp", "walk_trees.cpp"),
+        *("tree_attention.cpp", "kv_compact.cpp", "fill_tree.cpp"),
+        *("bigram.cpp", "tree_walk.cpp"),
     ):
         text += (_FOLDER / name).read_text()
     # Headers are inlined, so that the cache key covers them too.

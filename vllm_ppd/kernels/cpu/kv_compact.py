@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..kv_compact import kv_compact_reference
-from .build import load_library
-from .layout import key_view, value_view
+from vllm_ppd.kernels.cpu.build import load_library
+from vllm_ppd.kernels.cpu.layout import key_view, value_view
+from vllm_ppd.kernels.kv_compact import kv_compact_reference
 
 __all__ = ["CpuKVCompactor"]
 

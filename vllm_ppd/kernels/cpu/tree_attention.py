@@ -6,9 +6,9 @@ import ctypes
 
 import torch
 
-from ..tree_attention import TreeBatch, tree_attention_reference
-from .build import load_library
-from .layout import key_view, value_view
+from vllm_ppd.kernels.cpu.build import load_library
+from vllm_ppd.kernels.cpu.layout import key_view, value_view
+from vllm_ppd.kernels.tree_attention import TreeBatch, tree_attention_reference
 
 __all__ = ["CpuTreeAttention"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .splits import split_range
+from vllm_ppd.kernels.triton.splits import split_range
 
 __all__ = ["attend_kernel"]
 

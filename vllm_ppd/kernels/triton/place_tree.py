@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import TreeTables
 
 __all__ = ["place_tree"]
 

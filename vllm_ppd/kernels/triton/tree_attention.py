@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..tree_attention import TreeBatch
-from .attend import attend_kernel
-from .splits import join_splits_kernel
+from vllm_ppd.kernels.tree_attention import TreeBatch
+from vllm_ppd.kernels.triton.attend import attend_kernel
+from vllm_ppd.kernels.triton.splits import join_splits_kernel
 
 __all__ = ["tree_attention"]
 

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tree_tables import TreeTables
-from ..tree_walk import Walk
+from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_walk import Walk
 
 __all__ = ["tree_walk"]
 

@@ -1,0 +1,1 @@
+"""Choosing the draft length while serving; imports no vLLM."""

@@ -1,0 +1,1 @@
+"""Acceptance probabilities, bigram table and tree menu from held-out text."""

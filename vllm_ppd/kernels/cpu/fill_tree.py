@@ -1,0 +1,114 @@
+"""Candidate filling on CPU: the whole batch in one call of the compiled kernel."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+
+from vllm_ppd.kernels.cpu.build import load_library
+from vllm_ppd.trees.bigram import SuccessorTable
+from vllm_ppd.trees.drafting import POOL, Guesses, Successors, fill_trees
+from vllm_ppd.trees.layout import PolicyTables
+
+__all__ = ["CpuTreeFiller"]
+
+
+class _FillTables(ctypes.Structure):
+    """Mirrors `struct FillTables` in fill_tree.cpp."""
+
+    _fields_ = (
+        ("parents", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
+        ("depths", ctypes.c_void_p),
+        ("on_chain", ctypes.c_void_p),
+        ("num_nodes", ctypes.c_void_p),
+        ("soft_ids", ctypes.c_void_p),
+        ("nodes", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("max_rank", ctypes.c_int64),
+        ("successors", ctypes.c_void_p),
+        ("gains", ctypes.c_void_p),
+        ("floor", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("weights", ctypes.c_void_p),
+        ("pool", ctypes.c_int64),
+    )
+
+
+class CpuTreeFiller:
+    """`candidates.fill_trees` for given trees and table, compiled where possible.
+
+    Args:
+        tables: the trees.
+        successors: the successor table, if there is one.
+        weights: [m] as in `fill_trees`.
+    """
+
+    def __init__(
+        self,
+        tables: PolicyTables,
+        successors: SuccessorTable | None,
+        weights: Sequence[float],
+    ) -> None:
+        self._tables = tables
+        self._weights = np.array(weights, dtype=np.float64)
+        self._successors = successors
+        arrays = [
+            np.ascontiguousarray(array, np.int64)
+            for array in (
+                tables.parents,
+                tables.candidate_ranks,
+                tables.candidate_depths,
+                tables.num_nodes,
+                tables.soft_ids,
+            )
+        ]
+        chain = np.ascontiguousarray(tables.on_chain, np.uint8)
+        self._kept = arrays, chain  # what the addresses below point into
+        parents, ranks, depths, num_nodes, soft_ids = arrays
+        table = (0, 0, 0, 0)
+        if successors is not None:
+            table = (
+                successors.ids.ctypes.data,
+                successors.gains.ctypes.data,
+                successors.floor.ctypes.data,
+                successors.ids.shape[1],
+            )
+        self._struct = _FillTables(
+            *(a.ctypes.data for a in (parents, ranks, depths)),
+            *(chain.ctypes.data, num_nodes.ctypes.data, soft_ids.ctypes.data),
+            *(parents.shape[1], soft_ids.shape[1], tables.max_candidates - 1),
+            *table,
+            self._weights.ctypes.data,
+            max(POOL, tables.max_candidates + 1),
+        )
+        self._address = ctypes.addressof(self._struct)
+        library = load_library()
+        self._kernel = None if library is None else library.ppd_fill_trees
+
+    def run(self, trees: np.ndarray, guesses: Guesses) -> np.ndarray:
+        """int64 [B, Q - 1], see `candidates.fill_trees`."""
+        if self._kernel is None:
+            # Made anew, because the table may be learning.
+            table = (
+                None if self._successors is None else Successors.of(self._successors)
+            )
+            return fill_trees(self._tables, trees, guesses, table, self._weights)
+        logits = guesses.logits.contiguous()
+        chains = guesses.chains
+        out = np.empty((len(trees), self._tables.soft_ids.shape[1] - 1), np.int64)
+        self._kernel(
+            self._address,
+            len(trees),
+            trees.ctypes.data,
+            guesses.counts.ctypes.data,
+            logits.data_ptr(),
+            logits.shape[1],
+            guesses.roots.ctypes.data,
+            chains.ctypes.data,
+            chains.shape[1],
+            out.ctypes.data,
+        )
+        return out

@@ -1,0 +1,84 @@
+"""Greedy verification and suffix matching on CPU, compiled."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vllm_ppd.kernels.cpu.build import load_library
+from vllm_ppd.trees.ngram import LENGTHS, MAX_CHAIN, match_chains
+from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.verify import TreeWalk, kv_moves
+
+__all__ = ["match_chains_cpu", "walk_greedy_cpu"]
+
+_LOWS, _HIGHS = (np.array(bounds, np.int64) for bounds in zip(*LENGTHS, strict=True))
+
+
+def walk_greedy_cpu(
+    step: TreeStep, tokens: np.ndarray, picked: np.ndarray
+) -> tuple[TreeWalk, np.ndarray, np.ndarray]:
+    """The finished walk and its KV moves when every node's next token is known.
+
+    Args:
+        step: the layout of the batch's trees.
+        tokens: int32 [sum of num_nodes] token of each node.
+        picked: int64 [sum of num_nodes] the target's token after each node.
+
+    Returns:
+        the walk, and `verify.kv_moves` of it.
+    """
+    library = load_library()
+    if library is None:
+        walk = TreeWalk(step, tokens)
+        walk.run_greedy(picked)
+        return walk, *kv_moves(step, walk)
+    tables, batch = step.tables, len(step.states)
+    depths = tables.max_depth + 1
+    walk = TreeWalk.empty(step)
+    sources, targets = np.empty((2, batch * depths), dtype=np.int64)
+    moves = library.ppd_walk_trees(
+        tables.parents.ctypes.data,
+        tables.parents.shape[1],
+        batch,
+        step.states.ctypes.data,
+        step.starts.ctypes.data,
+        step.num_nodes.ctypes.data,
+        step.first_nodes.ctypes.data,
+        tokens.ctypes.data,
+        picked.ctypes.data,
+        depths,
+        walk.tokens_out.ctypes.data,
+        walk.paths.ctypes.data,
+        walk.lengths.ctypes.data,
+        walk.nodes.ctypes.data,
+        sources.ctypes.data,
+        targets.ctypes.data,
+    )
+    return walk, sources[:moves], targets[:moves]
+
+
+def match_chains_cpu(
+    token_ids: np.ndarray, ends: np.ndarray, context: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`suffix.match_chains`, compiled where possible; `token_ids` is int32."""
+    library = load_library()
+    if library is None or token_ids.dtype != np.int32 or token_ids.strides[1] != 4:
+        return match_chains(token_ids, ends, context)
+    batch = len(ends)
+    classes = np.empty(batch, dtype=np.int64)
+    chains = np.empty((batch, MAX_CHAIN), dtype=np.int64)
+    ends = ends.astype(np.int64)
+    library.ppd_match_chains(
+        token_ids.ctypes.data,
+        token_ids.strides[0] // 4,
+        batch,
+        ends.ctypes.data,
+        context,
+        _LOWS.ctypes.data,
+        _HIGHS.ctypes.data,
+        len(_LOWS),
+        classes.ctypes.data,
+        chains.ctypes.data,
+        MAX_CHAIN,
+    )
+    return classes, chains

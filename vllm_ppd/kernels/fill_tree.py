@@ -1,0 +1,126 @@
+"""Conditioned guesses on the device, the torch reference.
+
+The same as ``vllm_ppd.trees.drafting.fill_trees``, which says how candidates are scored,
+without reading a value on the host: each prompt token's best tokens are ranked again
+below every node, with the successors of that node's own token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.trees.drafting import Successors
+
+__all__ = ["DeviceGuesses", "guess_tree_reference"]
+
+
+class DeviceGuesses(NamedTuple):
+    """What a batch knows about its next tokens; as ``candidates.Guesses``.
+
+    Axes: B requests, M >= 1 prompt tokens, V tokens, P of them in the pool.
+    Rows of prompt tokens at or past a request's count may hold anything.
+    """
+
+    counts: torch.Tensor  # int [B]: prompt tokens whose outputs are at hand
+    logits: torch.Tensor  # float [B, M, V]
+    pool: torch.Tensor  # int64 [B, M, P]: best tokens, best first
+    scores: torch.Tensor  # float [B, M, P]: their logits
+    roots: torch.Tensor  # int [B]: last sampled token
+    chains: torch.Tensor  # int [B, L]: continuation of an earlier match, -1 padded
+
+
+def guess_tree_reference(
+    tables: TreeTables,
+    trees: torch.Tensor,  # int [B]: tree id of each request's next step
+    guesses: DeviceGuesses,
+    successors: Successors | None,
+    weights: torch.Tensor,  # float32 [>= M]: of the successors' gains, per prompt token
+    drafts: torch.Tensor,  # int [B, K]: written; K >= 1 rows after the root
+    filler: int = 0,
+) -> None:
+    """Write the rows after the root of each request's tree.
+
+    Prompt rows get their soft ids. Columns past the tree's end get `filler`, and a
+    tree that is longer than K is cut, which leaves a valid smaller one. A candidate
+    about which nothing is known gets token 0.
+    """
+    trees = trees.long()
+    parents = tables.parents[trees].long()  # [B, N]
+    candidate = parents >= 0
+    parents = parents.clamp(min=0)
+    depths, ranks = tables.candidate_depths[trees], tables.candidate_ranks[trees]
+    on_chain = tables.on_chain[trees].gather(1, parents) > 0
+    tokens = torch.zeros_like(parents)
+    tokens[:, 0] = guesses.roots
+    for depth in range(1, tables.max_depth + 1):
+        chain = torch.full_like(parents, -1)
+        if depth <= guesses.chains.shape[1]:
+            given = guesses.chains[:, depth - 1, None].long()
+            chain = torch.where(on_chain, given, chain)
+        rank = ranks.long() - (chain >= 0).long()
+        ids, scores = _score(
+            guesses, depth, tokens.gather(1, parents), successors, weights
+        )
+        scores = scores.masked_fill(ids == chain[..., None], -torch.inf)
+        order = scores.sort(dim=-1, descending=True, stable=True)
+        ids = ids.gather(-1, order.indices)
+        ids = ids.masked_fill(order.values == -torch.inf, 0)
+        wanted = rank.clamp(min=0)
+        known = wanted < ids.shape[-1]
+        found = ids.gather(-1, wanted.clamp(max=ids.shape[-1] - 1)[..., None])[..., 0]
+        found = torch.where(rank < 0, chain, torch.where(known, found, 0))
+        tokens = torch.where(candidate & (depths == depth), found, tokens)
+    _lay_out_rows(tables, trees, tokens, drafts, filler)
+
+
+def _score(
+    guesses: DeviceGuesses,
+    depth: int,
+    parents: torch.Tensor,  # int64 [B, N]: token of each node's parent
+    successors: Successors | None,
+    weights: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Possible tokens of every node if it were at `depth`: ids and scores [B, N, E]."""
+    batch, nodes = parents.shape
+    prompted = depth <= guesses.counts  # [B]
+    row = min(depth, guesses.logits.shape[1]) - 1
+    pool = guesses.pool[:, row, None].long().expand(batch, nodes, -1)
+    scores = guesses.scores[:, row, None].float().expand(batch, nodes, -1)
+    if successors is not None:
+        own, gains = successors.ids[parents], successors.gains[parents]  # [B, N, n]
+        same = pool[..., :, None] == own[..., None, :]
+        listed = (same * gains[..., None, :]).sum(-1)
+        floor = successors.floor[parents][..., None]
+        scores = scores + weights[row] * torch.where(same.any(-1), listed, floor)
+        logits = guesses.logits[:, row].float().gather(1, own.flatten(1))
+        more = logits.view_as(gains) + weights[row] * gains
+        more = more.masked_fill(same.any(-2), -torch.inf)
+        # Without a prompt row the table's own order counts.
+        place = -torch.arange(own.shape[-1], device=own.device).float()
+        more = torch.where(prompted[:, None, None], more, place)
+    scores = scores.masked_fill(~prompted[:, None, None], -torch.inf)
+    if successors is None:
+        return pool, scores
+    return torch.cat([pool, own], -1), torch.cat([scores, more], -1)
+
+
+def _lay_out_rows(
+    tables: TreeTables,
+    trees: torch.Tensor,  # int64 [B]
+    tokens: torch.Tensor,  # int64 [B, N]: of the candidates; others are not read
+    drafts: torch.Tensor,  # int [B, K]: written
+    filler: int,
+) -> None:
+    """Write candidates, prompt rows' soft ids, and `filler` past the tree's end."""
+    rows, nodes = tables.soft_ids.shape[1], tables.parents.shape[1]
+    count = min(rows - 1, drafts.shape[1])
+    ids = tables.soft_ids[trees]  # [B, Q]
+    is_candidate = tables.parents[trees] >= 0
+    ids[:, :nodes] = torch.where(is_candidate, tokens, ids[:, :nodes])
+    row = torch.arange(rows, device=trees.device)
+    ids = torch.where(row < tables.num_rows[trees][:, None], ids, filler)
+    drafts.fill_(filler)
+    drafts[:, :count] = ids[:, 1 : count + 1].to(drafts.dtype)

@@ -1,0 +1,233 @@
+"""Conditioned guesses: one program per node, one for the other rows of the tree.
+
+A node's token depends on its parent's. A program does not wait for another one: it
+finds the tokens on the way from the root to its node again, which is a few levels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_ppd.kernels.fill_tree import DeviceGuesses
+from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.trees.drafting import Successors
+
+__all__ = ["guess_tree"]
+
+
+@triton.jit
+def _ranked_child(
+    rank,
+    parent,  # token, int64
+    chain,  # token that is no candidate, or -1
+    prompted,
+    weight,
+    pool_ptr,  # at the prompt token's row; likewise the next two
+    scores_ptr,
+    logits_ptr,
+    pool_size,
+    successor_ids_ptr,  # int64 [V, n]
+    gains_ptr,  # float32 [V, n]
+    floor_ptr,  # float32 [V]
+    num_successors,  # n
+    TABLE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """The token of rank `rank` below `parent`; 0 if nothing is known."""
+    place = tl.arange(0, BLOCK_P)
+    in_pool = place < tl.where(prompted, pool_size, 0)
+    ids = tl.load(pool_ptr + place, mask=in_pool, other=-1)
+    scores = tl.load(scores_ptr + place, mask=in_pool, other=0).to(tl.float32)
+    scores = tl.where(in_pool, scores, float("-inf"))
+    index = tl.arange(0, BLOCK_S)
+    own = tl.full([BLOCK_S], -2, dtype=tl.int64)
+    more = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
+    if TABLE:
+        listed = index < num_successors
+        at = parent * num_successors + index
+        own = tl.load(successor_ids_ptr + at, mask=listed, other=-2)
+        gains = tl.load(gains_ptr + at, mask=listed, other=0.0)
+        floor = tl.load(floor_ptr + parent)
+        same = (ids[:, None] == own[None, :]).to(tl.int32)
+        gain = tl.sum(tl.where(same != 0, gains[None, :], 0.0), axis=1)
+        gain = tl.where(tl.max(same, axis=1) > 0, gain, floor)
+        scores = scores + weight * gain
+        given = index < tl.where(prompted, num_successors, 0)
+        logits = tl.load(logits_ptr + own, mask=given, other=0.0).to(tl.float32)
+        more = tl.where(given, logits + weight * gains, -index.to(tl.float32))
+        more = tl.where(listed & (tl.max(same, axis=0) == 0), more, float("-inf"))
+        more = tl.where(own == chain, float("-inf"), more)
+    scores = tl.where(ids == chain, float("-inf"), scores)
+
+    token = chain * 0
+    for _ in range(rank + 1):
+        best, best_more = tl.max(scores, axis=0), tl.max(more, axis=0)
+        # Of equal ones the first, and the pool before the table.
+        first = tl.min(tl.where(scores == best, place, BLOCK_P), axis=0)
+        second = tl.min(tl.where(more == best_more, index, BLOCK_S), axis=0)
+        from_pool = best >= best_more
+        first = tl.where(from_pool, first, BLOCK_P)
+        second = tl.where(from_pool, BLOCK_S, second)
+        token = tl.sum(tl.where(place == first, ids, 0), axis=0)
+        token += tl.sum(tl.where(index == second, own, 0), axis=0)
+        token = tl.where(tl.maximum(best, best_more) == float("-inf"), 0, token)
+        scores = tl.where(place == first, float("-inf"), scores)
+        more = tl.where(index == second, float("-inf"), more)
+    return token
+
+
+@triton.jit
+def _guess_tree_kernel(
+    trees_ptr,  # [B]
+    counts_ptr,  # [B]
+    logits_ptr,  # [B, M, V]
+    pool_ptr,  # int64 [B, M, P]
+    scores_ptr,  # [B, M, P]
+    roots_ptr,  # [B]
+    chains_ptr,  # [B, L]
+    successor_ids_ptr,  # int64 [V, n], or None
+    gains_ptr,  # float32 [V, n], or None
+    floor_ptr,  # float32 [V], or None
+    weights_ptr,  # float32 [>= M]
+    num_nodes_ptr,  # [S]
+    num_rows_ptr,  # [S]
+    depths_ptr,  # [S, N]
+    ranks_ptr,  # [S, N]
+    on_chain_ptr,  # [S, N]
+    soft_ids_ptr,  # [S, Q]
+    ancestors_ptr,  # int64 [S, Q, WORDS]
+    drafts_ptr,  # [B, K]
+    filler,
+    num_drafts,  # K
+    drafts_stride,
+    row_width,  # Q
+    node_width,  # N
+    num_prompts,  # M
+    logits_stride,  # of a prompt token's row
+    pool_size,  # P
+    num_successors,  # n
+    chain_length,  # L
+    TABLE: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # powers of two, at least K, N, P, n
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    request = tl.program_id(0).to(tl.int64)
+    node = tl.program_id(1)
+    tree = tl.load(trees_ptr + request).to(tl.int64)
+    num_nodes = tl.load(num_nodes_ptr + tree)
+    drafts_ptr += request * drafts_stride
+    if node == 0:
+        row = tl.arange(0, BLOCK_K) + 1
+        in_tree = row < tl.minimum(tl.load(num_rows_ptr + tree), row_width)
+        soft = tl.load(
+            soft_ids_ptr + tree * row_width + row, mask=in_tree, other=filler
+        )
+        tl.store(
+            drafts_ptr + row - 1, soft, mask=(row >= num_nodes) & (row <= num_drafts)
+        )
+        return
+    if node >= tl.minimum(num_nodes, num_drafts + 1):
+        return
+
+    index = tl.arange(0, BLOCK_N)
+    is_node = index < num_nodes
+    words_ptr = ancestors_ptr + (tree * row_width + node) * WORDS
+    words = tl.load(words_ptr + index // 64, mask=is_node, other=0)
+    on_path = ((words >> (index % 64).to(tl.int64)) & 1) != 0
+    at = tree * node_width + index
+    depths = tl.load(depths_ptr + at, mask=is_node, other=0)
+    ranks = tl.load(ranks_ptr + at, mask=is_node, other=0)
+    on_chain = tl.load(on_chain_ptr + at, mask=is_node, other=0)
+    depth = tl.sum(tl.where(index == node, depths, 0), axis=0)
+    count = tl.load(counts_ptr + request)
+    token = tl.load(roots_ptr + request).to(tl.int64)
+    parent = node * 0
+    for level in range(1, depth + 1):
+        here = on_path & (depths == level)
+        rank = tl.sum(tl.where(here, ranks, 0), axis=0)
+        follows = tl.sum(tl.where(index == parent, on_chain, 0), axis=0)
+        follows = (follows > 0) & (level <= chain_length)
+        chain_at = chains_ptr + request * chain_length + level - 1
+        chain = tl.load(chain_at, mask=follows, other=-1).to(tl.int64)
+        rank -= (chain >= 0).to(tl.int32)
+        prompted = level <= count
+        row = request * num_prompts + tl.minimum(level, num_prompts) - 1
+        weight = tl.load(weights_ptr + level - 1, mask=prompted, other=0.0)
+        ranked = _ranked_child(
+            rank,
+            token,
+            chain,
+            prompted,
+            weight,
+            pool_ptr + row * pool_size,
+            scores_ptr + row * pool_size,
+            logits_ptr + row * logits_stride,
+            pool_size,
+            successor_ids_ptr,
+            gains_ptr,
+            floor_ptr,
+            num_successors,
+            TABLE,
+            BLOCK_P,
+            BLOCK_S,
+        )
+        token = tl.where(rank < 0, chain, ranked)
+        parent = tl.sum(tl.where(here, index, 0), axis=0)
+    tl.store(drafts_ptr + node - 1, token)
+
+
+def guess_tree(
+    tables: TreeTables,
+    trees: torch.Tensor,
+    guesses: DeviceGuesses,
+    successors: Successors | None,
+    weights: torch.Tensor,
+    drafts: torch.Tensor,
+    filler: int = 0,
+) -> None:
+    """As :func:`vllm_ppd.kernels.fill_tree.guess_tree_reference`; all contiguous, but
+    for rows of logits, which may be cut out of longer ones."""
+    batch, num_drafts = drafts.shape
+    if batch == 0:
+        return
+    num_prompts = guesses.logits.shape[1]
+    pool_size = guesses.pool.shape[2]
+    num_successors = 1 if successors is None else successors.ids.shape[1]
+    nodes = tables.parents.shape[1]
+    _guess_tree_kernel[(batch, nodes)](
+        trees,
+        *guesses,
+        *(successors or (None, None, None)),
+        weights,
+        tables.num_nodes,
+        tables.num_rows,
+        tables.candidate_depths,
+        tables.candidate_ranks,
+        tables.on_chain,
+        tables.soft_ids,
+        tables.ancestors,
+        drafts,
+        filler,
+        num_drafts,
+        drafts.stride(0),
+        tables.soft_ids.shape[1],
+        nodes,
+        num_prompts,
+        guesses.logits.stride(1),
+        pool_size,
+        num_successors,
+        guesses.chains.shape[1],
+        TABLE=successors is not None,
+        WORDS=tables.ancestors.shape[2],
+        BLOCK_K=triton.next_power_of_2(num_drafts),
+        BLOCK_N=triton.next_power_of_2(nodes),
+        BLOCK_P=triton.next_power_of_2(pool_size),
+        BLOCK_S=triton.next_power_of_2(num_successors),
+        num_warps=2,
+    )

@@ -1,0 +1,1 @@
+"""Prompt tokens on disk, and the model they belong to."""

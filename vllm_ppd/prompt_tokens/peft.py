@@ -1,0 +1,214 @@
+"""The authors' prompt tokens: PEFT prompt-tuning checkpoints, read and written.
+
+A folder holds `adapter_config.json` (PEFT's fields, and those of the authors' code:
+`num_special_tokens` m, `virtual_tokens_per_special_token` e and how the ensemble
+attends and is put together) and one tensor `prompt_embeddings` [m * e, hidden], prompt
+token major and EPT minor, in `adapter_model.safetensors` or `adapter_model.bin`. About
+the base model it says no more than a name. The .bin is a pickle: only tensors are
+taken from it and nothing in it is run.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+
+from vllm_ppd.files import write_bytes, write_json
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "WEIGHTS_FILES",
+    "PeftCheckpoint",
+    "PeftCheckpointError",
+    "is_peft_checkpoint",
+    "weights_file",
+]
+
+ADAPTER_CONFIG = "adapter_config.json"
+TENSOR_NAME = "prompt_embeddings"
+# PEFT, too, takes the first that is there.
+WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PEFT_TYPE = "PROMPT_TUNING"
+
+# Variants that the authors' code can train and their own decoding, or ours, lacks:
+# key -> (the value PPD has, which is also what a missing key means; what else is).
+_VARIANTS: dict[str, tuple[Any, str]] = {
+    "use_custom_lm_head": (False, "a vocabulary head of its own"),
+    "use_prefix_tuning": (False, "prefix tuning"),
+    "num_exits": (1, "outputs averaged over several layers"),
+    "aggregation_type": ("mean", "weighted ensembles"),
+}
+
+
+class PeftCheckpointError(ValueError):
+    """A PEFT checkpoint that holds no prompt tokens that can be used."""
+
+
+def is_peft_checkpoint(folder: Path) -> bool:
+    """Whether the folder is one of PEFT's, of whatever kind."""
+    return (folder / ADAPTER_CONFIG).exists()
+
+
+def weights_file(folder: Path) -> Path:
+    """The file with the embeddings. Raises PeftCheckpointError if there is none."""
+    for name in WEIGHTS_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise PeftCheckpointError(
+        f"{str(folder)!r} has {ADAPTER_CONFIG} but neither "
+        f"{' nor '.join(WEIGHTS_FILES)}; copy the whole folder"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class PeftCheckpoint:
+    """What such a folder says."""
+
+    embeddings: torch.Tensor
+    """[m, e, hidden], any floating dtype."""
+    base_model: str | None
+    """Hub id or path of the base model on the machine that trained, if it is known."""
+
+    @classmethod
+    def load(cls, folder: Path) -> PeftCheckpoint:
+        """Read a folder strictly.
+
+        Raises PeftCheckpointError, one sentence with the path, for a missing or corrupt
+        file, another kind of adapter, and the variants of the authors' code that
+        parallel prompt decoding does not have.
+        """
+        path = folder / ADAPTER_CONFIG
+        config = _read_config(path)
+        m = _positive_int(path, config, "num_special_tokens")
+        e = _positive_int(path, config, "virtual_tokens_per_special_token")
+        _check_variant(path, config, m, e)
+        tensor = _read_tensor(weights_file(folder))
+        if tensor.dim() != 2 or tensor.shape[0] != m * e:
+            raise PeftCheckpointError(
+                f"{weights_file(folder)} holds {TENSOR_NAME} {list(tensor.shape)}, but "
+                f"{path} says {m} prompt tokens of {e} EPT, hence [{m * e}, hidden]; "
+                "the two files do not belong together"
+            )
+        for key, value in (
+            ("num_virtual_tokens", m * e),
+            ("token_dim", tensor.shape[1]),
+        ):
+            if config.get(key) not in (None, value):
+                raise PeftCheckpointError(
+                    f"{path} has {key} {config[key]!r}, but its other entries and the "
+                    f"embeddings make it {value}; restore the file"
+                )
+        name = config.get("base_model_name_or_path")
+        return cls(
+            embeddings=tensor.reshape(m, e, -1),
+            base_model=name if isinstance(name, str) and name else None,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the folder, each file completely or not at all, over an earlier one.
+
+        PEFT and the authors' code read it; the latter fetches `base_model` by its name.
+        Raises OSError.
+        """
+        m, e, hidden = self.embeddings.shape
+        rows = self.embeddings.reshape(m * e, hidden).contiguous().cpu()
+        config = {
+            "peft_type": _PEFT_TYPE,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base_model,
+            "inference_mode": True,
+            "num_virtual_tokens": m * e,
+            "token_dim": hidden,
+            # Not TEXT, for which PEFT would fetch a tokenizer before loading.
+            "prompt_tuning_init": "RANDOM",
+            "num_special_tokens": m,
+            "virtual_tokens_per_special_token": e,
+            "vt_attention_type": "ensemble",
+            **{key: value for key, (value, _) in _VARIANTS.items()},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        content = serialise({TENSOR_NAME: rows}, metadata={"format": "pt"})
+        write_bytes(folder / WEIGHTS_FILES[0], content)
+        write_json(folder / ADAPTER_CONFIG, config)
+        # An earlier checkpoint's, which this one's file would only hide.
+        (folder / WEIGHTS_FILES[1]).unlink(missing_ok=True)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PeftCheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise PeftCheckpointError(f"{path} holds no JSON object")
+    # The authors' loader removes peft_type from the file it reads.
+    kind = config.get("peft_type", _PEFT_TYPE)
+    if kind != _PEFT_TYPE:
+        raise PeftCheckpointError(
+            f"{path} describes a {kind} adapter; expected prompt tokens "
+            f"(peft_type {_PEFT_TYPE})"
+        )
+    return config
+
+
+def _positive_int(path: Path, config: dict[str, Any], key: str) -> int:
+    if key not in config:
+        raise PeftCheckpointError(
+            f"{path} lacks {key!r}: it is ordinary prompt tuning, not prompt tokens "
+            "for parallel decoding"
+        )
+    value = config[key]
+    if type(value) is not int or value < 1:
+        raise PeftCheckpointError(
+            f"{key} in {path} is {value!r}; expected a positive integer"
+        )
+    return value
+
+
+def _check_variant(path: Path, config: dict[str, Any], m: int, e: int) -> None:
+    for key, (value, otherwise) in _VARIANTS.items():
+        if config.get(key, value) != value:
+            raise PeftCheckpointError(
+                f"{path} has {key} {config[key]!r}: these prompt tokens were trained "
+                f"with {otherwise}, which cannot be decoded; expected {value!r}"
+            )
+    attention = config.get("vt_attention_type", "decoder")
+    # With one EPT "decoder" and "ensemble" are the same mask, with one token all are.
+    equal = {"ensemble"} | ({"decoder"} if e == 1 else set())
+    if attention not in equal and not (m == e == 1):
+        raise PeftCheckpointError(
+            f"{path} has vt_attention_type {attention!r} with {m} prompt tokens of {e} "
+            f"EPT, which cannot be decoded; expected {' or '.join(sorted(equal))}"
+        )
+
+
+def _read_tensor(path: Path) -> torch.Tensor:
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise PeftCheckpointError(
+            f"{path} is damaged or holds more than tensors, and loading that could run "
+            "code; write it again as safetensors"
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PeftCheckpointError(
+            f"{path} is not a readable checkpoint ({reason}); copy it again"
+        ) from error
+    names = list(tensors) if isinstance(tensors, dict) else type(tensors).__name__
+    if names != [TENSOR_NAME] or not isinstance(tensors[TENSOR_NAME], torch.Tensor):
+        raise PeftCheckpointError(
+            f"{path} holds {names}; expected the tensor {TENSOR_NAME!r} alone"
+        )
+    return tensors[TENSOR_NAME]

@@ -1,0 +1,1 @@
+"""Which trees give the most tokens per second; imports no vLLM."""

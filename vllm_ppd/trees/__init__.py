@@ -1,0 +1,1 @@
+"""Draft trees and one decode step, as data; imports no vLLM."""

@@ -1,0 +1,119 @@
+"""Trees as padded arrays, so that a whole batch is served by indexing.
+
+Axis S is the tree (of a policy: the state), Q the row inside a tree, N the node.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vllm_ppd.trees.menu import TreePlan
+from vllm_ppd.trees.tree import TreePolicy
+
+WORD_BITS = 64
+
+
+def pack_mask(mask: np.ndarray) -> np.ndarray:
+    """Pack boolean rows into little-endian 64-bit words.
+
+    Args:
+        mask: [..., q] bool.
+
+    Returns:
+        [..., ceil(q / 64)] int64; bit ``j % 64`` of word ``j // 64`` is ``mask[j]``.
+    """
+    q = mask.shape[-1]
+    words = -(-q // WORD_BITS)
+    padded = np.zeros((*mask.shape[:-1], words * WORD_BITS), dtype=bool)
+    padded[..., :q] = mask
+    return np.packbits(padded, axis=-1, bitorder="little").view("<i8")
+
+
+class PolicyTables:
+    """What a batch of requests looks up about its trees.
+
+    Rows past a tree's end (vLLM may schedule more rows than the tree has, when it
+    pads a request's first step) are *fillers*: they see the root and themselves,
+    and nothing ever reads their output.
+
+    Attributes:
+        depths: [S, Q] row position minus root position.
+        ancestors: [S, Q, W] int64 bit masks of visible in-step rows.
+        num_nodes, num_rows: [S].
+        parents: [S, N] parent node, -1 for the root and for padding.
+        candidate_depths, candidate_ranks: [S, N] of each candidate node, 0 padded.
+        on_chain: [S, N] whether a node is on the chain of an earlier match, the root
+            included.
+        tries_chain: [S] whether the chain's first token is a candidate.
+        prompts: [S, N] prompt tokens per node.
+        first_prompt_rows: [S, N] first prompt row of each node.
+        soft_ids: [S, Q] id of a prompt row's embedding, 0 for other rows. Ids start
+            at ``first_soft_id``, prompt token major and EPT minor.
+    """
+
+    def __init__(
+        self,
+        policy: TreePolicy | TreePlan,
+        first_soft_id: int,
+        num_rows: int | None = None,
+    ):
+        self.policy = policy
+        self.first_soft_id = first_soft_id
+        self.num_ept = policy.num_ept
+        states = len(policy.trees)
+        q = max(policy.max_rows, num_rows or 0)
+        n = max(tree.num_nodes for tree in policy.trees)
+        self.max_depth = max(tree.depth for tree in policy.trees)
+        self.num_nodes = np.array([tree.num_nodes for tree in policy.trees])
+        self.num_rows = np.array([tree.num_rows for tree in policy.trees])
+        self.depths = np.ones((states, q), dtype=np.int64)
+        self.soft_ids = np.zeros((states, q), dtype=np.int64)
+        self.parents = np.full((states, n), -1)
+        self.candidate_depths = np.zeros((states, n), dtype=np.int64)
+        self.candidate_ranks = np.zeros((states, n), dtype=np.int64)
+        self.prompts = np.zeros((states, n), dtype=np.int64)
+        self.first_prompt_rows = np.zeros((states, n), dtype=np.int64)
+        self.on_chain = np.zeros((states, n), dtype=bool)
+        chained = policy.chained if isinstance(policy, TreePlan) else (False,) * states
+        mask = np.zeros((states, q, q), dtype=bool)
+        mask[:, :, 0] = True
+        mask[:, np.arange(q), np.arange(q)] = True
+        for state, tree in enumerate(policy.trees):
+            nodes, rows = tree.num_nodes, tree.num_rows
+            self.depths[state, :rows] = tree.row_depths
+            mask[state, :rows, :rows] = tree.mask
+            self.parents[state, 1:nodes] = tree.parents
+            self.candidate_depths[state, :nodes] = tree.node_depths
+            self.candidate_ranks[state, 1:nodes] = tree.ranks
+            self.prompts[state, :nodes] = tree.prompts
+            if chained[state]:
+                self.on_chain[state, 0] = True
+                for node, (parent, rank) in enumerate(
+                    zip(tree.parents, tree.ranks, strict=True), start=1
+                ):
+                    on = self.on_chain[state, parent] and rank == 0
+                    self.on_chain[state, node] = on
+            counts = np.array(tree.prompts) * tree.num_ept
+            self.first_prompt_rows[state, :nodes] = nodes + np.cumsum(counts) - counts
+            for row, (_, index, ept) in enumerate(tree.prompt_rows, nodes):
+                self.soft_ids[state, row] = first_soft_id + index * tree.num_ept + ept
+        self.tries_chain = np.any(self.on_chain[:, 1:], axis=1)
+        self.ancestors = pack_mask(mask)
+        self._layouts: dict[
+            tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]
+        ] = {}
+
+    def layout(self, tree: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(depths, depths minus row numbers, ancestors) of a tree's first rows."""
+        found = self._layouts.get((tree, rows))
+        if found is None:
+            depths = self.depths[tree, :rows].copy()
+            shifts = depths - np.arange(rows)
+            found = depths, shifts, self.ancestors[tree, :rows].copy()
+            self._layouts[tree, rows] = found
+        return found
+
+    @property
+    def max_candidates(self) -> int:
+        """Guesses needed per depth: the largest rank in use plus one."""
+        return max(1, self.policy.max_rank + 1)
