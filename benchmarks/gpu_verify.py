@@ -21,10 +21,10 @@ import torch
 from gpu_timing import choose_device, finish, microseconds
 from stats import Spread
 
-from vllm_ppd.kernels.fill_tree import DeviceGuesses
-from vllm_ppd.kernels.tree_tables import TreeTables
-from vllm_ppd.trees.drafting import POOL, Successors
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
+from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.trees.drafting import POOL, BigramTensors
+from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 VOCABULARY = 32000
@@ -53,14 +53,14 @@ def kernel_calls(
     shape: tuple[int, int, int], batch: int, rows: int, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
     """What a step of `batch` trees runs; three tokens of every tree are accepted."""
-    from vllm_ppd.kernels.triton.fill_tree import guess_tree
+    from vllm_ppd.kernels.triton.fill_tree import fill_tree
     from vllm_ppd.kernels.triton.kv_compact import KVCompactor
     from vllm_ppd.kernels.triton.place_tree import place_tree
     from vllm_ppd.kernels.triton.tree_walk import tree_walk
 
     layers, kv_heads, head_size = shape
     policy = bushy_policy(rows)
-    tables = TreeTables.on(device, PolicyTables(policy, VOCABULARY))
+    tables = DeviceTables.on(device, TreeTables(policy, VOCABULARY))
     rows = policy.trees[3].num_rows
     tokens = batch * rows
 
@@ -93,10 +93,10 @@ def kernel_calls(
     logits = torch.randn(batch, 3, VOCABULARY, dtype=torch.bfloat16, device=device)
     scores, pool = logits.topk(max(POOL, tables.parents.shape[1]))
     chains = ints(-1).expand(batch, 1).contiguous()
-    guesses = DeviceGuesses(ints(*[3] * batch), logits, pool, scores, trees, chains)
+    guesses = DeviceDraftInputs(ints(*[3] * batch), logits, pool, scores, trees, chains)
     listed = torch.randint(VOCABULARY, (VOCABULARY, 32), device=device)
     gains = torch.randn(VOCABULARY, 32, device=device)
-    table = Successors(listed, gains, gains[:, 0].contiguous())
+    table = BigramTensors(listed, gains, gains[:, 0].contiguous())
     weights = torch.ones(3, device=device)
     drafts = torch.zeros(batch, rows - 1, dtype=torch.int64, device=device)
     positions = torch.arange(tokens, device=device)
@@ -119,7 +119,7 @@ def kernel_calls(
         compactor.run(slots, starts[:-1], again.paths, again.num_sampled)
 
     def guess() -> None:
-        guess_tree(tables, trees, guesses, table, weights, drafts)
+        fill_tree(tables, trees, guesses, table, weights, drafts)
 
     def place() -> None:
         place_tree(

@@ -3,11 +3,11 @@
     python benchmarks/plan_prediction.py --dry-run
     python benchmarks/plan_prediction.py --out benchmarks/results/plan_prediction.json
 
-A plan is the best one for the chances of all sources of guesses (evidence.json) and
+A plan is the best one for the chances of all sources of guesses (acceptance.json) and
 the machine's latency profile. For each way to sample and each number of requests:
 
 - calibrated: a new engine that does not learn, prompts and texts as long as those that
-  evidence.json was measured with. It speaks of one temperature only, so other ones have
+  acceptance.json was measured with. It speaks of one temperature only, so other ones have
   no such row. How alike the texts of both are is part of the difference;
 - learnt: the default engine after some rounds of the same prompts, and what it expects
   by then. It is measured with the trees of that moment, although it would go on to
@@ -52,7 +52,7 @@ from vllm_ppd.cli.engines import (
 )
 from vllm_ppd.cli.generation import Batch
 from vllm_ppd.files import write_json
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.defaults import ACCEPTANCE_FILE
 from vllm_ppd.search.profile import LatencyProfile
@@ -136,9 +136,9 @@ def cell_of(
 ) -> dict[str, Any]:
     """Expected and measured; `context` is the mean of the requests."""
     plan = TreePlan.from_dict(report["plan"])
-    evidence = Evidence.from_dict(report["evidence"])
+    acceptance = AcceptanceModel.from_dict(report["acceptance"])
     profile = LatencyProfile.from_dict(report["profile"]).at_context(context)
-    expected = load_figures(plan, evidence_for(plan, evidence), profile, batch)
+    expected = load_figures(plan, evidence_for(plan, acceptance), profile, batch)
     counts = [
         decode_counts(request, max_tokens + _REACH, _REACH)
         for one in rounds

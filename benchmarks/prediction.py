@@ -86,7 +86,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--ppd-config",
         type=json.loads,
-        # Guesses of prompt tokens alone: that is what acceptance.json is about.
+        # DraftInputs of prompt tokens alone: that is what acceptance.json is about.
         default={"conditioned": False, "suffix": False},
         metavar="JSON",
         help="more keys of PPD's speculative_config (default: %(default)s)",

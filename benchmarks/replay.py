@@ -25,8 +25,8 @@ def replay_acceptance(stats: AcceptanceStats, seed: int = 0) -> None:
 
     def walk(step: Any, tokens: np.ndarray, picked: np.ndarray) -> Any:
         tables, states = step.tables, step.states
-        depths = tables.candidate_depths[states]  # [B, N]
-        ranks = np.minimum(tables.candidate_ranks[states], table.shape[1] - 1)
+        depths = tables.node_depths[states]  # [B, N]
+        ranks = np.minimum(tables.node_ranks[states], table.shape[1] - 1)
         odds = table[np.maximum(depths, 1) - 1, ranks]
         walked = TreeWalk(step, tokens)
         going_on = True
@@ -94,8 +94,8 @@ def replay_acceptance_v2(worker: Any, table: list[list[float]]) -> None:
 def _intervals(tables: Any, odds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[S, N] bounds: a draw between them at a node's parent leads to the node."""
     parents = tables.parents.cpu().numpy()
-    depths = np.maximum(tables.candidate_depths.cpu().numpy(), 1)
-    ranks = np.minimum(tables.candidate_ranks.cpu().numpy(), odds.shape[1] - 1)
+    depths = np.maximum(tables.node_depths.cpu().numpy(), 1)
+    ranks = np.minimum(tables.node_ranks.cpu().numpy(), odds.shape[1] - 1)
     chance = np.where(parents >= 0, odds[depths - 1, ranks], 0.0)
     node = np.arange(parents.shape[1])
     before = (parents[:, :, None] == parents[:, None, :]) & (node < node[:, None])

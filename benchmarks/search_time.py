@@ -7,7 +7,7 @@ Times three searches by rows, prompt tokens (m) and rows per prompt token (EPT),
 typical chances and a typical GPU's latencies:
 
 - optimal_policy: prompt rows alone, one load (`vllm_ppd/search/tree_search.py`);
-- best_policy: with a successor table and earlier matches, one load
+- best_policy: with a bigram table and earlier matches, one load
   (`vllm_ppd/search/policy_iteration.py`);
 - best_plan: the same for every tier of load, what a start of the server does
   (`vllm_ppd/search/plan_search.py`). A plan serves at most 129 rows.
@@ -34,7 +34,7 @@ import numpy as np
 from environment import environment_card
 
 from vllm_ppd.files import write_json
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.defaults import typical_acceptance
 from vllm_ppd.search.plan_search import best_plan
 from vllm_ppd.search.policy_iteration import best_policy
@@ -69,10 +69,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def evidence_of(num_prompt_tokens: int) -> Evidence:
-    """Every source at work: prompt rows, a successor table, earlier matches."""
+def evidence_of(num_prompt_tokens: int) -> AcceptanceModel:
+    """Every source at work: prompt rows, a bigram table, earlier matches."""
     stats = typical_acceptance(num_prompt_tokens, _RANKS)
-    bare = Evidence.of(stats)
+    bare = AcceptanceModel.of(stats)
     alone = 0.6 * stats.acceptance[0]
     overall = np.concatenate([stats.acceptance, alone[None]])
     return replace(bare, unprompted=alone, overall=overall).with_typical_chains()
@@ -80,13 +80,13 @@ def evidence_of(num_prompt_tokens: int) -> Evidence:
 
 def searches(rows: int, m: int, ept: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The searches of one size by name."""
-    stats, evidence = typical_acceptance(m, _RANKS), evidence_of(m)
+    stats, acceptance = typical_acceptance(m, _RANKS), evidence_of(m)
     profile = default_profile("cuda")
     curve = profile.curve(1)
     yield "optimal_policy", lambda: optimal_policy(stats, curve, rows, ept)
-    yield "best_policy", lambda: best_policy(evidence, curve, rows, ept)
+    yield "best_policy", lambda: best_policy(acceptance, curve, rows, ept)
     if rows <= MAX_ROWS:
-        yield "best_plan", lambda: best_plan(evidence, profile, rows, ept)
+        yield "best_plan", lambda: best_plan(acceptance, profile, rows, ept)
 
 
 def timed(search: Callable[[], Any], seconds: float) -> dict[str, float]:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from vllm_ppd.train.continuation import Continuation
-from vllm_ppd.trees.bigram import SuccessorTable
-from vllm_ppd.trees.drafting import POOL, Successors
+from vllm_ppd.trees.bigram import BigramTable
+from vllm_ppd.trees.drafting import POOL, BigramTensors
 
 RANKS = 32
 
@@ -44,14 +44,14 @@ class Ranker:
     """Ranks children as serving does, and keeps their shares of the scores.
 
     Args:
-        table: the successor table.
+        table: the bigram table.
     """
 
-    def __init__(self, table: SuccessorTable):
-        successors = Successors.of(table)
-        self._ids = successors.ids.numpy()
-        self._gains = successors.gains.double().numpy()
-        self._floor = successors.floor.double().numpy()
+    def __init__(self, table: BigramTable):
+        bigram = BigramTensors.of(table)
+        self._ids = bigram.ids.numpy()
+        self._gains = bigram.gains.double().numpy()
+        self._floor = bigram.floor.double().numpy()
         self._weights = table.weights
 
     def children(self, point: Point, depth: int, parent: int) -> Children:
@@ -77,7 +77,7 @@ class Ranker:
 class Points:
     """What `measure` reports of its points; calls `take` with each run of neighbours.
 
-    It has the methods of `EvidenceCounts` that `measure` calls.
+    It has the methods of `AcceptanceCounts` that `measure` calls.
     """
 
     def __init__(self, m: int, take: Callable[[list[Point]], None]):

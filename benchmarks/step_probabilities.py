@@ -12,7 +12,7 @@ that a child is right under its parent:
 - own: the child's share of the scores by which siblings are ranked;
 - corrected: how often children of that depth, rank and share were right.
 
-Children come from prompt rows and the successor table, all prompt rows are at hand in
+Children come from prompt rows and the bigram table, all prompt rows are at hand in
 every step, and steps follow each other as in decoding. Means and corrections are
 learnt from one half of the text and used on the other. Earlier matches are left out.
 The last line printed is one JSON document.
@@ -43,7 +43,7 @@ from vllm_ppd.files import write_json
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream
 from vllm_ppd.train.model import FrozenModel
-from vllm_ppd.trees.bigram import SUCCESSOR_FILE, SuccessorTable
+from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable
 
 NODES = (4, 8, 16, 32, 64)
 # Ranks from which on candidates are alike.
@@ -209,7 +209,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def compare(
     model: FrozenModel,
     embeddings: torch.Tensor,
-    table: SuccessorTable,
+    table: BigramTable,
     halves: tuple[TokenStream, TokenStream],
     settings: CalibrationSettings,
 ) -> dict[str, Any]:
@@ -234,8 +234,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         device="cpu",
         max_length=usual.prompt_length + usual.continuation,
     )
-    table = SuccessorTable.load(
-        args.prompts / SUCCESSOR_FILE, model.vocab_size, prompts.num_prompt_tokens
+    table = BigramTable.load(
+        args.prompts / BIGRAM_FILE, model.vocab_size, prompts.num_prompt_tokens
     )
     stream = read_stream(
         args.text,

@@ -36,7 +36,7 @@ class PPDConfig:
     """Step latencies that size the trees: "auto" measures them at the first start on a
     machine and keeps them, "none" takes typical ones, else a file's path."""
     conditioned: bool = True
-    """Rank candidates by their parent too, where there is a successor table."""
+    """Rank candidates by their parent too, where there is a bigram table."""
     suffix: bool = True
     """Also guess what followed the last time the same tokens were written."""
     online: bool = True

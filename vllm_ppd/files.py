@@ -1,6 +1,6 @@
-"""Write a file completely or not at all.
+"""Files of this project: written completely or not at all, read strictly.
 
-The content goes to a temporary name in the same folder, reaches the disk, and is
+Written content goes to a temporary name in the same folder, reaches the disk, and is
 renamed over the target in one step, so that a reader, a full disk or a kill never
 meets half a file.
 """
@@ -8,13 +8,15 @@ meets half a file.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_bytes", "write_json"]
+__all__ = ["FormatError", "check_content", "read_json", "write_bytes", "write_json"]
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
@@ -47,3 +49,90 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """
     text = json.dumps(content, indent=2, allow_nan=False)
     write_bytes(path, (text + "\n").encode())
+
+
+class FormatError(ValueError):
+    """A file of this project's formats that cannot be read, written or used."""
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    *,
+    kind: str,
+    format: str,
+    version: int,
+    keys: Collection[str],
+    optional: Collection[str] = (),
+    remedy: str,
+) -> dict[str, Any]:
+    """The content of a JSON file of ours, read strictly.
+
+    Args:
+        path: the file.
+        kind: what it is, for messages: "the tree menu".
+        format, version: what its keys "format" and "format_version" must say.
+        keys, optional: all other keys that it must have, and may have.
+        remedy: what the user can do about a bad file.
+
+    Returns:
+        the values of `keys` and `optional`.
+
+    Raises:
+        FormatError: one sentence that names the file, the fault and the remedy.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(
+            f"{kind} {path} cannot be read ({error}); {remedy}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not JSON ({error}); {remedy}") from error
+    try:
+        return check_content(
+            content,
+            kind=kind,
+            format=format,
+            version=version,
+            keys=keys,
+            optional=optional,
+        )
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}; {remedy}") from error
+
+
+def check_content(
+    content: Any,
+    *,
+    kind: str,
+    format: str,
+    version: int,
+    keys: Collection[str],
+    optional: Collection[str] = (),
+) -> dict[str, Any]:
+    """The same for a JSON value that is already parsed."""
+    if not isinstance(content, dict) or content.get("format") != format:
+        what = content.get("format") if isinstance(content, dict) else type(content)
+        raise FormatError(
+            f"it is not {kind}: expected an object with format {format!r}, not {what!r}"
+        )
+    own_version = content.get("format_version")
+    if type(own_version) is not int or own_version != version:
+        raise FormatError(
+            f"format_version is {own_version!r}; this release reads version {version}"
+        )
+    values = {
+        key: value
+        for key, value in content.items()
+        if key not in ("format", "format_version")
+    }
+    allowed = [*keys, *optional]
+    for key in values:
+        if key not in allowed:
+            close = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"expected {allowed}"
+            raise FormatError(f"unknown key {key!r}; {hint}")
+    for key in keys:
+        if key not in values:
+            raise FormatError(f"the key {key!r} is missing")
+    return values

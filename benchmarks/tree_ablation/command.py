@@ -1,4 +1,4 @@
-"""What each part of the trees is worth: kind, successor table, earlier matches.
+"""What each part of the trees is worth: kind, bigram table, earlier matches.
 
     python -m benchmarks.tree_ablation --predict-only   # no engine; minutes
     python -m benchmarks.tree_ablation --quick          # does it run at all?
@@ -25,10 +25,10 @@ from vllm_ppd.cli.engines import EngineFailedError, engine_environment
 from vllm_ppd.files import write_json
 from vllm_ppd.hub import resolve_path
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, tensor_file
-from vllm_ppd.search.acceptance import EVIDENCE_FILE
+from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
 from vllm_ppd.search.defaults import ACCEPTANCE_FILE
 from vllm_ppd.search.profile import LatencyProfile
-from vllm_ppd.trees.bigram import SUCCESSOR_FILE
+from vllm_ppd.trees.bigram import BIGRAM_FILE
 
 from .document import tree_document
 from .kinds import KINDS, Trees, Variant, plan_of
@@ -39,7 +39,7 @@ from .prediction import chosen_sizes, predict, predict_published
 from .records import RecordFolder, plan_name
 
 RESULTS = ROOT / "benchmarks" / "results" / "tree_ablation.json"
-# (successor table, earlier matches)
+# (bigram table, earlier matches)
 SOURCES = ((False, False), (True, False), (False, True), (True, True))
 _MAX_TOKENS = 4_000_000
 _MAX_REQUESTS = 128
@@ -133,15 +133,15 @@ def prompt_ids(args: argparse.Namespace) -> list[list[int]]:
 
 
 def sources_of(folder: Path) -> tuple[tuple[bool, bool], ...]:
-    """Without a successor table the halves with and without it are the same."""
-    if (folder / SUCCESSOR_FILE).exists():
+    """Without a bigram table the halves with and without it are the same."""
+    if (folder / BIGRAM_FILE).exists():
         return SOURCES
     return tuple(source for source in SOURCES if not source[0])
 
 
 def conditions_of(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What records depend on besides the plan."""
-    files = [tensor_file(folder), folder / SUCCESSOR_FILE]
+    files = [tensor_file(folder), folder / BIGRAM_FILE]
     digests = {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         for file in files
@@ -216,9 +216,9 @@ def measure_all(
 def run(args: argparse.Namespace, say: Any) -> dict[str, Any]:
     folder = resolve_path(args.prompts)
     prompts = PromptTokens.load(folder)
-    if not (folder / EVIDENCE_FILE).exists():
+    if not (folder / ACCEPTANCE_FILE).exists():
         raise ValueError(
-            f"{args.prompts} has no {EVIDENCE_FILE}, which predictions are made from; "
+            f"{args.prompts} has no {ACCEPTANCE_FILE}, which predictions are made from; "
             "measure it with vllm-ppd calibrate"
         )
     m, ept = prompts.num_prompt_tokens, prompts.num_ept
@@ -237,7 +237,7 @@ def run(args: argparse.Namespace, say: Any) -> dict[str, Any]:
         measured = measure_all(args, trees, predicted, records, say)
     statistics = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16]
-        for name in (EVIDENCE_FILE, ACCEPTANCE_FILE)
+        for name in (ACCEPTANCE_FILE, ACCEPTANCE_FILE)
         if (folder / name).exists()
     }
     shown = {**conditions, "statistics_sha256": statistics, "rows": args.rows}

@@ -1,4 +1,4 @@
-"""Trees of each kind at a number of rows, from the same evidence.
+"""Trees of each kind at a number of rows, from the same acceptance.
 
 What is held fixed is the most rows of a tree, root and prompt rows counted; each kind
 then takes the trees that it can for the most tokens per step.
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.baseline_policies import baseline_trees
 from vllm_ppd.search.latency import LatencyCurve
@@ -36,7 +36,7 @@ class Variant:
 
     kind: Kind
     conditioned: bool
-    """The successor table is used."""
+    """The bigram table is used."""
     suffix: bool
     """Earlier matches are used."""
     rows: int
@@ -60,7 +60,7 @@ class Variant:
 
 
 def trees_of(
-    kind: Kind, evidence: Evidence, rows: int, num_ept: int = 1, seed: int = 0
+    kind: Kind, acceptance: AcceptanceModel, rows: int, num_ept: int = 1, seed: int = 0
 ) -> Trees:
     """[match classes][m + 1] the trees of a kind.
 
@@ -71,20 +71,20 @@ def trees_of(
       For each match class they get the chances along the chain, in which the earlier
       text's token is rank 0. They reach no deeper than prompt rows do.
 
-    evidence: chances, with classes where earlier matches are used.
+    acceptance: chances, with classes where earlier matches are used.
     seed: of random trees.
     """
     if kind == "ours":
-        return best_policy(evidence, _CONSTANT, rows, num_ept).trees
+        return best_policy(acceptance, _CONSTANT, rows, num_ept).trees
     if kind == "chain":
-        return best_policy(_only_first(evidence), _CONSTANT, rows, num_ept).trees
+        return best_policy(_only_first(acceptance), _CONSTANT, rows, num_ept).trees
     return tuple(
-        baseline_trees(kind, _table(evidence, match_class), rows, num_ept, seed)
-        for match_class in range(evidence.num_classes)
+        baseline_trees(kind, _table(acceptance, match_class), rows, num_ept, seed)
+        for match_class in range(acceptance.num_classes)
     )
 
 
-def _only_first(evidence: Evidence) -> Evidence:
+def _only_first(acceptance: AcceptanceModel) -> AcceptanceModel:
     """The same where no second child of a node is ever right."""
 
     def first(table: np.ndarray) -> np.ndarray:
@@ -93,18 +93,18 @@ def _only_first(evidence: Evidence) -> Evidence:
         return only
 
     return replace(
-        evidence,
-        prompted=first(evidence.prompted),
-        unprompted=np.zeros_like(evidence.unprompted),
-        beside=np.zeros_like(evidence.beside),
+        acceptance,
+        prompted=first(acceptance.prompted),
+        unprompted=np.zeros_like(acceptance.unprompted),
+        beside=np.zeros_like(acceptance.beside),
     )
 
 
-def _table(evidence: Evidence, match_class: int) -> AcceptanceStats:
+def _table(acceptance: AcceptanceModel, match_class: int) -> AcceptanceStats:
     """Chances by depth and rank along the chain, or without one in class 0."""
-    m = evidence.num_prompt_tokens
+    m = acceptance.num_prompt_tokens
     return AcceptanceStats(
-        np.stack([evidence.chances(m, match_class, d, True) for d in range(1, m + 1)])
+        np.stack([acceptance.chances(m, match_class, d, True) for d in range(1, m + 1)])
     )
 
 
@@ -116,8 +116,8 @@ class Value:
     mean_rows: float
 
 
-def value_of(trees: Trees, evidence: Evidence) -> Value:
-    tau, _, shares = policy_value(trees, evidence, _CONSTANT)
+def value_of(trees: Trees, acceptance: AcceptanceModel) -> Value:
+    tau, _, shares = policy_value(trees, acceptance, _CONSTANT)
     rows = np.array([[tree.num_rows for tree in row] for row in trees])
     return Value(tau, float((shares * rows).sum()))
 

@@ -19,7 +19,7 @@ __all__ = ["PAGE", "source_name"]
 
 def source_name(conditioned: bool, suffix: bool) -> str:
     """What guesses are made from, in words."""
-    more = ["successor table"] * conditioned + ["earlier matches"] * suffix
+    more = ["bigram table"] * conditioned + ["earlier matches"] * suffix
     return " + ".join(["prompt rows", *more])
 
 
@@ -122,7 +122,7 @@ def lines(results: Mapping[str, Any]) -> list[str]:
         found += ["", "### Measured on the demo model: tokens per step", ""]
         found += measured_lines(results)
     for (statistics,) in unique(results["predicted"], "statistics"):
-        whose = "the demo model's evidence" if statistics == DEMO else statistics
+        whose = "the demo model's acceptance" if statistics == DEMO else statistics
         found += ["", f"### Predicted tokens per step: {whose}", ""]
         found += predicted_lines(results, statistics)
     if results["chosen"]:

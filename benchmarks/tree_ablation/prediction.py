@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.environment import ROOT
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.defaults import DEFAULT_ROWS, evidence_of
 from vllm_ppd.search.plan_search import best_plan
@@ -41,10 +41,10 @@ def predict(
     cells, trees = [], {}
     for variant in variants:
         say(f"trees: {variant.kind}, {variant.rows} rows")
-        evidence = evidence_of(
+        acceptance = evidence_of(
             folder, num_prompt_tokens, variant.conditioned, variant.suffix
         )
-        cell, trees[variant] = _cell(DEMO, variant, evidence, num_ept)
+        cell, trees[variant] = _cell(DEMO, variant, acceptance, num_ept)
         cells.append(cell)
     return cells, trees
 
@@ -61,19 +61,19 @@ def predict_published(
     for name, stats in published().items():
         for variant in bare:
             say(f"trees: {name}, {variant.kind}, {variant.rows} rows")
-            cells.append(_cell(name, variant, Evidence.of(stats), 1)[0])
+            cells.append(_cell(name, variant, AcceptanceModel.of(stats), 1)[0])
     return cells
 
 
 def _cell(
-    statistics: str, variant: Variant, evidence: Evidence, num_ept: int
+    statistics: str, variant: Variant, acceptance: AcceptanceModel, num_ept: int
 ) -> tuple[dict[str, Any], Trees]:
     seeds = _SEEDS if variant.kind == "random" else 1
     drawn = [
-        trees_of(variant.kind, evidence, variant.rows, num_ept, seed)
+        trees_of(variant.kind, acceptance, variant.rows, num_ept, seed)
         for seed in range(seeds)
     ]
-    values = [value_of(trees, evidence) for trees in drawn]
+    values = [value_of(trees, acceptance) for trees in drawn]
     cell = {
         "statistics": statistics,
         **variant.to_dict(),
@@ -100,8 +100,8 @@ def chosen_sizes(
         rows = DEFAULT_ROWS["cuda" if machine == "typical cuda" else "cpu"]
         for conditioned, suffix in sources:
             say(f"sizes: {machine}")
-            evidence = evidence_of(folder, num_prompt_tokens, conditioned, suffix)
-            _, tiers = best_plan(evidence, profile, rows, num_ept, max_requests)
+            acceptance = evidence_of(folder, num_prompt_tokens, conditioned, suffix)
+            _, tiers = best_plan(acceptance, profile, rows, num_ept, max_requests)
             for tier in tiers:
                 on = tier.speculates
                 cells.append(

@@ -9,8 +9,8 @@ import pytest
 
 from tests.engine.conftest import PROMPTS
 from vllm_ppd.engine.v1.online import OnlineTrees
-from vllm_ppd.search.acceptance import Evidence
-from vllm_ppd.trees.ngram import match_chains
+from vllm_ppd.search.acceptance import AcceptanceModel
+from vllm_ppd.trees.ngram import match_ngrams
 
 NO_CHAINS = np.full((2, 8), -1)
 TOKENS = np.zeros((2, 64), dtype=np.int64)
@@ -20,7 +20,7 @@ class Steps:
     """A worker whose requests are looked at after every step."""
 
     def __init__(self) -> None:
-        evidence = Evidence.load(PROMPTS / "evidence.json")
+        evidence = AcceptanceModel.load(PROMPTS / "evidence.json")
         settings = SimpleNamespace(evidence=lambda: evidence)
         # Whose plan has guesses for two requests and fewer.
         drafter = SimpleNamespace(
@@ -126,7 +126,7 @@ def glance(online: OnlineTrees, names: list[str], ends: list[int]) -> None:
     """Texts of the same eight tokens over and over, of which 16 are the prompt."""
     tokens = np.tile(np.arange(8), (len(names), 40))
     starts = np.full(len(names), 16)
-    online.glance(names, tokens, starts, np.array(ends), 4096, match_chains)
+    online.glance(names, tokens, starts, np.array(ends), 4096, match_ngrams)
 
 
 def test_text_written_without_guesses_says_what_they_would_have_done():
@@ -157,7 +157,7 @@ def test_requests_are_looked_at_in_turn():
     def match(token_ids, ends, context):
         if len(ends) < 20:
             seen.append(token_ids[:, 0].tolist())
-        return match_chains(token_ids, ends, context)
+        return match_ngrams(token_ids, ends, context)
 
     tokens = np.arange(20)[:, None] + np.zeros((20, 96), dtype=int)
     starts, ends = np.full(20, 16), np.full(20, 17)

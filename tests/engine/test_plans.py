@@ -12,7 +12,7 @@ import pytest
 from tests.engine.conftest import PROMPTS, cpu_only
 from tests.engine.test_exactness import GREEDY, mixed, same
 from vllm_ppd.engine.v1.executor import count_other_rows
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.trees.menu import Tier, TreePlan
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
@@ -162,7 +162,7 @@ def boastful(tmp_path) -> str:
     """Prompt tokens whose evidence has it that nearly every guess is right."""
     folder = tmp_path / "prompts"
     shutil.copytree(PROMPTS, folder)
-    known = Evidence.load(folder / "evidence.json")
+    known = AcceptanceModel.load(folder / "evidence.json")
     best = np.zeros_like(known.prompted)
     best[:, 0] = 0.95
     sure = replace(
@@ -181,7 +181,7 @@ def test_trees_follow_the_traffic(
 ):
     """Plans change while requests run, and nothing else does.
 
-    Guesses are allowed by turns: by the clock of a busy machine there might be none,
+    DraftInputs are allowed by turns: by the clock of a busy machine there might be none,
     and so nothing to learn.
     """
     engine = engine_with(ppd_engine, model=boastful)
@@ -221,7 +221,7 @@ def test_successors_are_learnt_where_there_is_no_table(
     prompt rows do not see the root, so knowing what follows it helps."""
     folder = tmp_path / "prompts"
     shutil.copytree(PROMPTS, folder)
-    (folder / "successors.safetensors").unlink()
+    (folder / "bigram.safetensors").unlink()
     policy = TreePolicy((ROOT, *[SparseTree((0, 0, 0), (0, 1, 2), (3, 2, 2, 2))] * 3))
     tree = plan_file(tmp_path, Tier(None, (policy,)))
     settings = {"model": str(folder), "tree": tree, "suffix": False}
@@ -251,5 +251,5 @@ def test_the_acceptance_rate_counts_candidates():
 
 
 def test_prompts_are_found(ppd_engine):
-    assert (PROMPTS / "successors.safetensors").exists()
+    assert (PROMPTS / "bigram.safetensors").exists()
     assert (PROMPTS / "evidence.json").exists()

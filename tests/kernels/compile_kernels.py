@@ -26,10 +26,10 @@ import vllm_ppd.kernels.triton.place_tree as place_module
 import vllm_ppd.kernels.triton.tree_attention as attention_module
 import vllm_ppd.kernels.triton.tree_walk as walk_module
 from tests.kernels.trees import random_policy, tables_of
-from vllm_ppd.kernels.fill_tree import DeviceGuesses
+from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
 from vllm_ppd.kernels.tree_attention import TreeBatch
-from vllm_ppd.kernels.tree_tables import TreeTables
-from vllm_ppd.trees.drafting import Successors
+from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.trees.drafting import BigramTensors
 
 TYPES = {
     torch.float32: "fp32",
@@ -133,21 +133,21 @@ def launch_attention(dtype, cache_dtype, dim, kv_heads, group, rows, window, spl
 
 
 def launch_small_kernels(cache_dtype):
-    tables = TreeTables.on("cpu", tables_of(random_policy(), num_rows=64))
+    tables = DeviceTables.on("cpu", tables_of(random_policy(), num_rows=64))
     trees, longs = ints(4), ints(128, dtype=torch.int64)
     walk = walk_module.tree_walk(tables, trees, trees, trees, ints(128), longs, trees)
     drafts = ints(4, 63, dtype=torch.int64)
-    guesses = DeviceGuesses(
+    guesses = DeviceDraftInputs(
         trees, torch.zeros(4, 3, 99, dtype=torch.bfloat16),
         ints(4, 3, 32, dtype=torch.int64), torch.zeros(4, 3, 32), trees, ints(4, 8),
     )  # fmt: skip
-    table = Successors(
+    table = BigramTensors(
         ints(99, 16, dtype=torch.int64), torch.ones(99, 16), torch.ones(99)
     )
     for kind in (torch.bfloat16, torch.float32, torch.int64):
         guesses = guesses._replace(scores=guesses.scores.to(kind))
-        guess_module.guess_tree(tables, trees, guesses, table, torch.ones(3), drafts)
-    match_module.match_chains(longs.view(2, 64), longs[:2], ints(2), 64)
+        guess_module.fill_tree(tables, trees, guesses, table, torch.ones(3), drafts)
+    match_module.match_ngrams(longs.view(2, 64), longs[:2], ints(2), 64)
     place_module.place_tree(
         tables, trees, trees, ints(5), trees, longs, ints(128, 1, dtype=torch.int64),
         ints(128), trees, trees,

@@ -12,16 +12,16 @@ from tests.kernels.implementations import DEVICE
 from tests.kernels.trees import FIRST_SOFT_ID, random_plan, random_rows
 from vllm_ppd.adaptive.learning import EvidenceLearner
 from vllm_ppd.kernels.evidence_counts import count_evidence
-from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import tree_walk_reference
-from vllm_ppd.search.acceptance import Evidence
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.search.acceptance import AcceptanceModel
+from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.step import TreeStep
 from vllm_ppd.trees.verify import TreeWalk
 
 # Fewer ranks and depths than trees have, so that some candidates have no place.
 RANKS = np.array([0.3, 0.1])
-EVIDENCE = Evidence(
+EVIDENCE = AcceptanceModel(
     np.array([RANKS] * 3),
     RANKS,
     np.full((2, 3), 0.5),
@@ -44,8 +44,8 @@ def test_against_the_host(batch, ept):
         random.seed(f"{seed} {batch} {ept}")
         rng = np.random.default_rng([seed, batch, ept])
         plan = random_plan(ept)
-        pure = PolicyTables(plan, FIRST_SOFT_ID, 80)
-        tables = TreeTables.on(DEVICE, pure)
+        pure = TreeTables(plan, FIRST_SOFT_ID, 80)
+        tables = DeviceTables.on(DEVICE, pure)
         ids = np.arange(len(plan.trees)) - 1
         # One less than the trees are deep, so that some guesses have no prompt row.
         states_of = np.where(ids >= 0, np.maximum(ids % 4 - 1, 0), 0)

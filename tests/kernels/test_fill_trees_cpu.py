@@ -6,9 +6,14 @@ import torch
 
 from tests.unit.test_tree import random_tree
 from vllm_ppd.kernels.cpu import CpuTreeFiller, load_library
-from vllm_ppd.trees.bigram import SuccessorTable
-from vllm_ppd.trees.drafting import Guesses, Successors, fill_trees, rank_children
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.bigram import BigramTable
+from vllm_ppd.trees.drafting import (
+    DraftInputs,
+    BigramTensors,
+    fill_trees,
+    rank_children,
+)
+from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import Tier, TreePlan
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
@@ -22,27 +27,27 @@ def small_table(weights=(1.0,)):
     gains = np.full((6, 2), -1.0)
     ids[0], gains[0] = (3, 4), (3.0, 1.0)
     ids[3], gains[3] = (5, 2), (4.0, 0.5)
-    return SuccessorTable(ids, gains, np.full(6, -1.0), weights, np.full(6, 1 / 6))
+    return BigramTable(ids, gains, np.full(6, -1.0), weights, np.full(6, 1 / 6))
 
 
 def test_children_follow_the_prompt_row_and_the_parent():
-    successors = Successors.of(small_table())
+    bigram = BigramTensors.of(small_table())
     logits = torch.tensor([[0.0, 2.5, 0.0, 1.0, 0.5, -1.0]])
     plain = rank_children(logits, torch.tensor([0]), None, 1.0, 2)
     assert plain.tolist() == [[1, 3]]
     # 1.0 + 3.0 for token 3 beats 2.5 - 1.0 for token 1 and 0.5 + 1.0 for token 4.
-    given = rank_children(logits, torch.tensor([0]), successors, 1.0, 3)
+    given = rank_children(logits, torch.tensor([0]), bigram, 1.0, 3)
     assert given.tolist()[0][0] == 3
     assert sorted(given.tolist()[0][1:]) == [1, 4]
-    alone = rank_children(None, torch.tensor([3]), successors, 0.0, 3)
+    alone = rank_children(None, torch.tensor([3]), bigram, 0.0, 3)
     assert alone.tolist() == [[5, 2, -1]]
 
 
 def test_the_chain_comes_first_and_only_once():
     policy = TreePolicy((SMALL, SMALL))
     plan = TreePlan((Tier(None, (policy, policy)),))
-    tables = PolicyTables(plan, 100)
-    guesses = Guesses(
+    tables = TreeTables(plan, 100)
+    guesses = DraftInputs(
         counts=np.array([1, 1]),
         logits=torch.tensor([[0.0, 2.5, 0.0, 1.0, 0.5, -1.0]] * 2),
         roots=np.array([2, 2]),
@@ -66,11 +71,11 @@ def random_case(seed, with_table=True):
             trees = [random_tree(rng) for _ in range(m)]
             policies.append(TreePolicy((chain_tree(0, (m,)), *trees)))
         tiers.append(Tier(limit, tuple(policies)))
-    tables = PolicyTables(TreePlan(tuple(tiers)), vocabulary)
+    tables = TreeTables(TreePlan(tuple(tiers)), vocabulary)
     table = None
     if with_table:
         ids = np.stack([rng.permutation(vocabulary)[:8] for _ in range(vocabulary)])
-        table = SuccessorTable(
+        table = BigramTable(
             ids,
             rng.normal(size=(vocabulary, 8)) * 2,
             rng.normal(size=vocabulary) - 3,
@@ -82,7 +87,7 @@ def random_case(seed, with_table=True):
     counts = rng.integers(0, m + 1, batch)
     chains = rng.integers(0, vocabulary, (batch, 4))
     chains[np.arange(4) >= rng.integers(0, 5, batch)[:, None]] = -1
-    guesses = Guesses(
+    guesses = DraftInputs(
         counts,
         torch.from_numpy(rng.normal(size=(counts.sum(), vocabulary)) * 3).float(),
         rng.integers(0, vocabulary, batch),
@@ -98,7 +103,7 @@ def test_the_kernel_equals_the_reference(with_table):
         tables, table, trees, guesses = random_case(seed, with_table)
         weights = table.weights if table else (1.0, 1.0, 1.0)
         found = CpuTreeFiller(tables, table, weights).run(trees, guesses)
-        on_device = Successors.of(table) if table else None
+        on_device = BigramTensors.of(table) if table else None
         expected = fill_trees(tables, trees, guesses, on_device, np.array(weights))
         np.testing.assert_array_equal(found, expected)
 
@@ -110,13 +115,13 @@ def test_siblings_differ():
         if (guesses.counts == 0).any():
             continue
         ids = fill_trees(
-            tables, trees, guesses, Successors.of(table), np.array(table.weights)
+            tables, trees, guesses, BigramTensors.of(table), np.array(table.weights)
         )
         for tree, row, count in zip(trees, ids, guesses.counts, strict=True):
             tokens = np.append(0, row)
             seen = set()
             for node in range(1, tables.num_nodes[tree]):
-                if tables.candidate_depths[tree, node] <= count:
+                if tables.node_depths[tree, node] <= count:
                     key = int(tables.parents[tree, node]), int(tokens[node])
                     assert key not in seen
                     seen.add(key)

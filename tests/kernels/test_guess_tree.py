@@ -8,9 +8,9 @@ import torch
 
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
 from tests.kernels.test_fill_trees_cpu import random_case
-from vllm_ppd.kernels.fill_tree import DeviceGuesses, guess_tree_reference
-from vllm_ppd.kernels.tree_tables import TreeTables
-from vllm_ppd.trees.drafting import POOL, Successors, fill_trees
+from vllm_ppd.kernels.fill_tree import DeviceDraftInputs, fill_tree_reference
+from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.trees.drafting import POOL, BigramTensors, fill_trees
 
 UNTOUCHED = -7
 
@@ -18,10 +18,10 @@ UNTOUCHED = -7
 @pytest.fixture(params=IMPLEMENTATIONS)
 def guess(request):
     if request.param == "reference":
-        return guess_tree_reference
-    from vllm_ppd.kernels.triton.fill_tree import guess_tree
+        return fill_tree_reference
+    from vllm_ppd.kernels.triton.fill_tree import fill_tree
 
-    return guess_tree
+    return fill_tree
 
 
 def on_device(guesses, num_prompts, pool):
@@ -35,7 +35,7 @@ def on_device(guesses, num_prompts, pool):
     )
     top = logits.topk(pool)
     ids = torch.where(top.values.isnan(), 12345, top.indices)
-    return DeviceGuesses(
+    return DeviceDraftInputs(
         *(
             tensor.to(DEVICE)
             for tensor in (
@@ -55,18 +55,18 @@ def test_against_the_pure_guesses(guess, with_table):
     for seed in range(3):
         pure, table, trees, guesses = random_case(seed, with_table)
         weights = np.array(table.weights if table else (1.0, 1.0, 1.0))
-        host = Successors.of(table) if table else None
+        host = BigramTensors.of(table) if table else None
         want = fill_trees(pure, trees, guesses, host, weights)
 
-        tables = TreeTables.on(DEVICE, pure)
+        tables = DeviceTables.on(DEVICE, pure)
         drafts = torch.full(
             (len(trees), want.shape[1] + 2), UNTOUCHED, dtype=torch.int64, device=DEVICE
         )
         guess(
             tables,
             torch.from_numpy(trees).int().to(DEVICE),
-            on_device(guesses, 3, max(POOL, pure.max_candidates + 1)),
-            Successors.of(table, DEVICE) if table else None,
+            on_device(guesses, 3, max(POOL, pure.max_children + 1)),
+            BigramTensors.of(table, DEVICE) if table else None,
             torch.from_numpy(weights).float().to(DEVICE),
             drafts,
             5,
@@ -81,7 +81,7 @@ def test_without_chains_and_cut_short(guess):
     pure, table, trees, guesses = random_case(3)
     weights = torch.tensor(table.weights)
     on = on_device(guesses, 3, POOL)
-    tables = TreeTables.on(DEVICE, pure)
+    tables = DeviceTables.on(DEVICE, pure)
     results = []
     for chains in (on.chains[:, :0], torch.full_like(on.chains, -1)):
         for width in (4, 12):
@@ -90,7 +90,7 @@ def test_without_chains_and_cut_short(guess):
                 tables,
                 torch.from_numpy(trees).int().to(DEVICE),
                 on._replace(chains=chains),
-                Successors.of(table, DEVICE),
+                BigramTensors.of(table, DEVICE),
                 weights.to(DEVICE),
                 drafts,
             )

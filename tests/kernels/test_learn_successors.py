@@ -1,4 +1,4 @@
-"""Learning successors: against plain dictionaries, and the compiled form."""
+"""Learning bigram: against plain dictionaries, and the compiled form."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_ppd.kernels.cpu import CpuSuccessorLearner
-from vllm_ppd.trees.bigram import SMOOTHING, SuccessorCounts, SuccessorTable
+from vllm_ppd.kernels.cpu import CpuBigramLearner
+from vllm_ppd.trees.bigram import SMOOTHING, BigramCounts, BigramTable
 from vllm_ppd.trees.bigram_learning import (
     LISTED,
     MOST,
-    LiveSuccessors,
-    learn_successors,
+    OnlineBigram,
+    learn_bigrams,
 )
 
 VOCABULARY, SIZE = 40, 12
 
 
 def reference(live, tokens, logits):
-    learn_successors(live, torch.from_numpy(tokens), logits)
+    learn_bigrams(live, torch.from_numpy(tokens), logits)
 
 
 def compiled(live, tokens, logits):
-    CpuSuccessorLearner(live).run(tokens, logits)
+    CpuBigramLearner(live).run(tokens, logits)
 
 
 @pytest.fixture(params=[reference, compiled])
@@ -31,8 +31,8 @@ def learn(request):
     return request.param
 
 
-def empty(vocabulary: int = VOCABULARY) -> LiveSuccessors:
-    return LiveSuccessors.of(SuccessorTable.empty(vocabulary, SIZE, (1.0,)))
+def empty(vocabulary: int = VOCABULARY) -> OnlineBigram:
+    return OnlineBigram.of(BigramTable.empty(vocabulary, SIZE, (1.0,)))
 
 
 def observations(seed: int, rows: int, vocabulary: int = VOCABULARY):
@@ -108,12 +108,12 @@ def test_it_goes_on_from_a_calibrated_table(learn):
     """The same sightings again change little; other ones take over."""
     generator = np.random.default_rng(3)
     chances = generator.dirichlet(np.full(VOCABULARY, 0.2), VOCABULARY)
-    counts = SuccessorCounts(VOCABULARY)
+    counts = BigramCounts(VOCABULARY)
     parents = np.repeat(np.arange(VOCABULARY), VOCABULARY)
     ids = np.tile(np.arange(VOCABULARY), VOCABULARY)
     counts.add(parents, ids, 300 * chances.ravel())
     table = counts.table(SIZE, 2)
-    live = LiveSuccessors.of(table)
+    live = OnlineBigram.of(table)
     np.testing.assert_allclose(live.totals, 300, rtol=1e-3)
     listed = np.take_along_axis(chances, table.ids.astype(int), 1)
     np.testing.assert_allclose(live.counts, 300 * listed, rtol=2e-2, atol=0.2)

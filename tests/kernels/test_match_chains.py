@@ -7,21 +7,21 @@ import pytest
 import torch
 
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
-from vllm_ppd.kernels.ngram import match_chains_reference
-from vllm_ppd.trees.ngram import match_chains
+from vllm_ppd.kernels.ngram import match_ngrams_reference
+from vllm_ppd.trees.ngram import match_ngrams
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def match(request):
     if request.param == "reference":
-        return match_chains_reference
-    from vllm_ppd.kernels.triton.ngram import match_chains
+        return match_ngrams_reference
+    from vllm_ppd.kernels.triton.ngram import match_ngrams
 
-    return match_chains
+    return match_ngrams
 
 
 def check(match, token_ids: np.ndarray, ends: np.ndarray, slots, context: int) -> list:
-    want = match_chains(token_ids[slots], ends[slots], context)
+    want = match_ngrams(token_ids[slots], ends[slots], context)
     got = match(
         torch.from_numpy(token_ids).int().to(DEVICE),
         torch.tensor(slots, device=DEVICE),

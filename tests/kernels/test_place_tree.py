@@ -12,7 +12,7 @@ import torch
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
 from tests.kernels.trees import random_policy, random_rows, tables_of
 from vllm_ppd.kernels.place_tree import place_tree_reference
-from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import DeviceTables
 from vllm_ppd.trees.step import TreeStep
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
@@ -56,7 +56,7 @@ def run(place, tables, trees, num_rows, query_starts, contexts, spare=3):
 def test_a_mixed_batch_by_hand(place):
     tree = SparseTree((0, 0), (0, 1), (1, 0, 1))
     policy = TreePolicy((chain_tree(0, [1]), tree))
-    tables = TreeTables.on(DEVICE, tables_of(policy))
+    tables = DeviceTables.on(DEVICE, tables_of(policy))
     # A prefill chunk, a tree, a tree cut to two rows, padding.
     got = run(
         place, tables, [0, 1, 1, 0], [0, 5, 2, 0], [0, 3, 8, 10, 10], [4, 9, 6, 0]
@@ -75,7 +75,7 @@ def test_against_the_pure_layout(place, num_rows):
     random.seed(str(num_rows))
     rng = np.random.default_rng(num_rows or 0)
     pure = tables_of(random_policy(3, 20), num_rows)
-    tables = TreeTables.on(DEVICE, pure)
+    tables = DeviceTables.on(DEVICE, pure)
     states = rng.integers(0, 4, 11)
     rows = random_rows(pure, states)
     before = rng.integers(0, 5, 11)  # rows of the request ahead of its tree
@@ -100,7 +100,7 @@ def test_against_the_pure_layout(place, num_rows):
 
 def test_placing_twice_changes_nothing(place):
     pure = tables_of(random_policy(2, 9))
-    tables = TreeTables.on(DEVICE, pure)
+    tables = DeviceTables.on(DEVICE, pure)
     rows = int(pure.num_rows[2])
     once = run(place, tables, [2], [rows], [0, rows], [7])
 

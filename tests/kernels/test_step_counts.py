@@ -12,9 +12,9 @@ from tests.kernels.implementations import DEVICE
 from tests.kernels.trees import FIRST_SOFT_ID, random_plan, random_policy, random_rows
 from vllm_ppd.engine.step_counts import Slot, StepCounts
 from vllm_ppd.kernels.step_counts import count_step
-from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import tree_walk_reference
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import Tier, TreePlan
 from vllm_ppd.trees.step import TreeStep
 from vllm_ppd.trees.verify import TreeWalk
@@ -27,8 +27,8 @@ def test_against_the_host(batch, ept):
         random.seed(f"{seed} {batch} {ept}")
         rng = np.random.default_rng([seed, batch, ept])
         plan = random_plan(ept)
-        pure = PolicyTables(plan, FIRST_SOFT_ID, 80)
-        tables = TreeTables.on(DEVICE, pure)
+        pure = TreeTables(plan, FIRST_SOFT_ID, 80)
+        tables = DeviceTables.on(DEVICE, pure)
         # One less than the trees are deep, so that some guesses have no prompt row.
         states_of = np.maximum((np.arange(len(plan.trees)) - 1) % 4 - 1, 0)
         states_of[0] = 0
@@ -72,11 +72,11 @@ def test_against_the_host(batch, ept):
 
 
 def test_padding_behind_a_bare_root_is_no_speculation():
-    pure = PolicyTables(TreePlan((Tier(None, (random_policy(),)),)), FIRST_SOFT_ID, 8)
+    pure = TreeTables(TreePlan((Tier(None, (random_policy(),)),)), FIRST_SOFT_ID, 8)
     counts = torch.zeros(Slot.FIRST_STATE + 4, dtype=torch.int64, device=DEVICE)
     ids = torch.zeros(8, dtype=torch.int64, device=DEVICE)
     zero, rows = ids[:1], torch.tensor([8], dtype=torch.int32, device=DEVICE)
-    tables = TreeTables.on(DEVICE, pure)
+    tables = DeviceTables.on(DEVICE, pure)
     walk = tree_walk_reference(tables, zero, zero, rows, ids, ids, zero)
     count_step(counts, tables, ids.new_zeros(5), zero, rows, walk)
     seen = {slot.name: int(counts[slot]) for slot in Slot if counts[slot]}

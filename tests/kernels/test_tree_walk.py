@@ -11,7 +11,7 @@ import torch
 
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
 from tests.kernels.trees import FIRST_SOFT_ID, random_policy, random_rows, tables_of
-from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import tree_walk_reference
 from vllm_ppd.trees.step import TreeStep
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
@@ -47,7 +47,7 @@ def test_a_walk_by_hand(walk):
     tables = tables_of(
         TreePolicy((chain_tree(0, [2]), chain_tree(1, [1, 1]), tree)), num_rows=10
     )
-    tables = TreeTables.on(DEVICE, tables)
+    tables = DeviceTables.on(DEVICE, tables)
     soft = FIRST_SOFT_ID
     #     another  a whole tree, then two fillers                   a cut one
     ids = [5, 5, *(4, 7, 8, 9, soft, soft, soft + 1, soft, 0, 0), *(4, 7, 8)]
@@ -74,7 +74,7 @@ def test_against_the_pure_walk(walk, batch, ept):
         random.seed(f"{seed} {batch} {ept}")
         rng = np.random.default_rng([seed, batch, ept])
         pure = tables_of(random_policy(3, 12, ept), num_rows=100)
-        tables = TreeTables.on(DEVICE, pure)
+        tables = DeviceTables.on(DEVICE, pure)
         states = rng.integers(0, len(pure.num_nodes), batch)
         num_rows = random_rows(pure, states)
         gaps = rng.integers(0, 4, batch)
@@ -100,7 +100,7 @@ def test_against_the_pure_walk(walk, batch, ept):
 
 
 def test_padded_requests_only(walk):
-    tables = TreeTables.on(DEVICE, tables_of(random_policy()))
+    tables = DeviceTables.on(DEVICE, tables_of(random_policy()))
     got = run(walk, tables, [1, 0], [8, 8], [0, 0], [0] * 8, [0] * 8, [8, 8])
     assert (got.tokens == -1).all()
     for name in ("num_sampled", "end_nodes", "paths", "states", "prompt_rows"):

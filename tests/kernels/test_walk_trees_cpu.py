@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tests.kernels.test_fill_trees_cpu import random_case
-from vllm_ppd.kernels.cpu import load_library, match_chains_cpu, walk_greedy_cpu
-from vllm_ppd.trees.ngram import match_chains
+from vllm_ppd.kernels.cpu import load_library, match_ngrams_cpu, walk_greedy_cpu
+from vllm_ppd.trees.ngram import match_ngrams
 from vllm_ppd.trees.step import TreeStep
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
@@ -41,8 +41,8 @@ def test_matches(context):
         vocabulary = int(rng.integers(2, 6))
         token_ids = rng.integers(0, vocabulary, (3, 40)).astype(np.int32)
         ends = rng.integers(1, 41, 3).astype(np.int32)
-        found = match_chains_cpu(token_ids, ends, context)
+        found = match_ngrams_cpu(token_ids, ends, context)
         for one, other in zip(
-            found, match_chains(token_ids, ends, context), strict=True
+            found, match_ngrams(token_ids, ends, context), strict=True
         ):
             np.testing.assert_array_equal(one, other)

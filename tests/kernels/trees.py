@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import Tier, TreePlan
 from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
@@ -46,11 +46,11 @@ def random_plan(ept: int) -> TreePlan:
     )
 
 
-def tables_of(policy: TreePolicy, num_rows: int | None = None) -> PolicyTables:
-    return PolicyTables(policy, FIRST_SOFT_ID, num_rows)
+def tables_of(policy: TreePolicy, num_rows: int | None = None) -> TreeTables:
+    return TreeTables(policy, FIRST_SOFT_ID, num_rows)
 
 
-def random_rows(tables: PolicyTables, states: np.ndarray) -> np.ndarray:
+def random_rows(tables: TreeTables, states: np.ndarray) -> np.ndarray:
     """[B] scheduled rows: the whole tree, cut anywhere, or with fillers behind."""
     rows = []
     for state in states:

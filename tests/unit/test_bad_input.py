@@ -120,7 +120,7 @@ def test_chats_for_a_tokenizer_without_template(workplace, capsys, command) -> N
     data = chats(workplace, "an answer")
     assert workplace.run(command, data=data) == 0
     shutil.rmtree(workplace.out, ignore_errors=True)
-    for name in ("acceptance.json", "acceptance.png", "evidence.json"):
+    for name in ("acceptance.json", "acceptance.png", "acceptance.json"):
         (workplace.prompts / name).unlink(missing_ok=True)
     for file in workplace.prompts.glob("succ*"):
         file.unlink()

@@ -19,7 +19,7 @@ from vllm_ppd.train.data import TokenStream  # noqa: E402
 from vllm_ppd.train.documents import DataError  # noqa: E402
 from vllm_ppd.train.model import FrozenModel  # noqa: E402
 from vllm_ppd.trees.drafting import fill_drafts  # noqa: E402
-from vllm_ppd.trees.layout import PolicyTables  # noqa: E402
+from vllm_ppd.trees.layout import TreeTables  # noqa: E402
 from vllm_ppd.trees.tree import SparseTree, TreePolicy  # noqa: E402
 
 # END is a token that some greedy continuations below meet halfway.
@@ -132,7 +132,7 @@ def test_distance_is_the_depth_in_the_next_tree(model, stream):
     parents, chosen = (0,) * ranks + (1,) * ranks, tuple(range(ranks)) * 2
     tree = SparseTree(parents, chosen, (m,) + (0,) * 2 * ranks)
     empty = [SparseTree((), (), (m,)), SparseTree((0,), (0,), (m, m))]
-    tables = PolicyTables(TreePolicy((*empty, tree)), first_soft_id=VOCAB)
+    tables = TreeTables(TreePolicy((*empty, tree)), first_soft_id=VOCAB)
     prompts = table(m, 1)
     hits, steps = np.zeros((m, ranks)), 0
     for start in prompt_starts(stream, PROMPT).tolist():

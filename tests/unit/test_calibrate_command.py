@@ -19,12 +19,12 @@ from vllm_ppd.calibrate import job as calibration_job  # noqa: E402
 from vllm_ppd.cli import calibrate as command  # noqa: E402
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint  # noqa: E402
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError  # noqa: E402
-from vllm_ppd.search.acceptance import Evidence  # noqa: E402
+from vllm_ppd.search.acceptance import AcceptanceModel  # noqa: E402
 from vllm_ppd.search.acceptance_table import AcceptanceError, AcceptanceStats  # noqa: E402
 from vllm_ppd.train.documents import DataError  # noqa: E402
 from vllm_ppd.train.model import ModelError  # noqa: E402
 from vllm_ppd.train.settings import SettingsError  # noqa: E402
-from vllm_ppd.trees.bigram import SuccessorTable  # noqa: E402
+from vllm_ppd.trees.bigram import BigramTable  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,12 @@ def test_writes_table_record_and_plot(folders, prompts_folder, capsys):
     assert len(source["reliability"]) == 2
     new = {p.name for p in prompts_folder.iterdir()} - set(before)
     plotted = "no plot" not in capsys.readouterr().out
-    written = {"acceptance.json", "evidence.json", "successors.safetensors"}
+    written = {"acceptance.json", "acceptance.json", "bigram.safetensors"}
     assert new == written | ({"acceptance.png"} if plotted else set())
-    evidence = Evidence.load(prompts_folder / "evidence.json")
-    assert evidence.prompted.shape == (2, 9)
-    table = prompts_folder / "successors.safetensors"
-    assert SuccessorTable.load(table, 257, 2).ids.shape == (257, 32)
+    acceptance = AcceptanceModel.load(prompts_folder / "acceptance.json")
+    assert acceptance.prompted.shape == (2, 9)
+    table = prompts_folder / "bigram.safetensors"
+    assert BigramTable.load(table, 257, 2).ids.shape == (257, 32)
     # Prompt tokens with an acceptance table are prompt tokens still.
     PromptTokens.load(prompts_folder)
 
@@ -87,15 +87,17 @@ def test_writes_table_record_and_plot(folders, prompts_folder, capsys):
 def test_without_successors_the_evidence_is_the_prompt_rows_own(
     folders, prompts_folder
 ):
-    (prompts_folder / "successors.safetensors").write_bytes(b"of before")
-    assert calibrate(folders, prompts_folder, "--overwrite", "--successors", "0") == 0
-    assert not (prompts_folder / "successors.safetensors").exists()
+    (prompts_folder / "bigram.safetensors").write_bytes(b"of before")
+    assert (
+        calibrate(folders, prompts_folder, "--overwrite", "--bigram-entries", "0") == 0
+    )
+    assert not (prompts_folder / "bigram.safetensors").exists()
     stats = AcceptanceStats.load(prompts_folder / "acceptance.json")
-    evidence = Evidence.load(prompts_folder / "evidence.json")
+    acceptance = AcceptanceModel.load(prompts_folder / "acceptance.json")
     # Of the same points, those at which steps begin.
-    assert evidence.overall[:2].any()
-    assert not evidence.overall[:2][stats.acceptance == 0].any()
-    assert not evidence.unprompted.any()
+    assert acceptance.overall[:2].any()
+    assert not acceptance.overall[:2][stats.acceptance == 0].any()
+    assert not acceptance.unprompted.any()
 
 
 def test_without_matplotlib_there_is_no_plot(

@@ -7,9 +7,9 @@ import pytest
 
 from vllm_ppd.adaptive.chain_replay import replay_chains
 from vllm_ppd.adaptive.learning import EvidenceLearner
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.acceptance_table import AcceptanceStats
-from vllm_ppd.trees.ngram import MAX_CHAIN, match_chain
+from vllm_ppd.trees.ngram import MAX_NGRAM_DRAFTS, match_chain
 
 
 def text(length: int, seed: int = 0) -> np.ndarray:
@@ -28,7 +28,7 @@ def steps_of(tokens: np.ndarray, start: int, count: int) -> list[tuple[int, ...]
     """One step after the other, in the plainest way."""
     found, at = [], start
     match_class, chain = match_chain(tokens[:at])
-    while len(found) < count and at + MAX_CHAIN < len(tokens):
+    while len(found) < count and at + MAX_NGRAM_DRAFTS < len(tokens):
         right = 0
         while right < len(chain) and chain[right] == tokens[at + right]:
             right += 1
@@ -65,14 +65,14 @@ def test_a_text_too_short_says_nothing():
 
 
 def test_what_is_learnt_of_replayed_steps():
-    known = Evidence.of(AcceptanceStats(np.full((3, 4), 0.1)))
+    known = AcceptanceModel.of(AcceptanceStats(np.full((3, 4), 0.1)))
     learner = EvidenceLearner(known.with_typical_chains())
     tokens = text(6000)[None]
     ends = np.array([tokens.size])
     steps = replay_chains(tokens, np.array([100]), ends, 4096, 0, 6000)
     learner.observe_replay(steps)
     assert learner.observations == len(steps.classes) + steps.accepted.sum()
-    found = learner.evidence()
+    found = learner.acceptance()
     for match_class in (1, 2):
         lengths = steps.accepted[steps.classes == match_class]
         first, second = (lengths > 0).mean(), (lengths > 1).sum() / (lengths > 0).sum()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vllm_ppd.config import PPDConfigError
-from vllm_ppd.search.acceptance import Evidence, EvidenceError
+from vllm_ppd.search.acceptance import AcceptanceModel, MeasurementError
 from vllm_ppd.search.acceptance_table import AcceptanceError, AcceptanceStats
 from vllm_ppd.search.defaults import (
     acceptance_of,
@@ -57,7 +57,7 @@ def test_evidence_of_a_folder(tmp_path):
     assert (bare.num_classes, bare.unprompted.any()) == (1, False)
     # Without measurements matches are taken to be as in ordinary text.
     assert evidence_of(tmp_path, 3, conditioned=False, suffix=True).num_classes == 3
-    measured = Evidence(
+    measured = AcceptanceModel(
         stats.acceptance / 2,
         np.full(10, 0.05),
         np.full((2, 4), 0.5),
@@ -65,7 +65,7 @@ def test_evidence_of_a_folder(tmp_path):
         np.full((2, 3, 3), 1 / 3),
         np.full((4, 10), 0.04),
     )
-    measured.save(tmp_path / "evidence.json")
+    measured.save(tmp_path / "acceptance.json")
     found = evidence_of(tmp_path, 3, conditioned=True, suffix=True)
     np.testing.assert_array_equal(found.prompted, measured.prompted)
     # Without matches there are no easier and harder steps to tell apart.
@@ -75,7 +75,9 @@ def test_evidence_of_a_folder(tmp_path):
     found = evidence_of(tmp_path, 3, conditioned=False, suffix=True)
     np.testing.assert_allclose(found.prompted, stats.acceptance)
     np.testing.assert_array_equal(found.chain, measured.chain)
-    with pytest.raises(EvidenceError, match="3 prompt tokens, but the folder holds 2"):
+    with pytest.raises(
+        MeasurementError, match="3 prompt tokens, but the folder holds 2"
+    ):
         evidence_of(tmp_path, 2, conditioned=True, suffix=True)
 
 
@@ -93,7 +95,7 @@ def test_a_plan_of_the_users_own(tmp_path):
     deep.save(path)
     with pytest.raises(TreeError, match="only 0 prompt rows are there"):
         settings(tmp_path, tree=str(path)).choose(None)
-    # The successor table reaches deeper.
+    # The bigram table reaches deeper.
     settings(tmp_path, tree=str(path), conditioned=True).choose(None)
 
 

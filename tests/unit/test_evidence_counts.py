@@ -11,25 +11,25 @@ pytest.importorskip("transformers")
 
 from vllm_ppd.calibrate import counts as evidence_counts  # noqa: E402
 from vllm_ppd.calibrate import rates as evidence_rates  # noqa: E402
-from vllm_ppd.calibrate.counts import WEIGHTS, EvidenceCounts  # noqa: E402
+from vllm_ppd.calibrate.counts import WEIGHTS, AcceptanceCounts  # noqa: E402
 from vllm_ppd.calibrate.rates import Texts, TriedPoints  # noqa: E402
 from vllm_ppd.calibrate.step_points import StepPoints, accepted_guesses, walk_steps  # noqa: E402
 from vllm_ppd.search.latency import LatencyCurve  # noqa: E402
 from vllm_ppd.search.policy_iteration import best_policy  # noqa: E402
 from vllm_ppd.train.continuation import Continuation  # noqa: E402
-from vllm_ppd.trees.bigram import SuccessorTable  # noqa: E402
-from vllm_ppd.trees.drafting import Successors, rank_children  # noqa: E402
+from vllm_ppd.trees.bigram import BigramTable  # noqa: E402
+from vllm_ppd.trees.drafting import BigramTensors, rank_children  # noqa: E402
 from vllm_ppd.trees.ngram import match_chain  # noqa: E402
 from vllm_ppd.trees.plain_tree import PlainTree  # noqa: E402
 
 VOCABULARY, M, K, LENGTH = 12, 2, 5, 40
 
 
-def some_table(rng) -> SuccessorTable:
+def some_table(rng) -> BigramTable:
     ids = np.stack([rng.permutation(VOCABULARY)[:4] for _ in range(VOCABULARY)])
     gains = rng.normal(size=ids.shape) * 2
     floor, base = np.full(VOCABULARY, -2.0), np.full(VOCABULARY, 1 / VOCABULARY)
-    return SuccessorTable(ids, gains, floor, (1.0,) * M, base)
+    return BigramTable(ids, gains, floor, (1.0,) * M, base)
 
 
 @pytest.mark.parametrize("with_table", [True, False])
@@ -46,7 +46,7 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
     sequence = torch.tensor([[s] for s, _ in places])
     target = torch.tensor([[p + d for d in range(1, M + 1)] for _, p in places])
     logits = torch.from_numpy(rng.normal(size=(len(places) * M, VOCABULARY)) * 2)
-    counts = EvidenceCounts(M, K, table)
+    counts = AcceptanceCounts(M, K, table)
     taken = {}
 
     def settled(points, texts, *limits):
@@ -62,12 +62,12 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
         for first in range(0, len(mine), 7):
             counts.add_logits(first, mine[first : first + 7].float())
         counts.end_points()
-    evidence, weights = counts.evidence({"of": "a test"}), counts.weights()
-    assert evidence.source == {"of": "a test"}
+    acceptance, weights = counts.acceptance({"of": "a test"}), counts.weights()
+    assert acceptance.source == {"of": "a test"}
     assert set(weights) <= set(WEIGHTS) and (with_table or weights == (0.0, 0.0))
-    assert bool(evidence.unprompted.any()) == with_table
+    assert bool(acceptance.unprompted.any()) == with_table
     points, texts = taken["points"], taken["texts"]
-    successors = Successors.of(table) if table else None
+    bigram = BigramTensors.of(table) if table else None
     matched = 0
     for index, (s, p) in enumerate(places):
         root, end = p + 1, (LENGTH, 30)[s]
@@ -86,7 +86,7 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
             best = rank_children(
                 list_logits,
                 torch.tensor([text[parent]]),
-                successors,
+                bigram,
                 weight,
                 K,
                 torch.tensor([left_out]),
@@ -233,13 +233,13 @@ def test_rates_are_those_of_the_steps(monkeypatch):
     class_at, first = rng.integers(0, 3, (3, 240)), np.zeros(3, dtype=int)
     assert texts.add(class_at, first, np.full(3, 200)) == 0
 
-    def fixed(evidence, *_):
-        return SimpleNamespace(trees=TREES[: evidence.num_classes])
+    def fixed(acceptance, *_):
+        return SimpleNamespace(trees=TREES[: acceptance.num_classes])
 
     monkeypatch.setattr(evidence_rates, "best_policy", fixed)
     monkeypatch.setattr(evidence_rates, "_ELSEWHERE", 0.0)
     curve = LatencyCurve.constant()
-    evidence, best = evidence_rates.settled_evidence(tried, texts, K, curve, 1)
+    acceptance, best = evidence_rates.settled_evidence(tried, texts, K, curve, 1)
     assert best == (1, 1)
     prompted, alone = np.zeros((M, K + 1)), np.zeros(K + 1)
     overall = np.zeros((M + 1, K + 1))
@@ -272,12 +272,12 @@ def test_rates_are_those_of_the_steps(monkeypatch):
     def rates(counted: np.ndarray) -> np.ndarray:
         return counted[..., :-1] / np.maximum(counted.sum(-1, keepdims=True), 1e-9)
 
-    np.testing.assert_allclose(evidence.prompted, rates(prompted))
-    np.testing.assert_allclose(evidence.unprompted, rates(alone))
-    np.testing.assert_allclose(evidence.overall, rates(overall))
-    np.testing.assert_allclose(evidence.chain, hits / np.maximum(tries, 1e-9))
-    np.testing.assert_allclose(evidence.beside, rates(beside))
-    np.testing.assert_allclose(evidence.moves, moves / moves.sum(axis=2)[..., None])
+    np.testing.assert_allclose(acceptance.prompted, rates(prompted))
+    np.testing.assert_allclose(acceptance.unprompted, rates(alone))
+    np.testing.assert_allclose(acceptance.overall, rates(overall))
+    np.testing.assert_allclose(acceptance.chain, hits / np.maximum(tries, 1e-9))
+    np.testing.assert_allclose(acceptance.beside, rates(beside))
+    np.testing.assert_allclose(acceptance.moves, moves / moves.sum(axis=2)[..., None])
     assert tries.sum() > 5 and beside.sum() > 1
 
 
@@ -323,15 +323,15 @@ def test_what_is_promised_is_what_a_walk_gets(sources):
         )
     points = TriedPoints.joined(parts)
     curve = LatencyCurve((1, 8, 32), (1.0, 1.2, 2.0))
-    evidence, best = evidence_rates.settled_evidence(points, texts, K, curve, 1)
+    acceptance, best = evidence_rates.settled_evidence(points, texts, K, curve, 1)
     known = points.with_weights(best)
 
-    def promised_over_walked(evidence) -> float:
-        found = best_policy(evidence, curve, 64, 1)
+    def promised_over_walked(acceptance) -> float:
+        found = best_policy(acceptance, curve, 64, 1)
         steps = walk_steps(known, found.trees, K)
         return found.tau * steps.begins.sum() / (steps.begins * steps.advances).sum()
 
-    assert promised_over_walked(evidence) == pytest.approx(1, abs=0.02)
+    assert promised_over_walked(acceptance) == pytest.approx(1, abs=0.02)
     if not sources[1]:
         # Counted over all tokens it is too much.
         everywhere = evidence_rates._from_everywhere(known)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.unit.test_evidence_search import all_trees, some_evidence
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.fixed_rows import best_fixed_plan, best_within, better_within
 from vllm_ppd.search.latency import LatencyCurve
@@ -17,7 +17,7 @@ from vllm_ppd.search.report import load_figures
 from vllm_ppd.trees.menu import Tier, TreePlan
 
 # One prompt token with one guess, right in six of ten steps.
-ONE = Evidence.of(AcceptanceStats(np.array([[0.6]])))
+ONE = AcceptanceModel.of(AcceptanceStats(np.array([[0.6]])))
 
 
 def test_tokens_per_step_by_rows():
@@ -33,18 +33,18 @@ def test_tokens_per_step_by_rows():
 @pytest.mark.parametrize("seed", range(3))
 def test_no_trees_are_better(seed):
     table = np.sort(np.random.default_rng(seed).random((1, 2)) / 2)[:, ::-1]
-    evidence = Evidence.of(AcceptanceStats(table))
+    acceptance = AcceptanceModel.of(AcceptanceStats(table))
     curve = LatencyCurve((1, 2, 3, 4, 5), (1.0, 1.05, 1.15, 1.2, 1.6))
     profile = LatencyProfile((1,), curve.rows, (curve.seconds,), {})
     best = dict.fromkeys(range(1, 6), 0.0)
     for pair in itertools.product(all_trees(5, 1, 2, 1), repeat=2):
-        tau, _, _ = policy_value([pair], evidence, LatencyCurve.constant())
+        tau, _, _ = policy_value([pair], acceptance, LatencyCurve.constant())
         rows = max(tree.num_rows for tree in pair)
         best[rows] = max(best[rows], tau)
-    for rows, policy in best_within(evidence, (2, 3, 4, 5), 1).items():
+    for rows, policy in best_within(acceptance, (2, 3, 4, 5), 1).items():
         most = max(tau for count, tau in best.items() if count <= rows)
         assert policy.tau == pytest.approx(most, rel=1e-7)
-    _, (tier,) = best_fixed_plan(evidence, profile, 5, 1, 1, measured=False)
+    _, (tier,) = best_fixed_plan(acceptance, profile, 5, 1, 1, measured=False)
     fastest = max(tau / curve(rows) for rows, tau in best.items())
     assert max(tier.gain, 1.0) == pytest.approx(max(fastest, 1.0), rel=1e-7)
 
@@ -68,7 +68,7 @@ def test_each_load_has_its_rows():
 
 
 def test_rows_without_use_are_not_paid():
-    """Four rows hold all that this evidence can guess, however many may be had."""
+    """Four rows hold all that this acceptance can guess, however many may be had."""
     profile = LatencyProfile((1,), (1, 4, 64), ((1.0, 1.1, 9.0),), {})
     plan, (tier,) = best_fixed_plan(ONE, profile, 64, 1, 1, measured=False)
     assert plan.max_rows == 4
@@ -87,15 +87,15 @@ def test_prompt_tokens_of_several_rows():
 
 
 def test_figures_are_those_of_the_search():
-    evidence = some_evidence(5, m=2, ranks=3, classes=2)
+    acceptance = some_evidence(5, m=2, ranks=3, classes=2)
     table = ((1.0, 1.02, 1.1, 1.3), (1.0, 1.05, 1.3, 2.0))
     profile = LatencyProfile((1, 8), (1, 2, 4, 8), table, {})
-    plan, tiers = best_fixed_plan(evidence, profile, 8, 1, 8, measured=True)
+    plan, tiers = best_fixed_plan(acceptance, profile, 8, 1, 8, measured=True)
     assert [tier.requests for tier in tiers if tier.speculates][:3] == [1, 2, 4]
     for tier in tiers:
         if not tier.speculates:
             continue
-        found = load_figures(plan, evidence, profile, tier.requests, fixed_rows=True)
+        found = load_figures(plan, acceptance, profile, tier.requests, fixed_rows=True)
         assert found.tau == pytest.approx(tier.found.tau, rel=1e-6)
         assert found.gain == pytest.approx(tier.gain, rel=1e-6)
         # A step has the rows of the largest tree, whichever is run.

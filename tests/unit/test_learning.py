@@ -6,13 +6,13 @@ import pytest
 from vllm_ppd.adaptive import replan
 from vllm_ppd.adaptive.learning import EvidenceLearner
 from vllm_ppd.adaptive.replan import Replanner, SearchPace, better_plan
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.fixed_rows import better_within
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.plan_search import best_plan
 from vllm_ppd.search.policy_iteration import best_policy
 from vllm_ppd.search.profile import LatencyProfile
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import Tier, TreePlan
 from vllm_ppd.trees.step import TreeStep
 from vllm_ppd.trees.verify import TreeWalk
@@ -21,9 +21,9 @@ ROWS = (1, 2, 4, 8, 16)
 PROFILE = LatencyProfile((1, 2), ROWS, ((1.0, 1.1, 1.2, 1.4, 2.0),) * 2, {})
 
 
-def evidence(scale: float, chain: float) -> Evidence:
+def acceptance(scale: float, chain: float) -> AcceptanceModel:
     prompted = scale * np.array([[0.4, 0.2, 0.1], [0.3, 0.15, 0.1]])
-    return Evidence(
+    return AcceptanceModel(
         prompted,
         scale * np.array([0.2, 0.1, 0.05]),
         np.full((1, 5), chain),
@@ -33,11 +33,11 @@ def evidence(scale: float, chain: float) -> Evidence:
     )
 
 
-def stream(truth: Evidence, learner: EvidenceLearner, steps: int) -> None:
+def stream(truth: AcceptanceModel, learner: EvidenceLearner, steps: int) -> None:
     """Walks of a policy's trees in a world where `truth` holds."""
-    found = best_policy(evidence(1.0, 0.6), LatencyCurve.constant(), 14)
+    found = best_policy(acceptance(1.0, 0.6), LatencyCurve.constant(), 14)
     plan = TreePlan((found.tier(None),))
-    tables = PolicyTables(plan, 1000)
+    tables = TreeTables(plan, 1000)
     rng = np.random.default_rng(0)
     batch = 40
     for _ in range(steps):
@@ -55,11 +55,11 @@ def stream(truth: Evidence, learner: EvidenceLearner, steps: int) -> None:
                 node = int(walk.nodes[b])
                 parents = tables.parents[trees[b], : step.num_nodes[b]]
                 on = bool(tables.on_chain[trees[b], node])
-                depth = int(tables.candidate_depths[trees[b], node]) + 1
+                depth = int(tables.node_depths[trees[b], node]) + 1
                 chances = truth.chances(states[b], classes[b], depth, on)
                 draw = rng.random()
                 for child in np.flatnonzero(parents == node):
-                    draw -= chances[tables.candidate_ranks[trees[b], child]]
+                    draw -= chances[tables.node_ranks[trees[b], child]]
                     if draw < 0:
                         picked[b] = tokens[step.first_nodes[b] + child]
                         break
@@ -72,10 +72,10 @@ def stream(truth: Evidence, learner: EvidenceLearner, steps: int) -> None:
 
 
 def test_counts_converge_to_what_happens():
-    truth, prior = evidence(0.5, 0.3), evidence(1.0, 0.9)
+    truth, prior = acceptance(0.5, 0.3), acceptance(1.0, 0.9)
     learner = EvidenceLearner(prior)
     stream(truth, learner, 250)
-    found = learner.evidence()
+    found = learner.acceptance()
     np.testing.assert_allclose(found.prompted[:, 0], truth.prompted[:, 0], atol=0.03)
     np.testing.assert_allclose(found.chain[0, :2], truth.chain[0, :2], atol=0.05)
     beside, other = found.beside[0, 0, 0], prior.beside[0, 0, 0]
@@ -87,10 +87,10 @@ def test_counts_converge_to_what_happens():
 
 
 def test_a_source_that_changed_is_believed_in_all_its_ranks():
-    truth, prior = evidence(0.5, 0.3), evidence(1.0, 0.9)
+    truth, prior = acceptance(0.5, 0.3), acceptance(1.0, 0.9)
     learner = EvidenceLearner(prior)
     stream(truth, learner, 10)
-    found = learner.evidence()
+    found = learner.acceptance()
     # 400 steps say little about each chance, and enough about prompt rows together.
     off = np.abs(np.log(found.prompted / truth.prompted))
     assert (
@@ -104,17 +104,17 @@ def test_a_source_that_changed_is_believed_in_all_its_ranks():
 
 
 def test_the_same_stream_gives_the_same_evidence():
-    first, second = (EvidenceLearner(evidence(1.0, 0.9)) for _ in range(2))
-    stream(evidence(0.5, 0.3), first, 3)
-    stream(evidence(0.5, 0.3), second, 3)
-    assert first.evidence().to_dict() == second.evidence().to_dict()
+    first, second = (EvidenceLearner(acceptance(1.0, 0.9)) for _ in range(2))
+    stream(acceptance(0.5, 0.3), first, 3)
+    stream(acceptance(0.5, 0.3), second, 3)
+    assert first.acceptance().to_dict() == second.acceptance().to_dict()
 
 
 def test_chains_are_checked_without_speculating():
-    learner = EvidenceLearner(evidence(1.0, 0.9))
+    learner = EvidenceLearner(acceptance(1.0, 0.9))
     for _ in range(300):
         learner.observe_chain(1, np.array([5, 6, 7]), np.array([5, 9, 7]))
-    chain = learner.evidence().chain[0]
+    chain = learner.acceptance().chain[0]
     assert chain[0] > 0.9
     assert chain[1] < 0.2
     # Never put to the test: between what was known and what its source did elsewhere.
@@ -122,31 +122,31 @@ def test_chains_are_checked_without_speculating():
 
 
 def test_counts_made_elsewhere_are_as_good():
-    here, there = (EvidenceLearner(evidence(1.0, 0.9)) for _ in range(2))
-    stream(evidence(0.5, 0.3), here, 3)
+    here, there = (EvidenceLearner(acceptance(1.0, 0.9)) for _ in range(2))
+    stream(acceptance(0.5, 0.3), here, 3)
     for part in (0.5, 0.5):
         sums = (part * counts for counts in (here._tries, here._hits, here._moves))
         there.observe_sums(*sums, 3.5)
-    assert there.evidence().to_dict() == here.evidence().to_dict()
+    assert there.acceptance().to_dict() == here.acceptance().to_dict()
     assert there.observations == 7.0
 
 
 def test_old_counts_fade():
-    learner = EvidenceLearner(evidence(1.0, 0.5))
+    learner = EvidenceLearner(acceptance(1.0, 0.5))
     for _ in range(200):
         learner.observe_chain(1, np.array([5]), np.array([5]))
     for _ in range(20):
         learner.forget()
     assert learner.observations == 0
-    assert learner.evidence().chain[0, 0] == pytest.approx(0.5, abs=0.03)
+    assert learner.acceptance().chain[0, 0] == pytest.approx(0.5, abs=0.03)
 
 
 def test_a_plan_changes_only_when_it_pays():
     limits = {"max_rows": 16, "num_ept": 1, "max_requests": 2}
-    known = evidence(1.0, 0.9)
+    known = acceptance(1.0, 0.9)
     plan, _ = best_plan(known, PROFILE, **limits)
     assert better_plan(known, PROFILE, plan, **limits) is None
-    changed = better_plan(evidence(0.5, 0.1), PROFILE, plan, **limits)
+    changed = better_plan(acceptance(0.5, 0.1), PROFILE, plan, **limits)
     assert changed is not None and changed != plan
     # From no speculation back to some.
     off = TreePlan((Tier(None),))
@@ -156,7 +156,7 @@ def test_a_plan_changes_only_when_it_pays():
 def test_only_tiers_in_use_are_searched():
     profile = LatencyProfile((1, 8), ROWS, (PROFILE.seconds[0],) * 2, {})
     limits = {"max_rows": 16, "max_requests": 8}
-    known, changed = evidence(1.0, 0.9), evidence(0.7, 0.4)
+    known, changed = acceptance(1.0, 0.9), acceptance(0.7, 0.4)
     plan, _ = best_plan(known, profile, **limits)
     new, tiers = best_plan(
         changed, profile, **limits, current=plan, loads=((3, 1), (4, 1))
@@ -168,7 +168,7 @@ def test_only_tiers_in_use_are_searched():
         assert policies == expected.tiers[expected.tier_index(load)].policies
     # What follows for loads that were not searched: none above, some below.
     nothing, _ = best_plan(
-        evidence(0.01, 0.01), profile, **limits, current=plan, loads=[(4, 1)]
+        acceptance(0.01, 0.01), profile, **limits, current=plan, loads=[(4, 1)]
     )
     for load in (1, 2):
         kept = nothing.tiers[nothing.tier_index(load)]
@@ -186,7 +186,7 @@ def test_only_tiers_in_use_are_searched():
 
 def test_the_search_runs_in_a_process_of_its_own():
     limits = {"max_rows": 8, "num_ept": 1, "max_requests": 1}
-    known = evidence(1.0, 0.9)
+    known = acceptance(1.0, 0.9)
     plan, _ = best_plan(known, PROFILE, **limits)
     replanner = Replanner()
     assert replanner.take() is None
@@ -198,7 +198,7 @@ def test_the_search_runs_in_a_process_of_its_own():
     assert not replanner.busy
     # Within fixed rows, which needs no profile.
     rows = [plan.max_rows]
-    other = evidence(0.2, 0.1)
+    other = acceptance(0.2, 0.1)
     replanner.submit(other, None, plan, num_ept=1, rows=rows)
     expected = better_within(other, plan, rows, 1, 1.03)
     assert expected is not None and replanner.take(wait=True) == expected

@@ -39,7 +39,7 @@ class World:
             tokens = running
             if guessing:
                 tokens = sum(self._random.choice(self.tokens) for _ in range(running))
-            # Guesses bring two tokens in the mean.
+            # DraftInputs bring two tokens in the mean.
             self.now += 2 / self.gain if guessing else 1.0
             self.now += 0.01 * prompt_rows
             if self._random.random() < 0.05:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import Tier, TreePlan
 from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy, chain_tree
 
@@ -24,7 +24,7 @@ def test_tiers_by_load():
 
 def test_a_chain_is_the_first_child_of_the_first_child():
     plan = TreePlan((Tier(None, (FORK, FORK)),))
-    tables = PolicyTables(plan, first_soft_id=100)
+    tables = TreeTables(plan, first_soft_id=100)
     # Tree 2 is class 0, state 1; tree 4 the same of class 1. Node 3 is below node 1.
     assert tables.on_chain[2].tolist() == [False] * 4
     assert tables.on_chain[4].tolist() == [True, True, False, True]

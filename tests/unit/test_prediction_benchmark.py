@@ -19,7 +19,7 @@ from vllm_ppd.adaptive.step_timing import StepTiming
 from vllm_ppd.calibrate.measure import Measurement
 from vllm_ppd.calibrate.reliability import Reliability
 from vllm_ppd.cli.generation import Batch, Generation, Step
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.profile import LatencyProfile
@@ -114,10 +114,10 @@ def test_guessing_is_compared_with_plain_steps_of_the_same_round() -> None:
     # One candidate that is right half of the time, where a step with guesses takes
     # 1.2 times as long as one without.
     tree = SparseTree((0,), (0,), (1, 1), 1)
-    evidence = Evidence.of(AcceptanceStats(np.array([[0.5]])))
+    acceptance = AcceptanceModel.of(AcceptanceStats(np.array([[0.5]])))
     report = {
         "plan": TreePlan.of(TreePolicy((tree, tree))).to_dict(),
-        "evidence": evidence.to_dict(),
+        "acceptance": acceptance.to_dict(),
         "profile": LatencyProfile((1,), (1, 8), ((0.1, 0.12),), {}).to_dict(),
         "plan_changes": 0,
         "timings": [StepTiming(1, ((1.0, 8), (4.0, 8)), 0.1, 0.12, 0.1)._asdict()],

@@ -8,7 +8,7 @@ import pytest
 from vllm_ppd.adaptive.context_cost import ContextCost
 from vllm_ppd.search.profile import (
     LatencyProfile,
-    ProfileError,
+    MeasurementError,
     cache_file,
     default_profile,
 )
@@ -70,7 +70,7 @@ def test_files(tmp_path):
     assert LatencyProfile.load(path, KEY) == PROFILE
     BARE.save(path)
     assert LatencyProfile.load(path, KEY) == BARE
-    with pytest.raises(ProfileError, match="with threads 2, and this is 4"):
+    with pytest.raises(MeasurementError, match="with threads 2, and this is 4"):
         LatencyProfile.load(path, {**KEY, "threads": 4})
 
 
@@ -103,15 +103,15 @@ def test_bad_files(tmp_path, change, message):
     change(data)
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(data))
-    with pytest.raises(ProfileError, match=message):
+    with pytest.raises(MeasurementError, match=message):
         LatencyProfile.load(path)
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(ProfileError, match="cannot be read"):
+    with pytest.raises(MeasurementError, match="cannot be read"):
         LatencyProfile.load(tmp_path / "nothing.json")
     (tmp_path / "profile.json").write_text("{")
-    with pytest.raises(ProfileError, match="is not JSON"):
+    with pytest.raises(MeasurementError, match="is not JSON"):
         LatencyProfile.load(tmp_path / "profile.json")
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from tests.unit.test_tree import random_tree
 from vllm_ppd.trees.drafting import fill_drafts
-from vllm_ppd.trees.layout import PolicyTables, pack_mask
+from vllm_ppd.trees.layout import TreeTables, pack_mask
 from vllm_ppd.trees.step import TreeStep, ranges, spread
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
@@ -14,7 +14,7 @@ VOCABULARY = 100
 # root -> a, b; a -> c.  Prompt tokens: 2 on the root, 1 on a, b and c.
 SMALL = SparseTree((0, 0, 1), (0, 1, 0), (2, 1, 1, 1))
 POLICY = TreePolicy((chain_tree(0, (2,)), chain_tree(1, (1, 1)), SMALL))
-TABLES = PolicyTables(POLICY, VOCABULARY)
+TABLES = TreeTables(POLICY, VOCABULARY)
 
 
 def test_ranges():
@@ -93,7 +93,7 @@ def test_batches_of_cut_trees_equal_a_walk_of_each(num_ept):
             tree = random_tree(rng, num_ept)
             if tree.depth <= len(trees) and max(tree.prompts) <= 3:
                 trees.append(tree)
-        tables = PolicyTables(TreePolicy(tuple(trees)), VOCABULARY)
+        tables = TreeTables(TreePolicy(tuple(trees)), VOCABULARY)
         batch = int(rng.integers(1, 7))
         states = rng.integers(0, 4, batch)
         num_rows = np.array([rng.integers(1, trees[s].num_rows + 1) for s in states])
@@ -130,7 +130,7 @@ def test_batches_of_cut_trees_equal_a_walk_of_each(num_ept):
 
 
 def test_a_padded_first_step_has_inert_rows():
-    tables = PolicyTables(POLICY, VOCABULARY, num_rows=12)
+    tables = TreeTables(POLICY, VOCABULARY, num_rows=12)
     step = TreeStep(tables, np.array([0]), np.array([0]), np.array([12]))
     assert step.num_nodes.tolist() == [1]
     walk = TreeWalk(step, np.array([1]))

@@ -6,7 +6,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_ppd.engine.step_counts import StepCounts, read_counts
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import Tier, TreePlan
 from vllm_ppd.trees.step import TreeStep
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
@@ -20,7 +20,7 @@ BARE = chain_tree(0, (1,))
 def step_and_walk(paths: list[list[int]]) -> tuple[TreeStep, TreeWalk]:
     """Requests in state 1 with a match, whose walks go along these nodes."""
     usual = TreePolicy((BARE, chain_tree(1, (1, 1))))
-    tables = PolicyTables(
+    tables = TreeTables(
         TreePlan((Tier(None, (usual, TreePolicy((BARE, FORKED)))),)), 50
     )
     trees = np.full(len(paths), 4)
@@ -67,7 +67,7 @@ def test_counts_by_source_state_and_kind(tmp_path):
         "tier_max_requests,m": 8,
         "plan_changes,m": 2,
         "accepted_tokens,m,prompt_tokens": 1,
-        "accepted_tokens,m,successors": 1,
+        "accepted_tokens,m,bigram": 1,
         "accepted_tokens,m,earlier_text": 2,
         "state_steps,m,0": 0,
         "state_steps,m,1": 3,

@@ -16,7 +16,7 @@ from step_points import Point, Ranker  # noqa: E402
 from step_probabilities import NODES, places_of_truth  # noqa: E402
 from step_starts import step_starts  # noqa: E402
 
-from vllm_ppd.trees.bigram import SuccessorCounts  # noqa: E402
+from vllm_ppd.trees.bigram import BigramCounts  # noqa: E402
 
 VOCABULARY, DEPTHS = 40, 3
 
@@ -24,7 +24,7 @@ VOCABULARY, DEPTHS = 40, 3
 @pytest.fixture
 def ranker() -> Ranker:
     rng = np.random.default_rng(0)
-    counts = SuccessorCounts(VOCABULARY)
+    counts = BigramCounts(VOCABULARY)
     pairs = rng.integers(0, VOCABULARY, (2, 300))
     counts.add(pairs[0], pairs[1], np.ones(300))
     return Ranker(counts.table(5, DEPTHS))

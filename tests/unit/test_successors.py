@@ -1,14 +1,14 @@
-"""The successor table and the matcher of earlier text."""
+"""The bigram table and the matcher of earlier text."""
 
 import numpy as np
 import pytest
 
-from vllm_ppd.trees.bigram import SuccessorCounts, SuccessorError, SuccessorTable
-from vllm_ppd.trees.ngram import MAX_CHAIN, match_chain
+from vllm_ppd.trees.bigram import BigramCounts, BigramError, BigramTable
+from vllm_ppd.trees.ngram import MAX_NGRAM_DRAFTS, match_chain
 
 
 def counted(pairs, vocabulary=6, size=3, smoothing=2.0):
-    counts = SuccessorCounts(vocabulary)
+    counts = BigramCounts(vocabulary)
     for part in np.array_split(np.array(pairs), 3):
         counts.add(part[:, 0], part[:, 1], np.ones(len(part)))
     return counts.table(size, 2, smoothing)
@@ -50,19 +50,19 @@ def test_against_a_dense_count():
 
 def test_files(tmp_path):
     table = counted([(0, 1), (1, 2), (2, 3)])
-    path = tmp_path / "successors.safetensors"
+    path = tmp_path / "bigram.safetensors"
     table.save(path)
-    read = SuccessorTable.load(path, 6, 2)
+    read = BigramTable.load(path, 6, 2)
     np.testing.assert_array_equal(read.ids, table.ids)
     np.testing.assert_allclose(read.gains, table.gains, atol=1e-2)
     np.testing.assert_array_equal(read.base, table.base)
-    with pytest.raises(SuccessorError, match="is for 6 tokens and 2 prompt tokens"):
-        SuccessorTable.load(path, 7, 2)
+    with pytest.raises(BigramError, match="is for 6 tokens and 2 prompt tokens"):
+        BigramTable.load(path, 7, 2)
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(SuccessorError, match=r"successors\.safetensors"):
-        SuccessorTable.load(path, 6, 2)
-    with pytest.raises(SuccessorError, match="nothing"):
-        SuccessorTable.load(tmp_path / "nothing", 6, 2)
+    with pytest.raises(BigramError, match=r"bigram\.safetensors"):
+        BigramTable.load(path, 6, 2)
+    with pytest.raises(BigramError, match="nothing"):
+        BigramTable.load(tmp_path / "nothing", 6, 2)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_files(tmp_path):
         ({"floor": np.zeros(5)}, "damaged"),
         ({"weights": ()}, "damaged"),
         ({"base": np.ones(3)}, "damaged"),
-        ({"base": np.zeros(4)}, "base rates of a successor table must be above 0"),
+        ({"base": np.zeros(4)}, "base rates of a bigram table must be above 0"),
     ],
 )
 def test_bad_tables(change, message):
@@ -85,8 +85,8 @@ def test_bad_tables(change, message):
         "weights": (1.0,),
         "base": np.full(4, 0.25),
     }
-    with pytest.raises(SuccessorError, match=message):
-        SuccessorTable(**{**good, **change})
+    with pytest.raises(BigramError, match=message):
+        BigramTable(**{**good, **change})
 
 
 def test_matches():
@@ -99,7 +99,7 @@ def test_matches():
     assert match_chain(np.array([4]))[0] == 0
     # One token is no match; the chain has a limit.
     assert match_chain(np.array([1, 2, 1]))[0] == 0
-    assert len(match_chain(np.tile([1, 2, 3], 20))[1]) == MAX_CHAIN
+    assert len(match_chain(np.tile([1, 2, 3], 20))[1]) == MAX_NGRAM_DRAFTS
 
 
 def brute_force(context):
@@ -107,7 +107,7 @@ def brute_force(context):
     for length in range(min(8, n - 1), 1, -1):
         for end in range(length, n):
             if context[end - length : end] == context[n - length :]:
-                return (2 if length >= 4 else 1), context[end : end + MAX_CHAIN]
+                return (2 if length >= 4 else 1), context[end : end + MAX_NGRAM_DRAFTS]
     return 0, []
 
 

@@ -32,28 +32,28 @@ from vllm_ppd.cli.generation import Batch, Generation, Step
 from vllm_ppd.config import PPDConfig
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
-from vllm_ppd.search.acceptance import EVIDENCE_FILE, Evidence
+from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.baseline_policies import baseline_trees
 from vllm_ppd.search.profile import LatencyProfile
-from vllm_ppd.trees.bigram import SUCCESSOR_FILE
+from vllm_ppd.trees.bigram import BIGRAM_FILE
 from vllm_ppd.trees.menu import TreePlan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 search_time: Any = importlib.import_module("search_time")
 
-BARE = Evidence.of(AcceptanceStats(EVIDENCE.prompted))
+BARE = AcceptanceModel.of(AcceptanceStats(EVIDENCE.prompted))
 
 
-@pytest.mark.parametrize("evidence", [BARE, EVIDENCE], ids=["rows", "all"])
+@pytest.mark.parametrize("acceptance", [BARE, EVIDENCE], ids=["rows", "all"])
 @pytest.mark.parametrize("rows", [8, 12])
-def test_ours_is_the_best_of_the_kinds(evidence: Evidence, rows: int) -> None:
+def test_ours_is_the_best_of_the_kinds(acceptance: AcceptanceModel, rows: int) -> None:
     values = {}
     for kind in KINDS:
-        trees = trees_of(kind, evidence, rows)
-        assert len(trees) == evidence.num_classes
+        trees = trees_of(kind, acceptance, rows)
+        assert len(trees) == acceptance.num_classes
         assert max(tree.num_rows for row in trees for tree in row) <= rows
-        values[kind] = value_of(trees, evidence)
+        values[kind] = value_of(trees, acceptance)
         assert 1 <= values[kind].mean_rows <= rows + 1e-9
         plan_of(trees)
     assert values["ours"].tau >= max(v.tau for v in values.values()) - 1e-9
@@ -171,8 +171,8 @@ def folder(tmp_path: Path) -> Path:
     base = BaseModelFingerprint("org/base", None, "LlamaForCausalLM", 4, 30, None)
     path = tmp_path / "prompts"
     PromptTokens(torch.zeros(2, 1, 4), base).save(path)
-    EVIDENCE.save(path / EVIDENCE_FILE)
-    (path / SUCCESSOR_FILE).touch()
+    EVIDENCE.save(path / ACCEPTANCE_FILE)
+    (path / BIGRAM_FILE).touch()
     return path
 
 
@@ -258,7 +258,7 @@ def test_results_and_page(ablate, tmp_path: Path) -> None:
     assert page.PAGE.text_with(new, results) == new
     for part in (
         "### Measured on the demo model",
-        "| prompt rows + successor table + earlier matches | ours | 8 |",
+        "| prompt rows + bigram table + earlier matches | ours | 8 |",
         "### Predicted tokens per step: vicuna-7b-v1.3",
         "| slow | 1 | plain | plain | plain | plain |",
     ):
@@ -284,7 +284,7 @@ def test_bad_arguments(ablate, folder: Path, tmp_path: Path, capsys) -> None:
         with pytest.raises(SystemExit):
             command.parse_arguments(argv)
         assert message in capsys.readouterr().err
-    (folder / EVIDENCE_FILE).unlink()
+    (folder / ACCEPTANCE_FILE).unlink()
     assert ablate()[0] == 2
     assert "measure it with vllm-ppd calibrate" in capsys.readouterr().err
     with pytest.raises(ValueError, match="cannot be read as JSON"):
@@ -311,9 +311,9 @@ def test_search_times(capsys, tmp_path: Path) -> None:
     assert json.loads(shown.splitlines()[-1]) == results
     assert "| best_plan | 1 | 1 |" in shown
     # What is timed has all sources at work.
-    evidence = search_time.evidence_of(4)
-    assert evidence.num_classes == 3 and evidence.unprompted.any()
-    assert np.array_equal(evidence.overall[-1], evidence.unprompted)
+    acceptance = search_time.evidence_of(4)
+    assert acceptance.num_classes == 3 and acceptance.unprompted.any()
+    assert np.array_equal(acceptance.overall[-1], acceptance.unprompted)
     names = [name for name, _ in search_time.searches(512, 3, 1)]
     assert names == ["optimal_policy", "best_policy"]
 

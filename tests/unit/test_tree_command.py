@@ -16,18 +16,18 @@ from vllm_ppd.cli import main
 from vllm_ppd.cli.tree_view import bar, match_name, percent, trees_view
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
-from vllm_ppd.search.acceptance import EVIDENCE_FILE, Evidence
+from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
 from vllm_ppd.search.plan_search import best_plan
 from vllm_ppd.search.profile import LatencyProfile, default_profile
 from vllm_ppd.search.report import evidence_for, load_figures, load_labels
 from vllm_ppd.search.tree_plot import node_places
-from vllm_ppd.trees.bigram import SUCCESSOR_FILE
+from vllm_ppd.trees.bigram import BIGRAM_FILE
 from vllm_ppd.trees.drawing import ASCII, LINES, tree_lines
 from vllm_ppd.trees.menu import Tier, TreePlan
 from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy, chain_tree
 
 RANKS = 0.5 * np.arange(1, 7.0) ** -1.3
-EVIDENCE = Evidence(
+EVIDENCE = AcceptanceModel(
     np.stack([0.5 * RANKS, 0.4 * RANKS]),
     0.3 * RANKS,
     np.array([[0.5] * 4, [0.8] * 4]),
@@ -49,12 +49,12 @@ REACHED = (1.0, 0.4, 0.1, 0.05, 0.2, 0.1, 0.05, 0.04, 0.03)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Prompt tokens with measured evidence and, in name, a successor table."""
+    """Prompt tokens with measured acceptance and, in name, a bigram table."""
     base = BaseModelFingerprint("org/base", None, "LlamaForCausalLM", 4, 30, None)
     path = tmp_path / "prompts"
     PromptTokens(torch.zeros(2, 1, 4), base).save(path)
-    EVIDENCE.save(path / EVIDENCE_FILE)
-    (path / SUCCESSOR_FILE).touch()
+    EVIDENCE.save(path / ACCEPTANCE_FILE)
+    (path / BIGRAM_FILE).touch()
     return path
 
 
@@ -135,9 +135,9 @@ def test_figures_are_those_of_the_search() -> None:
     profile = default_profile("cpu")
     plan, planned = best_plan(EVIDENCE, profile, 12)
     assert planned[0].speculates and not planned[-1].speculates
-    evidence = evidence_for(plan, EVIDENCE)
+    acceptance = evidence_for(plan, EVIDENCE)
     for each in planned:
-        found = load_figures(plan, evidence, profile, each.requests)
+        found = load_figures(plan, acceptance, profile, each.requests)
         if not each.speculates:
             assert (found.tau, found.gain, found.states) == (1, 1, ())
             continue
@@ -154,7 +154,7 @@ def test_figures_are_those_of_the_search() -> None:
 def test_a_plan_of_one_class_sees_no_matches() -> None:
     policy = TreePolicy((chain_tree(0, (1,)), chain_tree(1, (1, 1))))
     plan = TreePlan.of(policy)
-    one = Evidence(
+    one = AcceptanceModel(
         EVIDENCE.prompted[:1],
         EVIDENCE.unprompted,
         EVIDENCE.chain,
@@ -180,7 +180,7 @@ def test_the_terminal(tree) -> None:
     shown = tree("--rows", "12")
     assert max(map(len, shown.splitlines())) <= 100
     for text in (
-        "2 prompt tokens, successor table, earlier matches (evidence.json)",
+        "2 prompt tokens, bigram table, earlier matches (acceptance.json)",
         "a typical CPU",
         "at most 12 rows",
         "plain decoding",
@@ -194,9 +194,9 @@ def test_the_terminal(tree) -> None:
 
 def test_sources_can_be_left_out(tree, folder: Path) -> None:
     shown = tree("--no-suffix", "--no-conditioned")
-    assert "2 prompt tokens (evidence.json)" in shown
+    assert "2 prompt tokens (acceptance.json)" in shown
     assert "copy" not in shown and "earlier match" not in shown
-    (folder / EVIDENCE_FILE).unlink()
+    (folder / ACCEPTANCE_FILE).unlink()
     assert "typical chances: calibrate" in tree()
 
 

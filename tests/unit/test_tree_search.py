@@ -23,7 +23,7 @@ from vllm_ppd.search.baseline_policies import (
     random_policy,
 )
 from vllm_ppd.search.defaults import typical_acceptance
-from vllm_ppd.search.latency import LatencyCurve, LatencyError
+from vllm_ppd.search.latency import LatencyCurve, MeasurementError
 from vllm_ppd.search.tree_growth import BestTrees
 from vllm_ppd.search.tree_search import SearchError, evaluate, optimal_policy
 from vllm_ppd.trees.plain_tree import PlainTree, path_probabilities
@@ -352,7 +352,7 @@ def test_no_small_change_improves_the_optimum() -> None:
 
 
 def test_degenerate_statistics() -> None:
-    """Guesses that are never or always right, and several recurrent classes."""
+    """DraftInputs that are never or always right, and several recurrent classes."""
     for table in itertools.product([0.0, 1.0], repeat=3):
         stats = AcceptanceStats(np.array(table)[:, None])
         right = 3 if all(table) else table.index(0.0)
@@ -495,10 +495,10 @@ def test_latency_curve() -> None:
     ],
 )
 def test_bad_latencies(rows, seconds, tail, word: str) -> None:
-    with pytest.raises(LatencyError, match=word) as caught:
+    with pytest.raises(MeasurementError, match=word) as caught:
         LatencyCurve(rows, seconds, tail)
     assert "\n" not in str(caught.value)
-    with pytest.raises(LatencyError, match="at least 1 row"):
+    with pytest.raises(MeasurementError, match="at least 1 row"):
         CONSTANT(0)
 
 

@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ppd.trees.ngram import MAX_CHAIN, match_chains
+from vllm_ppd.trees.ngram import MAX_NGRAM_DRAFTS, match_ngrams
 
 __all__ = ["ReplayedSteps", "replay_chains"]
 
 Match = Callable[
     [np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]
-]  # as `suffix.match_chains`
+]  # as `suffix.match_ngrams`
 
 
 class ReplayedSteps(NamedTuple):
@@ -43,7 +43,7 @@ def replay_chains(
     context: int,
     settling: int,
     steps: int,
-    match: Match = match_chains,
+    match: Match = match_ngrams,
 ) -> ReplayedSteps:
     """Make the steps of each request from `starts` on, as long as its text says what
     came of them.
@@ -58,14 +58,14 @@ def replay_chains(
         match: how matches are found.
     """
     batch = np.arange(len(ends))
-    ahead = np.arange(MAX_CHAIN)
+    ahead = np.arange(MAX_NGRAM_DRAFTS)
     last = token_ids.shape[1] - 1
     at = starts.astype(np.int64)
     classes, chains = match(token_ids, at, context)
     found: list[tuple[np.ndarray, ...]] = []
     for number in range(settling + steps):
         # Whole chains and the token after them, or how far they are right is unknown.
-        known = at + MAX_CHAIN < ends
+        known = at + MAX_NGRAM_DRAFTS < ends
         if not known.any():
             break
         written = token_ids[batch[:, None], np.minimum(at[:, None] + ahead, last)]

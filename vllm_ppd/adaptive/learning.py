@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_ppd.adaptive.chain_replay import ReplayedSteps
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.trees.step import TreeStep
 from vllm_ppd.trees.verify import TreeWalk
 
@@ -44,7 +44,7 @@ class Places(NamedTuple):
     """Of a chain."""
 
     @classmethod
-    def of(cls, evidence: Evidence) -> Places:
+    def of(cls, evidence: AcceptanceModel) -> Places:
         m, ranks = evidence.prompted.shape
         classes, depths = evidence.chain.shape if len(evidence.chain) else (0, 0)
         return cls(m, ranks, classes, depths)
@@ -64,7 +64,7 @@ class EvidenceLearner:
         prior: the evidence that the engine started with.
     """
 
-    def __init__(self, prior: Evidence):
+    def __init__(self, prior: AcceptanceModel):
         self.prior = prior
         self.places = Places.of(prior)
         self._firsts = self.places.firsts
@@ -102,8 +102,8 @@ class EvidenceLearner:
         if not len(request):
             return
         tree, parent = trees[request], parents[request, node]
-        depth = tables.candidate_depths[tree, node] - 1
-        rank = tables.candidate_ranks[tree, node]
+        depth = tables.node_depths[tree, node] - 1
+        rank = tables.node_ranks[tree, node]
         hit = visited[request, node]
         match = classes[request] - 1
         on = tables.on_chain[tree, parent] & (match >= 0)
@@ -201,7 +201,7 @@ class EvidenceLearner:
         """
         self.observations += amount
 
-    def evidence(self) -> Evidence:
+    def evidence(self) -> AcceptanceModel:
         """What to believe now."""
         m, ranks, classes, _ = self.places
         prior = self.prior
@@ -223,7 +223,7 @@ class EvidenceLearner:
         parts = np.split(rates, firsts[1:-1])
         moves = self._moves + PRIOR_MOVES * prior.moves
         prompted = parts[0].reshape(m, ranks)
-        return Evidence(
+        return AcceptanceModel(
             prompted=_bounded(prompted),
             unprompted=_bounded(parts[1]),
             chain=parts[2].reshape(prior.chain.shape),

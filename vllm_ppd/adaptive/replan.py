@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ppd.files import write_json
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.fixed_rows import better_within
 from vllm_ppd.search.plan_search import best_plan, served_speed
 from vllm_ppd.search.profile import LatencyProfile
@@ -40,7 +40,7 @@ _REST, _LONG_REST = 30.0, 100.0
 
 
 def better_plan(
-    evidence: Evidence,
+    evidence: AcceptanceModel,
     profile: LatencyProfile,
     current: TreePlan,
     max_rows: int,
@@ -119,7 +119,7 @@ class Replanner:
 
     def submit(
         self,
-        evidence: Evidence,
+        evidence: AcceptanceModel,
         profile: LatencyProfile | None,
         current: TreePlan,
         **limits: Any,
@@ -200,7 +200,7 @@ def _main(question: str, answer: str) -> None:
         if others:
             os.sched_setaffinity(0, others)
     asked: dict[str, Any] = json.loads(Path(question).read_text())
-    evidence = Evidence.from_dict(asked["evidence"])
+    evidence = AcceptanceModel.from_dict(asked["evidence"])
     current = TreePlan.from_dict(asked["current"])
     if asked["profile"] is None:
         plan = better_within(

@@ -21,7 +21,7 @@ __all__ = ["BLOCK", "HOPELESS", "OTHER_BLOCKS", "Look", "MeanStep", "TimedStep"]
 BLOCK, OTHER_BLOCKS = 16, 3
 # Steps of each without which a look says nothing.
 _LEAST = BLOCK // 2
-# Guesses are given up after a block if they are that much slower; those in use only
+# DraftInputs are given up after a block if they are that much slower; those in use only
 # if the block has so many requests in all that it cannot be the text of a few.
 HOPELESS, _MANY = 0.9, 256
 # A step now and then waits for something else and takes more than so many medians.

@@ -1,4 +1,4 @@
-"""A successor table from the frozen model's own next-token distributions."""
+"""A bigram table from the frozen model's own next-token distributions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from vllm_ppd.train.data import TokenStream
 from vllm_ppd.train.model import FrozenModel
-from vllm_ppd.trees.bigram import SuccessorCounts, SuccessorTable
+from vllm_ppd.trees.bigram import BigramCounts, BigramTable
 
 __all__ = ["count_successors"]
 
@@ -24,15 +24,15 @@ def count_successors(
     size: int,
     num_prompt_tokens: int,
     quiet: bool = True,
-) -> SuccessorTable:
-    """The `size` likeliest successors of each token, over all of `stream`."""
-    counts = SuccessorCounts(model.vocab_size)
+) -> BigramTable:
+    """The `size` likeliest bigram of each token, over all of `stream`."""
+    counts = BigramCounts(model.vocab_size)
     window = min(_WINDOW, stream.tokens.numel())
     starts = torch.arange(0, stream.tokens.numel() - window + 1, window)
     batch = max(1, _ROWS_AT_ONCE // window)
     kept = min(_KEPT, model.vocab_size)
     with tqdm(
-        total=len(starts) * window, unit="tok", desc="successors", disable=quiet
+        total=len(starts) * window, unit="tok", desc="bigram", disable=quiet
     ) as bar:
         for part in starts.split(batch):
             tokens, _ = stream.windows(part, window)

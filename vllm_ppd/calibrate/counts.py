@@ -1,7 +1,7 @@
 """What a calibration learns about candidates by where they stand.
 
 At each insertion point the true continuation is known, so for every candidate list
-that serving could make there (from a prompt row and the successor table, from the
+that serving could make there (from a prompt row and the bigram table, from the
 table alone, beside a chain) the place of the true token under the true parent is
 found. `evidence_rates` makes chances of them.
 """
@@ -15,29 +15,29 @@ import numpy as np
 import torch
 
 from vllm_ppd.calibrate.rates import Texts, TriedPoints, settled_evidence
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.profile import default_profile
 from vllm_ppd.train.continuation import Continuation
-from vllm_ppd.trees.bigram import SuccessorTable
-from vllm_ppd.trees.drafting import Successors, rank_children
+from vllm_ppd.trees.bigram import BigramTable
+from vllm_ppd.trees.drafting import BigramTensors, rank_children
 from vllm_ppd.trees.ngram import match_chain
 
-__all__ = ["EvidenceCounts"]
+__all__ = ["AcceptanceCounts"]
 
-# Weights of the successor table's gain that are tried.
+# Weights of the bigram table's gain that are tried.
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
 
-class EvidenceCounts:
-    """Points of texts; feed texts, their points and logits, then take `evidence`.
+class AcceptanceCounts:
+    """Points of texts; feed texts, their points and logits, then take `acceptance`.
 
     Points of a text should be neighbours, so that steps can be followed.
 
     Args:
         num_prompt_tokens: m.
         num_ranks: K.
-        table: the successor table; None without one.
+        table: the bigram table; None without one.
         latency: seconds of a step by rows, of a machine like that which will serve, for
             steps begin where its trees fail; a typical CPU's by default.
         num_ept: rows per prompt token.
@@ -47,19 +47,19 @@ class EvidenceCounts:
         self,
         num_prompt_tokens: int,
         num_ranks: int,
-        table: SuccessorTable | None,
+        table: BigramTable | None,
         latency: LatencyCurve | None = None,
         num_ept: int = 1,
     ):
         self.m, self.k = num_prompt_tokens, num_ranks
-        self._table = None if table is None else Successors.of(table)
+        self._table = None if table is None else BigramTensors.of(table)
         self._weights = WEIGHTS if table else (0.0,)
         self._latency = latency or default_profile("cpu").curve(1)
         self._num_ept = num_ept
         # A point has m true tokens after its root.
         self._texts = Texts(num_prompt_tokens)
         self._points: list[TriedPoints] = []
-        self._settled: tuple[Evidence, tuple[int, ...]] | None = None
+        self._settled: tuple[AcceptanceModel, tuple[int, ...]] | None = None
 
     def add_texts(self, continuation: Continuation) -> None:
         """The texts of the next points, and their matches."""
@@ -162,7 +162,7 @@ class EvidenceCounts:
     def _alone(
         self, rows: np.ndarray, roots: np.ndarray, excluded: np.ndarray
     ) -> np.ndarray:
-        """[V] place of the next token among the successors of those at `roots`."""
+        """[V] place of the next token among the bigram of those at `roots`."""
         if self._table is None:
             return np.full(len(rows), self.k)
         parents = torch.from_numpy(self._tokens[rows, roots])
@@ -174,11 +174,11 @@ class EvidenceCounts:
         """[m] the best weight of the table's gain for each prompt token."""
         return tuple(self._weights[index] for index in self._settle()[1])
 
-    def evidence(self, source: dict[str, Any]) -> Evidence:
+    def acceptance(self, source: dict[str, Any]) -> AcceptanceModel:
         """Rates where steps begin, with the best weights."""
         return replace(self._settle()[0], source=source)
 
-    def _settle(self) -> tuple[Evidence, tuple[int, ...]]:
+    def _settle(self) -> tuple[AcceptanceModel, tuple[int, ...]]:
         if self._settled is None:
             points = TriedPoints.joined(self._points)
             self._settled = settled_evidence(

@@ -18,7 +18,7 @@ import torch
 
 import vllm_ppd
 from vllm_ppd.calibrate.bigram_counts import count_successors
-from vllm_ppd.calibrate.counts import EvidenceCounts
+from vllm_ppd.calibrate.counts import AcceptanceCounts
 from vllm_ppd.calibrate.measure import Measurement, measure
 from vllm_ppd.calibrate.plot import draw
 from vllm_ppd.calibrate.settings import CalibrationSettings
@@ -26,7 +26,7 @@ from vllm_ppd.files import write_bytes
 from vllm_ppd.hub import resolve_model_path, resolve_path
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, tensor_file
-from vllm_ppd.search.acceptance import EVIDENCE_FILE
+from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.defaults import ACCEPTANCE_FILE
 from vllm_ppd.search.profile import default_profile
@@ -34,7 +34,7 @@ from vllm_ppd.train.corpus import text_files
 from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream
 from vllm_ppd.train.documents import sha256_of_files
 from vllm_ppd.train.model import FrozenModel
-from vllm_ppd.trees.bigram import SUCCESSOR_FILE, SuccessorTable
+from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable
 
 __all__ = ["CalibrationJob", "OutputError"]
 
@@ -94,7 +94,7 @@ class CalibrationJob:
         )
         begun = time.monotonic()
         table, stream = self._successors(model, stream, prompts.num_prompt_tokens)
-        counts = EvidenceCounts(
+        counts = AcceptanceCounts(
             prompts.num_prompt_tokens,
             self.settings.ranks,
             table,
@@ -115,23 +115,23 @@ class CalibrationJob:
         }
         stats = AcceptanceStats(found.acceptance(self.settings.ranks), source)
         stats.save(table_file)
-        counts.evidence(
-            {"successors": table is not None, "points": found.num_points}
-        ).save(table_file.with_name(EVIDENCE_FILE))
-        successor_file = table_file.with_name(SUCCESSOR_FILE)
+        counts.acceptance(
+            {"bigram": table is not None, "points": found.num_points}
+        ).save(table_file.with_name(ACCEPTANCE_FILE))
+        successor_file = table_file.with_name(BIGRAM_FILE)
         if table is not None:
             replace(table, weights=counts.weights()).save(successor_file)
         else:
-            # An earlier one is not what the evidence is about.
+            # An earlier one is not what the acceptance is about.
             successor_file.unlink(missing_ok=True)
         return stats, table_file, self._plot(stats, table_file)
 
     def _successors(
         self, model: FrozenModel, stream: TokenStream, num_prompt_tokens: int
-    ) -> tuple[SuccessorTable | None, TokenStream]:
+    ) -> tuple[BigramTable | None, TokenStream]:
         """The table, and the text that it has not seen."""
-        size = min(self.settings.successors, model.vocab_size)
-        seen = min(self.settings.successor_tokens, stream.tokens.numel() // 2)
+        size = min(self.settings.bigram, model.vocab_size)
+        seen = min(self.settings.bigram_tokens, stream.tokens.numel() // 2)
         rest, first = stream.deal(seen)
         # Chats measure where the assistant writes, and prompts need room.
         if not size or not seen or rest.tokens.numel() < self.settings.prompt_length:
@@ -155,7 +155,7 @@ class CalibrationJob:
             raise OutputError(
                 f"{file} cannot be the table; expected a name ending in .json"
             )
-        beside = [file.with_name(name) for name in (EVIDENCE_FILE, SUCCESSOR_FILE)]
+        beside = [file.with_name(name) for name in (ACCEPTANCE_FILE, BIGRAM_FILE)]
         for each in (file, file.with_suffix(".png"), *beside):
             if each.is_dir() or (each.exists() and not self.overwrite):
                 raise OutputError(

@@ -8,7 +8,7 @@ predicts token p + 1 + d, which is the candidate at depth d of the next step's t
 
 Rates are marginal: taken over all points, whatever the nearer prompt tokens guessed,
 and all points count alike, whereas in decoding a step begins where a guess failed;
-`EvidenceCounts` looks at those. `Measurement.given_earlier` says how far from
+`AcceptanceCounts` looks at those. `Measurement.given_earlier` says how far from
 independent the distances are.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vllm_ppd.calibrate.counts import EvidenceCounts
+from vllm_ppd.calibrate.counts import AcceptanceCounts
 from vllm_ppd.calibrate.reliability import Reliability
 from vllm_ppd.calibrate.settings import CalibrationSettings
 from vllm_ppd.train.continuation import Continuation, continue_prompts
@@ -108,7 +108,7 @@ def measure(
     stream: TokenStream,
     settings: CalibrationSettings,
     quiet: bool = True,
-    counts: EvidenceCounts | None = None,
+    counts: AcceptanceCounts | None = None,
 ) -> Measurement:
     """Ranks of the true tokens among the candidates of `embeddings` [m, e, hidden].
 
@@ -188,7 +188,7 @@ def _measure_batch(
     continuation: Continuation,
     insertion: Insertion,
     num_ranks: int,
-    counts: EvidenceCounts | None,
+    counts: AcceptanceCounts | None,
 ) -> Measurement:
     """All points of a batch; `prompt` counts from the batch's first."""
     m, e, _ = embeddings.shape
@@ -229,7 +229,7 @@ def _rank(
     hidden: torch.Tensor,
     truth: torch.Tensor,
     num_ranks: int,
-    counts: EvidenceCounts | None,
+    counts: AcceptanceCounts | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of prompt rows [V, m, e, hidden] and their true tokens [V, m].
 

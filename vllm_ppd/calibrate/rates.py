@@ -19,10 +19,10 @@ from vllm_ppd.calibrate.step_points import (
     accepted_guesses,
     walk_steps,
 )
-from vllm_ppd.search.acceptance import BEYOND, Evidence
+from vllm_ppd.search.acceptance import BEYOND, AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.policy_iteration import best_policy
-from vllm_ppd.trees.ngram import LENGTHS, MAX_CHAIN
+from vllm_ppd.trees.ngram import LENGTHS, MAX_NGRAM_DRAFTS
 
 __all__ = ["Texts", "TriedPoints", "settled_evidence"]
 
@@ -74,7 +74,7 @@ class Texts:
 
 @dataclass(frozen=True, eq=False)
 class TriedPoints(StepPoints):
-    """Points whose lists were made with W weights of the successor table.
+    """Points whose lists were made with W weights of the bigram table.
 
     prompted, beside: [W, N, m].
     """
@@ -106,7 +106,7 @@ def settled_evidence(
     num_ranks: int,
     latency: LatencyCurve,
     num_ept: int,
-) -> tuple[Evidence, tuple[int, ...]]:
+) -> tuple[AcceptanceModel, tuple[int, ...]]:
     """Rates where steps of the best trees begin; and [m] the best weights, by index.
 
     Args:
@@ -119,16 +119,16 @@ def settled_evidence(
     best = _best_weights(points, everywhere, num_ranks)
     known = points.with_weights(best)
     steps = without = _from_everywhere(known)
-    evidence = _counted(known, steps, without, texts, num_ranks)
+    acceptance = _counted(known, steps, without, texts, num_ranks)
     for _ in range(_ROUNDS):
-        policy = best_policy(evidence, latency, _MAX_ROWS, num_ept)
-        alone = best_policy(evidence.without_chains(), latency, _MAX_ROWS, num_ept)
+        policy = best_policy(acceptance, latency, _MAX_ROWS, num_ept)
+        alone = best_policy(acceptance.without_chains(), latency, _MAX_ROWS, num_ept)
         without = walk_steps(known.without_matches(), alone.trees, num_ranks)
         best = _best_weights(points, without.begins.sum(axis=1), num_ranks)
         known = points.with_weights(best)
         steps = walk_steps(known, policy.trees, num_ranks)
-        evidence = _counted(known, steps, without, texts, num_ranks)
-    return evidence, best
+        acceptance = _counted(known, steps, without, texts, num_ranks)
+    return acceptance, best
 
 
 def _from_everywhere(points: StepPoints) -> Steps:
@@ -149,7 +149,7 @@ def _best_weights(
 
 def _counted(
     points: StepPoints, steps: Steps, without: Steps, texts: Texts, num_ranks: int
-) -> Evidence:
+) -> AcceptanceModel:
     """Rates, weighted by steps; `without` are those without matches."""
     m, classes = points.num_prompt_tokens, points.match_class
     plain, alone = _rates_where(points, steps, classes == 0, num_ranks)
@@ -158,11 +158,11 @@ def _counted(
     if not plain.any():
         plain, alone = overall
     all_begins = steps.begins.sum(axis=1)
-    chain = np.zeros((len(LENGTHS), MAX_CHAIN))
+    chain = np.zeros((len(LENGTHS), MAX_NGRAM_DRAFTS))
     beside = np.zeros((len(LENGTHS), m, num_ranks))
     for index in range(len(LENGTHS)):
         here = classes == index + 1
-        depth, begins = np.arange(MAX_CHAIN), all_begins[here, None]
+        depth, begins = np.arange(MAX_NGRAM_DRAFTS), all_begins[here, None]
         hits = (begins * (points.right[here, None] > depth)).sum(axis=0)
         tries = (begins * (points.tried[here, None] > depth)).sum(axis=0)
         chain[index] = hits / np.maximum(tries, _NEVER)
@@ -173,7 +173,7 @@ def _counted(
                 _beside(steps, distance)[failed],
                 num_ranks,
             )
-    return Evidence(
+    return AcceptanceModel(
         prompted=plain,
         unprompted=alone,
         chain=chain,

@@ -30,9 +30,9 @@ class CalibrationSettings:
     """Prompts at once."""
     dtype: str = "auto"
     """Number format of the model; auto is the checkpoint's own."""
-    successors: int = 32
-    """Next tokens listed for each token in the successor table; 0 makes none."""
-    successor_tokens: int = 200_000
+    bigram: int = 32
+    """Next tokens listed for each token in the bigram table; 0 makes none."""
+    bigram_tokens: int = 200_000
     """Tokens of text, at most half of it, whose next-token distributions the table is
     made of; what is measured comes from the rest."""
     seed: int = 0
@@ -55,7 +55,7 @@ class CalibrationSettings:
             raise SettingsError(
                 f"temperature is {self.temperature}; expected 0 (greedy) or above"
             )
-        for name in ("successors", "successor_tokens"):
+        for name in ("bigram", "bigram_tokens"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise SettingsError(

@@ -38,9 +38,9 @@ class StepPoints:
         prompted: [N, m] place of the true token among each prompt token's candidates,
             K where it is not there.
         beside: [N, m] the same without the chain's wrong token; K at other depths.
-        alone: [N] place of the next token among the root's successors.
+        alone: [N] place of the next token among the root's bigram.
         beside_alone: [N] place of the token after the chain's right ones among the
-            last one's successors, the chain's wrong token left out.
+            last one's bigram, the chain's wrong token left out.
     """
 
     text: np.ndarray

@@ -3,7 +3,7 @@
     vllm-ppd calibrate PATH --model MODEL --data HELD_OUT.jsonl
 
 Writes into PATH what trees are chosen by: acceptance.json and its plot, the successor
-table (successors.safetensors) and evidence.json, the chances with that table.
+table (bigram.safetensors) and acceptance.json, the chances with that table.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def _add_settings(group: Any) -> None:
         "continuation": "tokens that it writes after them",
         "batch_size": "prompts at once",
         "dtype": "number format of the model",
-        "successors": "next tokens listed per token in the successor table, 0 for none",
-        "successor_tokens": "tokens of text that the table is made of",
+        "bigram": "next tokens listed per token in the bigram table, 0 for none",
+        "bigram_tokens": "tokens of text that the table is made of",
         "seed": "of prompts, insertion points and sampling",
     }
     flags = {"points": ["--points", "--tokens"], "continuation": ["--continue"]}

@@ -25,13 +25,13 @@ _POLL_S = 0.3
 
 def on_file(file: Path, key: dict[str, Any], console: Console) -> LatencyProfile | None:
     """The profile that is filed, None where there is no usable one."""
-    from vllm_ppd.search.profile import LatencyProfile, ProfileError
+    from vllm_ppd.search.profile import LatencyProfile, MeasurementError
 
     if not file.exists():
         return None
     try:
         return LatencyProfile.load(file, key)
-    except ProfileError as error:
+    except MeasurementError as error:
         console.print(f"Measuring again: {error}.", style="yellow", soft_wrap=True)
         return None
 

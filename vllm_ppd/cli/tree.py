@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm_ppd.search.acceptance import Evidence
+    from vllm_ppd.search.acceptance import AcceptanceModel
     from vllm_ppd.search.plan_choice import PlanSettings
     from vllm_ppd.search.profile import LatencyProfile
     from vllm_ppd.search.report import LoadFigures
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-conditioned",
         action="store_true",
-        help="do not use the successor table",
+        help="do not use the bigram table",
     )
     parser.add_argument(
         "--tree", metavar="FILE", help="look at this policy or plan instead of the best"
@@ -124,7 +124,7 @@ def plan_settings(args: argparse.Namespace, folder: Path) -> PlanSettings:
     from vllm_ppd.prompt_tokens.tokens import PromptTokens
     from vllm_ppd.search.defaults import row_limit
     from vllm_ppd.search.plan_choice import PlanSettings
-    from vllm_ppd.trees.bigram import SUCCESSOR_FILE
+    from vllm_ppd.trees.bigram import BIGRAM_FILE
     from vllm_ppd.trees.tree import MAX_ROWS
 
     prompts = PromptTokens.load(folder)
@@ -142,7 +142,7 @@ def plan_settings(args: argparse.Namespace, folder: Path) -> PlanSettings:
         max_requests=_LOADS[-1],
         max_context=_MOST_CONTEXT,
         tree=args.tree,
-        conditioned=not args.no_conditioned and (folder / SUCCESSOR_FILE).exists(),
+        conditioned=not args.no_conditioned and (folder / BIGRAM_FILE).exists(),
         suffix=not args.no_suffix,
         # vLLM's V2 runner, which serves on GPUs, does not compare speeds, and gives all
         # requests as many rows.
@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     known = evidence_of(
         folder, settings.num_prompt_tokens, settings.conditioned, suffix
     )
-    evidence = evidence_for(plan, known)
+    acceptance = evidence_for(plan, known)
     used = profile or default_profile(settings.device)
     # What requests of that context see of it.
     here, first = plan.at_context(args.context), plan.tier_index(1, args.context)
@@ -179,10 +179,11 @@ def run(args: argparse.Namespace) -> int:
     used = used.at_context(args.context)
     loads = args.requests or searched or list(_LOADS)
     figures = [
-        load_figures(here, evidence, used, load, settings.fixed_rows) for load in loads
+        load_figures(here, acceptance, used, load, settings.fixed_rows)
+        for load in loads
     ]
     shown = _tiers_to_show(figures, bool(args.requests))
-    _print(args, settings, here, evidence, profile, figures, shown)
+    _print(args, settings, here, acceptance, profile, figures, shown)
     if args.save:
         write_json(Path(args.save).expanduser(), plan.to_dict())
         print(f"The plan is in {args.save}.")
@@ -211,9 +212,11 @@ def _machine(settings: PlanSettings, profile: LatencyProfile | None) -> str:
     return str(profile.key.get("device", "the machine of the profile"))
 
 
-def _sources(settings: PlanSettings, plan: TreePlan, evidence: Evidence) -> str:
+def _sources(
+    settings: PlanSettings, plan: TreePlan, acceptance: AcceptanceModel
+) -> str:
     """What guesses are made from, and how well that is known."""
-    from vllm_ppd.search.acceptance import EVIDENCE_FILE
+    from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
     from vllm_ppd.search.defaults import ACCEPTANCE_FILE
 
     count, ept = settings.num_prompt_tokens, settings.num_ept
@@ -221,11 +224,11 @@ def _sources(settings: PlanSettings, plan: TreePlan, evidence: Evidence) -> str:
     if ept > 1:
         parts[0] += f" of {ept} rows"
     if settings.conditioned:
-        parts.append("successor table")
+        parts.append("bigram table")
     if plan.num_classes > 1:
         parts.append("earlier matches")
     folder = Path(settings.path)
-    known = [n for n in (EVIDENCE_FILE, ACCEPTANCE_FILE) if (folder / n).exists()]
+    known = [n for n in (ACCEPTANCE_FILE, ACCEPTANCE_FILE) if (folder / n).exists()]
     return ", ".join(parts) + (
         f" ({known[0]})" if known else " (typical chances: calibrate for measured ones)"
     )
@@ -235,7 +238,7 @@ def _print(
     args: argparse.Namespace,
     settings: PlanSettings,
     plan: TreePlan,
-    evidence: Evidence,
+    acceptance: AcceptanceModel,
     profile: LatencyProfile | None,
     figures: list[LoadFigures],
     shown: list[LoadFigures],
@@ -255,7 +258,7 @@ def _print(
     facts = Table.grid(padding=(0, 2))
     rows = {
         "prompt tokens": args.path,
-        "guesses from": _sources(settings, plan, evidence),
+        "guesses from": _sources(settings, plan, acceptance),
         "machine": _machine(settings, profile)
         + ("" if profile else "; --profile FILE plans by a measured one"),
         "trees": f"{args.tree}"

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 import vllm_ppd
-from vllm_ppd.search.profile import LatencyProfile, ProfileError, cache_file
+from vllm_ppd.search.profile import LatencyProfile, MeasurementError, cache_file
 
 __all__ = ["known_profile", "profile_key"]
 
@@ -77,7 +77,7 @@ def known_profile(choice: str, key: dict[str, Any]) -> LatencyProfile | None:
         key: of `profile_key`.
 
     Raises:
-        ProfileError: a file named by the user that cannot be used here.
+        MeasurementError: a file named by the user that cannot be used here.
     """
     if choice == "none":
         return None
@@ -88,6 +88,6 @@ def known_profile(choice: str, key: dict[str, Any]) -> LatencyProfile | None:
         return None
     try:
         return LatencyProfile.load(path, key)
-    except ProfileError as error:
+    except MeasurementError as error:
         logger.warning("ignoring a latency profile and measuring again: %s", error)
         return None

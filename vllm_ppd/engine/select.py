@@ -1,50 +1,49 @@
 """From ``speculative_config`` to a vLLM configuration that runs PPD.
 
 Runs in the front-end process, before the engine starts, so everything that can be
-wrong with a user's choice is said here. What the workers need travels as JSON in
-``additional_config["ppd"]``, vLLM's side channel for plugins, which is also part of
-the hash that keys compiled graphs.
+wrong with a user's choice is said here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import vllm
+import vllm.config.vllm as vllm_config_module
 import vllm.envs as envs
 from huggingface_hub import snapshot_download
-from vllm.config import SpeculativeConfig
+from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.platforms import CpuArchEnum, current_platform
+from vllm.triton_utils import HAS_TRITON
 
 from vllm_ppd.config import PPDConfig, PPDConfigError
 from vllm_ppd.engine.counters import publish_metrics
 from vllm_ppd.engine.known_profile import known_profile, profile_key
-from vllm_ppd.engine.refusals import refuse_unsupported
-from vllm_ppd.engine.v2.config import present_to_v2, runs_on_v2
-from vllm_ppd.engine.versions import require_supported_vllm
+from vllm_ppd.engine.refusals import refuse_unsupported, require_supported_vllm
+from vllm_ppd.engine.settings import KEY, PPDSpeculativeConfig, ServingSettings
 from vllm_ppd.hub import resolve_path
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint, FingerprintError
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
-from vllm_ppd.search.defaults import row_limit
-from vllm_ppd.search.plan_choice import PlanSettings
-from vllm_ppd.search.profile import LatencyProfile
-from vllm_ppd.trees.bigram import SUCCESSOR_FILE, SuccessorTable
+from vllm_ppd.search.menu_search import menu_for
+from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable
 from vllm_ppd.trees.tree import MAX_ROWS
 
 logger = init_logger("vllm.ppd")
 
-KEY = "ppd"
 PROPOSER = "vllm_ppd.engine.v1.served_trees.PPDProposer"
-WORKERS = {
-    "cpu": "vllm_ppd.engine.v1.worker.PPDCPUWorker",
-    "cuda": "vllm_ppd.engine.worker_gpu.PPDWorker",
+V1_WORKER = "vllm_ppd.engine.workers.PPDCPUWorker"
+V2_WORKERS = {
+    "cpu": "vllm_ppd.engine.workers.PPDCPUWorkerV2",
+    "cuda": "vllm_ppd.engine.workers.PPDWorker",
 }
+# Most rows of a request's step where the user sets no limit: CPU cores are soon
+# compute-bound (benchmarks/step_cost.py), a GPU has slack for many more.
+DEFAULT_ROWS = {"cpu": 16, "cuda": 64}
 
 
 def speculative_dict(args: Any) -> dict[str, Any] | None:
@@ -83,11 +82,11 @@ def _one_thread() -> Iterator[None]:
 @_one_thread()
 def create_ppd_config(
     args: Any, speculative: dict[str, Any], model: Any, parallel: Any
-) -> SpeculativeConfig:
+) -> PPDSpeculativeConfig:
     """Check everything and return the configuration that vLLM carries.
 
     Args:
-        args: vLLM's EngineArgs; its ``additional_config`` gets PPD's settings.
+        args: vLLM's EngineArgs; its ``additional_config`` gets what keys graphs.
         speculative: what the user wrote.
         model: the target's ModelConfig.
         parallel: the target's ParallelConfig; its worker class becomes PPD's.
@@ -98,7 +97,7 @@ def create_ppd_config(
     require_supported_vllm(vllm.__version__)
     config = PPDConfig.from_speculative(speculative)
     device = current_platform.device_type
-    if device not in WORKERS:
+    if device not in V2_WORKERS:
         raise PPDConfigError(
             f"speculative method 'ppd' runs on CPU and CUDA, not on {device!r}"
         )
@@ -108,77 +107,137 @@ def create_ppd_config(
             "speculative method 'ppd' runs on x86-64 CPUs only, and this is "
             f"{current_platform.get_cpu_architecture().name}: serve without PPD"
         )
-    refuse_unsupported(args, model, parallel)
-    folder = resolve_path(config.path)
-    prompts = PromptTokens.load(folder)
-    prompts.check_against(_fingerprint(model))
-    settings = _plan_settings(config, folder, prompts, device, args, model)
     on_v2 = runs_on_v2(device)
-    if on_v2:
-        # There all requests have as many rows, and nobody compares speeds.
-        settings = replace(settings, measured=False, fixed_rows=True)
-    key = profile_key(args, model, parallel, device, on_v2)
-    profile = known_profile(config.profile, key)
+    if device == "cuda" and not on_v2:
+        raise PPDConfigError(
+            "speculative method 'ppd' needs vLLM's V2 model runner on CUDA, and "
+            "VLLM_USE_V2_MODEL_RUNNER=0 or a missing Triton selects V1: unset the "
+            "variable and install triton"
+        )
+    refuse_unsupported(args, model, parallel)
+    settings = _serving_settings(config, args, model, parallel, device, on_v2)
+    parallel.worker_cls = V2_WORKERS[device] if on_v2 else V1_WORKER
     args.additional_config = {
         **(args.additional_config or {}),
-        KEY: {
-            "plan": settings.to_dict(),
-            "profile": config.profile,
-            "online": config.online,
-            "learn_successors": config.conditioned and config.online,
-            "profile_key": key,
-            "vocab_size": model.get_vocab_size(),
-            # Part of the compiled graph: the shape of the soft-token table.
-            "soft_tokens": prompts.num_prompt_tokens * prompts.num_ept,
-        },
+        # Part of the compiled graph: the shape of the soft-token table.
+        KEY: {"soft_tokens": settings.num_prompt_tokens * settings.num_ept},
     }
     publish_metrics()
     if on_v2:
-        speculating = present_to_v2(
-            args, settings, config.profile, profile, model, parallel
-        )
-    else:
-        speculating = _present_to_v1(args, config, settings, profile, model, parallel)
-    logger.info(
-        "Parallel Prompt Decoding: %d prompt tokens from %s, up to %d rows per "
-        "request and step",
-        prompts.num_prompt_tokens,
-        folder,
-        speculating.num_speculative_tokens + 1,
-    )
-    return speculating
-
-
-def _present_to_v1(
-    args: Any,
-    config: PPDConfig,
-    settings: PlanSettings,
-    profile: LatencyProfile | None,
-    model: Any,
-    parallel: Any,
-) -> SpeculativeConfig:
-    """The speculative settings that select PPD on vLLM's V1 runner."""
-    plan, _ = settings.choose(profile)
-    # Any tree within the limit may become the best one later, unless all is settled.
-    settled = config.tree is not None or not (config.online or profile is None)
-    max_rows = plan.max_rows if settled else settings.max_rows
-    parallel.worker_cls = WORKERS[settings.device]
-    if settings.device == "cuda":
-        _prepare_cuda(args)
+        _prepare_v2(args, device)
     elif _runs_in_processes(parallel):
         from vllm_ppd.engine.v1.executor import PPDMultiprocExecutor
 
         parallel.distributed_executor_backend = PPDMultiprocExecutor
-    # custom_class keeps vLLM on the V1 runner, which this adapter subclasses, and
-    # needs no new value in vLLM's closed list of methods.
-    return SpeculativeConfig(
-        method="custom_class",
-        model=PROPOSER,
-        # vLLM wants at least one, also for trees that are all roots.
+    max_rows = settings.tree_menu().max_rows
+    logger.info(
+        "Parallel Prompt Decoding: %d prompt tokens from %s, up to %d rows per "
+        "request and step",
+        settings.num_prompt_tokens,
+        settings.path,
+        max_rows,
+    )
+    return PPDSpeculativeConfig(
+        # custom_class keeps vLLM on the V1 runner, which this adapter subclasses.
+        method=KEY if on_v2 else "custom_class",
+        model=settings.path if on_v2 else PROPOSER,
+        # vLLM refuses 0.
         num_speculative_tokens=max(1, max_rows - 1),
+        ppd=settings.to_dict(),
         target_model_config=model,
         target_parallel_config=parallel,
     )
+
+
+def _serving_settings(
+    config: PPDConfig,
+    args: Any,
+    model: Any,
+    parallel: Any,
+    device: str,
+    on_v2: bool,
+) -> ServingSettings:
+    folder = resolve_path(config.path)
+    prompts = PromptTokens.load(folder)
+    prompts.check_against(_fingerprint(model))
+    m, e = prompts.num_prompt_tokens, prompts.num_ept
+    vocab_size = model.get_vocab_size()
+    bigram = config.bigram and (folder / BIGRAM_FILE).exists()
+    if bigram:
+        # A damaged table is said here, not in a worker.
+        BigramTable.load(folder / BIGRAM_FILE, vocab_size, m)
+    learns = config.bigram and config.online
+    menu = menu_for(
+        folder,
+        m,
+        e,
+        bigram=bigram or learns,
+        ngram=config.ngram,
+        max_rows=_max_rows(config, device, e),
+        fixed_rows=on_v2,
+        tree_file=config.tree,
+    )
+    key = profile_key(args, model, parallel, device, on_v2)
+    profile = known_profile(config.profile, key)
+    return ServingSettings(
+        path=str(folder.resolve()),
+        num_prompt_tokens=m,
+        num_ept=e,
+        vocab_size=vocab_size,
+        device=device,
+        menu=menu.to_dict(),
+        bigram=bigram,
+        learns_bigram=learns,
+        ngram=config.ngram and menu.num_classes > 1,
+        adapts=config.online,
+        profile=None if profile is None else profile.to_dict(),
+        measure=config.profile == "auto" and profile is None,
+        measure_seconds=config.measure_seconds,
+        profile_key=key,
+    )
+
+
+def _max_rows(config: PPDConfig, device: str, num_ept: int) -> int:
+    """Most rows of a request's step, root included."""
+    rows = config.num_speculative_tokens
+    if rows is None:
+        return MAX_ROWS if config.tree else max(DEFAULT_ROWS[device], 1 + num_ept)
+    if rows < num_ept:
+        raise PPDConfigError(
+            f"num_speculative_tokens is {rows}, too small for any tree: one prompt "
+            f"token takes {num_ept} row{'s' * (num_ept > 1)}; allow at least "
+            f"{num_ept}, or leave it out"
+        )
+    return rows + 1
+
+
+def runs_on_v2(device_type: str) -> bool:
+    """Whether vLLM will choose its V2 runner, before it has a whole configuration.
+
+    The same rule as vLLM's: its environment variable, else V2 where there is Triton.
+    """
+    chosen = envs.VLLM_USE_V2_MODEL_RUNNER
+    if chosen is not None:
+        return bool(chosen)
+    return device_type == "cuda" and HAS_TRITON
+
+
+def _prepare_v2(args: Any, device: str) -> None:
+    """Async scheduling, and on a GPU full graphs for batches of trees alone: in other
+    batches the stock kernel runs too."""
+    known_methods = get_args(vllm_config_module.NgramGPUTypes)
+    if KEY not in known_methods:
+        # vLLM 0.32 schedules ahead of the device for a closed list of methods; 0.33
+        # asks only for its V1 runner.
+        vllm_config_module.NgramGPUTypes = Literal[(*known_methods, KEY)]  # type: ignore
+    if device != "cuda":
+        return
+    compilation = args.compilation_config
+    if compilation.cudagraph_mode == CUDAGraphMode.FULL:
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+        logger.info("PPD uses CUDA graphs FULL_AND_PIECEWISE instead of FULL")
+    if args.attention_backend is None and args.attention_config.backend is None:
+        args.attention_backend = "CUSTOM"
 
 
 def _fingerprint(model: Any) -> BaseModelFingerprint:
@@ -215,53 +274,9 @@ def _resolve_local(model: Any) -> str:
         raise FingerprintError(f"no local copy of {model.model}") from error
 
 
-def _plan_settings(
-    config: PPDConfig,
-    folder: Path,
-    prompts: PromptTokens,
-    device: str,
-    args: Any,
-    model: Any,
-) -> PlanSettings:
-    m, e = prompts.num_prompt_tokens, prompts.num_ept
-    conditioned = config.conditioned and (folder / SUCCESSOR_FILE).exists()
-    if conditioned:
-        # A damaged table is said here, not in a worker.
-        SuccessorTable.load(folder / SUCCESSOR_FILE, model.get_vocab_size(), m)
-    rows = row_limit(device, e, config.num_speculative_tokens)
-    if config.tree is not None and config.num_speculative_tokens is None:
-        rows = MAX_ROWS
-    return PlanSettings(
-        path=str(folder.resolve()),
-        num_prompt_tokens=m,
-        num_ept=e,
-        device=device,
-        max_rows=rows,
-        max_requests=args.max_num_seqs or 128,
-        max_context=model.max_model_len,
-        tree=config.tree and str(Path(config.tree).resolve()),
-        conditioned=conditioned,
-        suffix=config.suffix,
-        measured=config.online and args.tensor_parallel_size == 1,
-    )
-
-
 def _runs_in_processes(parallel: Any) -> bool:
     """Whether vLLM will run its workers on a CPU by the multiprocess executor."""
     backend = parallel.distributed_executor_backend
     return backend == "mp" or (
         backend in (None, "uni") and envs.VLLM_ENABLE_V1_MULTIPROCESSING
     )
-
-
-def _prepare_cuda(args: Any) -> None:
-    """Tree attention in torch reads host-side plans, so no full CUDA graphs yet."""
-    from vllm.config import CUDAGraphMode
-
-    mode = args.compilation_config.cudagraph_mode
-    if mode not in (None, CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE):
-        logger.info("PPD uses piecewise CUDA graphs instead of %s", mode)
-    if mode != CUDAGraphMode.NONE:
-        args.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
-    if args.attention_backend is None and args.attention_config.backend is None:
-        args.attention_backend = "CUSTOM"

@@ -21,7 +21,7 @@ from vllm_ppd.trees.verify import TreeWalk
 
 __all__ = ["SOURCES", "Count", "Slot", "StepCounts", "read_counts"]
 
-SOURCES = ("prompt_tokens", "successors", "earlier_text")
+SOURCES = ("prompt_tokens", "bigram", "earlier_text")
 
 
 class Slot(IntEnum):

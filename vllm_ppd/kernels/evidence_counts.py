@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from vllm_ppd.adaptive.learning import Places
-from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import Walk
 
 __all__ = ["count_evidence"]
@@ -19,7 +19,7 @@ def count_evidence(
     tries: torch.Tensor,  # int64 [places + 1]: added to; the last one is a bin
     hits: torch.Tensor,  # int64 [places + 1]
     places: Places,
-    tables: TreeTables,
+    tables: DeviceTables,
     tree_states: torch.Tensor,  # int64 [S]: the state that each tree is for
     tree_classes: torch.Tensor,  # int64 [S]: its match class; -1 is not counted
     trees: torch.Tensor,  # int64 [B]: tree id of each request
@@ -44,8 +44,8 @@ def count_evidence(
     tried &= visited.gather(1, above)
     hit = visited & tried
 
-    depth = tables.candidate_depths[trees].long() - 1
-    rank = tables.candidate_ranks[trees].long()
+    depth = tables.node_depths[trees].long() - 1
+    rank = tables.node_ranks[trees].long()
     match = classes - 1
     on = (tables.on_chain[trees].gather(1, above) > 0) & (match >= 0)
     prompted = depth < states

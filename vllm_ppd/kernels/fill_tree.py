@@ -2,7 +2,7 @@
 
 The same as ``vllm_ppd.trees.drafting.fill_trees``, which says how candidates are scored,
 without reading a value on the host: each prompt token's best tokens are ranked again
-below every node, with the successors of that node's own token.
+below every node, with the bigram of that node's own token.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_ppd.kernels.tree_tables import TreeTables
-from vllm_ppd.trees.drafting import Successors
+from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.trees.drafting import BigramTensors
 
-__all__ = ["DeviceGuesses", "guess_tree_reference"]
+__all__ = ["DeviceDraftInputs", "fill_tree_reference"]
 
 
-class DeviceGuesses(NamedTuple):
+class DeviceDraftInputs(NamedTuple):
     """What a batch knows about its next tokens; as ``candidates.Guesses``.
 
     Axes: B requests, M >= 1 prompt tokens, V tokens, P of them in the pool.
@@ -32,12 +32,12 @@ class DeviceGuesses(NamedTuple):
     chains: torch.Tensor  # int [B, L]: continuation of an earlier match, -1 padded
 
 
-def guess_tree_reference(
-    tables: TreeTables,
+def fill_tree_reference(
+    tables: DeviceTables,
     trees: torch.Tensor,  # int [B]: tree id of each request's next step
-    guesses: DeviceGuesses,
-    successors: Successors | None,
-    weights: torch.Tensor,  # float32 [>= M]: of the successors' gains, per prompt token
+    guesses: DeviceDraftInputs,
+    bigram: BigramTensors | None,
+    weights: torch.Tensor,  # float32 [>= M]: of the bigram' gains, per prompt token
     drafts: torch.Tensor,  # int [B, K]: written; K >= 1 rows after the root
     filler: int = 0,
 ) -> None:
@@ -51,7 +51,7 @@ def guess_tree_reference(
     parents = tables.parents[trees].long()  # [B, N]
     candidate = parents >= 0
     parents = parents.clamp(min=0)
-    depths, ranks = tables.candidate_depths[trees], tables.candidate_ranks[trees]
+    depths, ranks = tables.node_depths[trees], tables.node_ranks[trees]
     on_chain = tables.on_chain[trees].gather(1, parents) > 0
     tokens = torch.zeros_like(parents)
     tokens[:, 0] = guesses.roots
@@ -61,9 +61,7 @@ def guess_tree_reference(
             given = guesses.chains[:, depth - 1, None].long()
             chain = torch.where(on_chain, given, chain)
         rank = ranks.long() - (chain >= 0).long()
-        ids, scores = _score(
-            guesses, depth, tokens.gather(1, parents), successors, weights
-        )
+        ids, scores = _score(guesses, depth, tokens.gather(1, parents), bigram, weights)
         scores = scores.masked_fill(ids == chain[..., None], -torch.inf)
         order = scores.sort(dim=-1, descending=True, stable=True)
         ids = ids.gather(-1, order.indices)
@@ -77,10 +75,10 @@ def guess_tree_reference(
 
 
 def _score(
-    guesses: DeviceGuesses,
+    guesses: DeviceDraftInputs,
     depth: int,
     parents: torch.Tensor,  # int64 [B, N]: token of each node's parent
-    successors: Successors | None,
+    bigram: BigramTensors | None,
     weights: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Possible tokens of every node if it were at `depth`: ids and scores [B, N, E]."""
@@ -89,11 +87,11 @@ def _score(
     row = min(depth, guesses.logits.shape[1]) - 1
     pool = guesses.pool[:, row, None].long().expand(batch, nodes, -1)
     scores = guesses.scores[:, row, None].float().expand(batch, nodes, -1)
-    if successors is not None:
-        own, gains = successors.ids[parents], successors.gains[parents]  # [B, N, n]
+    if bigram is not None:
+        own, gains = bigram.ids[parents], bigram.gains[parents]  # [B, N, n]
         same = pool[..., :, None] == own[..., None, :]
         listed = (same * gains[..., None, :]).sum(-1)
-        floor = successors.floor[parents][..., None]
+        floor = bigram.floor[parents][..., None]
         scores = scores + weights[row] * torch.where(same.any(-1), listed, floor)
         logits = guesses.logits[:, row].float().gather(1, own.flatten(1))
         more = logits.view_as(gains) + weights[row] * gains
@@ -102,13 +100,13 @@ def _score(
         place = -torch.arange(own.shape[-1], device=own.device).float()
         more = torch.where(prompted[:, None, None], more, place)
     scores = scores.masked_fill(~prompted[:, None, None], -torch.inf)
-    if successors is None:
+    if bigram is None:
         return pool, scores
     return torch.cat([pool, own], -1), torch.cat([scores, more], -1)
 
 
 def _lay_out_rows(
-    tables: TreeTables,
+    tables: DeviceTables,
     trees: torch.Tensor,  # int64 [B]
     tokens: torch.Tensor,  # int64 [B, N]: of the candidates; others are not read
     drafts: torch.Tensor,  # int [B, K]: written

@@ -1,6 +1,6 @@
 """Earlier matches on the device, the torch reference: what came after them.
 
-The same as ``vllm_ppd.trees.ngram.match_chains`` for requests whose tokens lie in vLLM's
+The same as ``vllm_ppd.trees.ngram.match_ngrams`` for requests whose tokens lie in vLLM's
 table of slots. No value is read on the host.
 """
 
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import torch
 
-from vllm_ppd.trees.ngram import LENGTHS, MAX_CHAIN
+from vllm_ppd.trees.ngram import LENGTHS, MAX_NGRAM_DRAFTS
 
-__all__ = ["match_chains_reference"]
+__all__ = ["match_ngrams_reference"]
 
 _LONGEST = LENGTHS[-1][1]
 
 
-def match_chains_reference(
+def match_ngrams_reference(
     token_ids: torch.Tensor,  # int [slots, length]: tokens of each slot's request
     slots: torch.Tensor,  # int [B]: slot of each request
     ends: torch.Tensor,  # int [slots]: how many tokens a slot's request has
     context: int,  # most tokens of a request that are looked at, its last ones
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 [B] match classes and int32 [B, MAX_CHAIN] chains, -1 padded."""
+    """int32 [B] match classes and int32 [B, MAX_NGRAM_DRAFTS] chains, -1 padded."""
     slots = slots.long()
     width = min(context, token_ids.shape[1])
     count = ends[slots].long().clamp(max=width)[:, None]  # n tokens are looked at
@@ -44,7 +44,7 @@ def match_chains_reference(
     for match_class, (low, high) in enumerate(LENGTHS, start=1):
         inside = (low <= longest) & (longest <= high)
         classes = torch.where(inside, match_class, classes)
-    ahead = found + torch.arange(MAX_CHAIN, device=token_ids.device)
+    ahead = found + torch.arange(MAX_NGRAM_DRAFTS, device=token_ids.device)
     chains = tokens.gather(1, ahead.clamp(max=width - 1))
     chains = torch.where((classes > 0) & (ahead < count), chains, -1)
     return classes[:, 0].int(), chains.int()

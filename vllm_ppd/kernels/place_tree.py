@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import DeviceTables
 
 __all__ = ["place_tree_reference"]
 
 
 def place_tree_reference(
-    tables: TreeTables,
+    tables: DeviceTables,
     trees: torch.Tensor,  # int [B]: tree id of each request
     num_rows: torch.Tensor,  # int [B]: tree rows; 0: no tree, or a padded request
     query_starts: torch.Tensor,  # int [B + 1]: first row of each request, and the end

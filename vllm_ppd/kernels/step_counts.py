@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from vllm_ppd.engine.step_counts import SOURCES, Slot
-from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import Walk
 
 __all__ = ["count_step"]
@@ -17,7 +17,7 @@ __all__ = ["count_step"]
 
 def count_step(
     counts: torch.Tensor,  # int64 [Slot.FIRST_STATE + states]: added to
-    tables: TreeTables,
+    tables: DeviceTables,
     tree_states: torch.Tensor,  # int64 [S]: the state that each tree is for
     trees: torch.Tensor,  # int64 [B]: tree id of each request
     num_rows: torch.Tensor,  # int [B]: scheduled tree rows, at least 1
@@ -36,7 +36,7 @@ def count_step(
     chains, prompts, speculating = chain.sum(), prompted.sum(), guessing.sum()
     sources = {
         "prompt_tokens": prompts,
-        "successors": accepted.sum() - chains - prompts,
+        "bigram": accepted.sum() - chains - prompts,
         "earlier_text": chains,
     }
     batch = len(trees)

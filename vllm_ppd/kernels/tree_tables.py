@@ -10,19 +10,19 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.layout import TreeTables
 
-__all__ = ["TreeTables"]
+__all__ = ["DeviceTables"]
 
 
 @dataclass(frozen=True)
-class TreeTables:
+class DeviceTables:
     """Axes: S trees, N nodes, Q rows, W = ceil(Q / 64) mask words.
 
     Attributes:
         num_nodes, num_rows: int32 [S].
         parents: int32 [S, N] parent node; -1 for the root and for padding.
-        candidate_depths, candidate_ranks: int32 [S, N]; 0 for root and padding.
+        node_depths, node_ranks: int32 [S, N]; 0 for root and padding.
         on_chain: int32 [S, N] 1 where children follow an earlier match first.
         prompts: int32 [S, N] prompt tokens per node; 0 padded.
         first_prompt_rows: int32 [S, N] first prompt row of each node.
@@ -37,8 +37,8 @@ class TreeTables:
     num_nodes: torch.Tensor
     num_rows: torch.Tensor
     parents: torch.Tensor
-    candidate_depths: torch.Tensor
-    candidate_ranks: torch.Tensor
+    node_depths: torch.Tensor
+    node_ranks: torch.Tensor
     on_chain: torch.Tensor
     prompts: torch.Tensor
     first_prompt_rows: torch.Tensor
@@ -50,7 +50,7 @@ class TreeTables:
     num_prompt_tokens: int
 
     @classmethod
-    def on(cls, device: torch.device | str, tables: PolicyTables) -> TreeTables:
+    def on(cls, device: torch.device | str, tables: TreeTables) -> DeviceTables:
         """Copy a policy's or a plan's tables to a device."""
 
         def copy(name: str, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -60,8 +60,8 @@ class TreeTables:
             num_nodes=copy("num_nodes"),
             num_rows=copy("num_rows"),
             parents=copy("parents"),
-            candidate_depths=copy("candidate_depths"),
-            candidate_ranks=copy("candidate_ranks"),
+            node_depths=copy("node_depths"),
+            node_ranks=copy("node_ranks"),
             on_chain=copy("on_chain"),
             prompts=copy("prompts"),
             first_prompt_rows=copy("first_prompt_rows"),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import DeviceTables
 
 __all__ = ["Walk", "tree_walk_reference"]
 
@@ -30,7 +30,7 @@ class Walk(NamedTuple):
 
 
 def tree_walk_reference(
-    tables: TreeTables,
+    tables: DeviceTables,
     trees: torch.Tensor,  # int [B]: tree id of each request
     starts: torch.Tensor,  # int [B]: row of each root among the step's rows
     num_rows: torch.Tensor,  # int [B]: scheduled tree rows; 0 for a padded request

@@ -1,15 +1,14 @@
-"""How likely each candidate is, by where it stands: what a tree search needs to know.
+"""How likely each draft token is accepted, by where it stands in the tree.
 
-A candidate's chance depends on what guessed it. Below the root's own chain of prompt
-rows it comes from a prompt row and, if there is one, the successor table; deeper, from
-the table alone. On the chain that continues an earlier match, rank 0 is the chain's
-next token and the ranks after it are the ordinary candidates without that token.
-All chances are given that the parent was right.
+The acceptance probability of a draft token depends on its source. Below the root's own
+prompt rows it comes from a prompt row and, if there is one, the bigram table; deeper,
+from the bigram table alone. Along an n-gram draft, rank 0 is the n-gram's next token
+and the ranks after it are the ordinary draft tokens without that one. All
+probabilities are given that the parent was accepted.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,105 +17,142 @@ from typing import Any
 
 import numpy as np
 
-from vllm_ppd.files import write_json
-from vllm_ppd.search.acceptance_table import AcceptanceStats
+from vllm_ppd.files import read_json, write_json
+from vllm_ppd.search.latency import MeasurementError
 
-__all__ = ["EVIDENCE_FILE", "Evidence", "EvidenceError"]
+__all__ = ["ACCEPTANCE_FILE", "AcceptanceModel"]
 
-EVIDENCE_FILE = "evidence.json"
-FORMAT = "ppd_evidence"
-FORMAT_VERSION = 2
-_TABLES = ("prompted", "unprompted", "chain", "beside", "moves", "overall")
+ACCEPTANCE_FILE = "acceptance.json"
+FORMAT = "ppd_acceptance_model"
+FORMAT_VERSION = 1
+_TABLES = (
+    *("marginal", "prompted", "unprompted", "ngram", "beside"),
+    *("transitions", "overall"),
+)
 _REMEDY = "measure it again with vllm-ppd calibrate, or remove it"
 
-# Levels below the last prompt row's that the successor table alone may fill.
+# Levels below the last prompt row's that the bigram table alone may fill.
 BEYOND = 2
 
 
-class EvidenceError(ValueError):
-    """Chances that cannot be: wrong shapes, or no probabilities."""
-
-
 @dataclass(frozen=True, eq=False)
-class Evidence:
-    """Chances of candidates. m prompt tokens, K ranks, C match classes, D chain depths.
+class AcceptanceModel:
+    """Acceptance probabilities. m prompt tokens, K ranks, C classes of n-gram matches,
+    D depths of n-gram drafts.
 
-    Raises EvidenceError for shapes that disagree, and for values that are no
+    Raises MeasurementError for shapes that disagree, and for values that are no
     probabilities.
     """
 
     prompted: np.ndarray
-    """[m, K] of rank r at depth d + 1, guessed by prompt token d + 1, where there is no
-    match (where there is one, the text is easier)."""
+    """[m, K] of rank r at depth d + 1, from prompt token d + 1, in steps without an
+    n-gram match (with a match, the text is easier)."""
     unprompted: np.ndarray
     """[K] of rank r below any node that no prompt row looks beyond, without a match;
-    zeros without a successor table."""
-    chain: np.ndarray
-    """[C, D] of the chain's token at depth d + 1, in match class c + 1."""
+    zeros without a bigram table."""
+    ngram: np.ndarray
+    """[C, D] of the n-gram draft's token at depth d + 1, in match class c + 1."""
     beside: np.ndarray
-    """[C, m, K] of rank r beside the chain's token, given that it is wrong."""
-    moves: np.ndarray
-    """[2, C + 1, C + 1] chance of the next step's match class (last axis), after a step
-    that accepted no guess and after one that did; class 0 is no match. A step that
-    accepts goes further, and on a chain stays on it."""
+    """[C, m, K] of rank r beside the n-gram's token, given that that one is wrong."""
+    transitions: np.ndarray
+    """[2, C + 1, C + 1] probability of the next step's match class (last axis), after a
+    step that accepted no draft token and after one that did; class 0 is no match. A
+    step that accepts goes further, and inside a match stays in it."""
     overall: np.ndarray
     """[m + 1, K] prompted, then unprompted, with and without a match."""
+    marginal: np.ndarray
+    """[m, K] that the token at distance d + 1 is rank r of prompt token d + 1's own
+    output, over all positions: the paper's acceptance table."""
     source: Mapping[str, Any] = field(default_factory=dict)
-    """Where the figures come from, for people; nothing reads it."""
+    """Where the figures come from, for people; the code does not use it."""
 
     def __post_init__(self) -> None:
         for name in _TABLES:
-            value = np.array(getattr(self, name), dtype=np.float64)
+            value = _checked_numbers(name, getattr(self, name))
             value.setflags(write=False)
             object.__setattr__(self, name, value)
         m, k = self.prompted.shape if self.prompted.ndim == 2 else (0, 0)
-        classes = len(self.chain)
+        classes = len(self.ngram)
         for name, shape in (
             ("unprompted", (k,)),
             ("beside", (classes, m, k)),
-            ("moves", (2, classes + 1, classes + 1)),
+            ("transitions", (2, classes + 1, classes + 1)),
             ("overall", (m + 1, k)),
         ):
-            if getattr(self, name).shape != shape or not m:
-                raise EvidenceError(
+            if getattr(self, name).shape != shape or not m or not k:
+                raise MeasurementError(
                     f"{name} has shape {list(getattr(self, name).shape)}; expected "
                     f"{list(shape)} beside prompted {list(self.prompted.shape)}"
                 )
-        for name in _TABLES:
-            value = getattr(self, name)
-            if not ((value >= 0) & (value <= 1 + 1e-6)).all():
-                raise EvidenceError(f"{name} holds values outside [0, 1]")
-        if np.abs(self.moves.sum(axis=2) - 1).max() > 1e-6:
-            raise EvidenceError("each row of moves must sum to 1")
+        if self.marginal.ndim != 2 or len(self.marginal) != m:
+            raise MeasurementError(
+                f"marginal has shape {list(self.marginal.shape)}; expected one row for "
+                f"each of {m} prompt tokens"
+            )
+        sums = self.marginal.sum(axis=1)
+        if (sums > 1 + 1e-6).any():
+            raise MeasurementError(
+                f"marginal[{int(sums.argmax())}] sums to {sums.max():.6g}; only one "
+                "rank can be right, so expected at most 1 (per rank, not cumulative)"
+            )
+        if np.abs(self.transitions.sum(axis=2) - 1).max() > 1e-6:
+            raise MeasurementError("each row of transitions must sum to 1")
 
     @classmethod
-    def of(cls, stats: AcceptanceStats) -> Evidence:
-        """Prompt rows alone: no successor table, no matches."""
-        m, k = stats.acceptance.shape
+    def of(
+        cls, marginal: Any, source: Mapping[str, Any] | None = None
+    ) -> AcceptanceModel:
+        """Prompt rows alone: no bigram table, no n-gram matches.
+
+        Args:
+            marginal: [m, K], see the attribute.
+            source: see the attribute.
+        """
+        table = _checked_numbers("marginal", marginal)
+        if table.ndim != 2 or 0 in table.shape:
+            raise MeasurementError(
+                f"marginal has shape {list(table.shape)}; expected [prompt tokens, "
+                "ranks], each at least 1"
+            )
+        m, k = table.shape
         return cls(
-            stats.acceptance,
-            np.zeros(k),
-            np.zeros((0, 0)),
-            np.zeros((0, m, k)),
-            np.ones((2, 1, 1)),
-            np.concatenate([stats.acceptance, np.zeros((1, k))]),
+            prompted=table,
+            unprompted=np.zeros(k),
+            ngram=np.zeros((0, 0)),
+            beside=np.zeros((0, m, k)),
+            transitions=np.ones((2, 1, 1)),
+            overall=np.concatenate([table, np.zeros((1, k))]),
+            marginal=table,
+            source=source or {},
         )
 
-    def with_typical_chains(self) -> Evidence:
-        """The same with matches as they are in ordinary text, where none were measured.
+    @classmethod
+    def typical(cls, num_prompt_tokens: int, num_ranks: int = 10) -> AcceptanceModel:
+        """Probabilities between those of the paper's models and of small ones.
 
-        A chain is right about half of the time after a match of 2 or 3 tokens, three
-        quarters after a longer one, and surer the further it has held. Moves are about
-        those of the demo model (its evidence.json).
+        The best rank is right with probability .40, .24, .15 ... at distance 1, 2, 3
+        ... (Vicuna-7B: .48, .26, .16; MobileLLaMA: .35, .18, .12), lower ranks fall as
+        a power. N-gram matches are those of `with_typical_ngrams`.
         """
-        if len(self.chain):
+        best = 0.4 * 0.6 ** np.arange(num_prompt_tokens)
+        table = best[:, None] * np.arange(1, num_ranks + 1.0) ** -1.3
+        return cls.of(table).with_typical_ngrams()
+
+    def with_typical_ngrams(self) -> AcceptanceModel:
+        """The same with n-gram matches as in ordinary text, where none were measured.
+
+        An n-gram draft is right about half of the time after a match of 2 or 3 tokens,
+        three quarters after a longer one, and surer the further it has held.
+        Transitions are about those of the demo model.
+        """
+        if len(self.ngram):
             return self
-        chain = [[0.45, 0.55, 0.6, 0.65, 0.65, 0.65], [0.7, 0.75, 0.8, 0.8, 0.8, 0.8]]
+        ngram = [[0.45, 0.55, 0.6, 0.65, 0.65, 0.65], [0.7, 0.75, 0.8, 0.8, 0.8, 0.8]]
         return replace(
             self,
-            chain=np.array(chain),
+            ngram=np.array(ngram),
             beside=np.stack([0.7 * self.prompted] * 2),
-            moves=np.array(
+            transitions=np.array(
                 [
                     [[0.75, 0.2, 0.05], [0.65, 0.25, 0.1], [0.5, 0.15, 0.35]],
                     [[0.6, 0.3, 0.1], [0.45, 0.15, 0.4], [0.25, 0.1, 0.65]],
@@ -124,16 +160,27 @@ class Evidence:
             ),
         )
 
-    def without_chains(self) -> Evidence:
-        """The same where matches are not looked for."""
+    def without_ngram(self) -> AcceptanceModel:
+        """The same where n-gram matches are not looked up."""
         m, k = self.prompted.shape
         return replace(
             self,
             prompted=self.overall[:-1],
             unprompted=self.overall[-1],
-            chain=np.zeros((0, 0)),
+            ngram=np.zeros((0, 0)),
             beside=np.zeros((0, m, k)),
-            moves=np.ones((2, 1, 1)),
+            transitions=np.ones((2, 1, 1)),
+        )
+
+    def without_bigram(self) -> AcceptanceModel:
+        """The same without a bigram table, whose ranks the other fields describe."""
+        return replace(
+            self.of(self.marginal, self.source),
+            ngram=self.ngram,
+            beside=np.stack([0.7 * self.marginal] * len(self.ngram))
+            if len(self.ngram)
+            else np.zeros((0, *self.marginal.shape)),
+            transitions=self.transitions,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,45 +193,53 @@ class Evidence:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file completely or not at all."""
+        """Write the file completely or not at all; raises OSError."""
         write_json(path, self.to_dict())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Evidence:
-        """Read a file strictly; raises EvidenceError that names it."""
+    def load(
+        cls, path: str | os.PathLike[str], num_prompt_tokens: int | None = None
+    ) -> AcceptanceModel:
+        """Read a file strictly.
+
+        Args:
+            path: the file.
+            num_prompt_tokens: how many it must be about; None for any number.
+
+        Raises:
+            FormatError, MeasurementError: the message names the file.
+        """
+        content = read_json(
+            path,
+            kind="the acceptance model",
+            format=FORMAT,
+            version=FORMAT_VERSION,
+            keys=_TABLES,
+            optional=("source",),
+            remedy=_REMEDY,
+        )
         try:
-            data = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise EvidenceError(
-                f"the evidence {path} cannot be read: {error}"
-            ) from error
-        except ValueError as error:
-            raise EvidenceError(f"{path} is not JSON ({error}); {_REMEDY}") from error
-        try:
-            return cls.from_dict(data)
-        except EvidenceError as error:
-            raise EvidenceError(f"{path}: {error}; {_REMEDY}") from error
+            m, k = np.shape(content["prompted"])
+            content["beside"] = np.reshape(content["beside"], (-1, m, k))
+            if not content["ngram"]:
+                content["ngram"] = np.zeros((0, 0))
+            model = cls(**content)
+        except (TypeError, ValueError) as error:
+            raise MeasurementError(f"{path}: {error}; {_REMEDY}") from error
+        if num_prompt_tokens not in (None, model.num_prompt_tokens):
+            raise MeasurementError(
+                f"{path} is about {model.num_prompt_tokens} prompt tokens, but the "
+                f"folder holds {num_prompt_tokens}; {_REMEDY}"
+            )
+        return model
 
     @classmethod
-    def from_dict(cls, data: Any) -> Evidence:
-        """Read what `to_dict` wrote; raises EvidenceError for anything else."""
-        expected = {"format", "format_version", *_TABLES, "source"}
-        if not isinstance(data, dict) or set(data) != expected:
-            raise EvidenceError("it is no file of evidence")
-        if (data["format"], data["format_version"]) != (FORMAT, FORMAT_VERSION):
-            raise EvidenceError(
-                f"format is {data['format']!r} {data['format_version']!r}; expected "
-                f"{FORMAT!r} {FORMAT_VERSION}"
-            )
-        tables = {name: data[name] for name in (*_TABLES, "source")}
-        try:
-            m, k = np.shape(tables["prompted"])
-            tables["beside"] = np.reshape(tables["beside"], (-1, m, k))
-            if not tables["chain"]:
-                tables["chain"] = np.zeros((0, 0))
-            return cls(**tables)
-        except (TypeError, ValueError) as error:
-            raise EvidenceError(str(error)) from error
+    def of_folder(cls, folder: Path, num_prompt_tokens: int) -> AcceptanceModel:
+        """The model measured for a prompt-token folder, else a typical one."""
+        path = folder / ACCEPTANCE_FILE
+        if path.exists():
+            return cls.load(path, num_prompt_tokens)
+        return cls.typical(num_prompt_tokens)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -193,30 +248,51 @@ class Evidence:
     @property
     def num_classes(self) -> int:
         """Match classes, the one without a match included."""
-        return len(self.chain) + 1
+        return len(self.ngram) + 1
 
     def max_depth(self, match_class: int) -> int:
-        """Depth below which no candidate has a chance worth a row."""
+        """Depth below which no draft token is worth a row."""
         deepest = self.num_prompt_tokens
         if self.unprompted.any():
             deepest += BEYOND
-        return max(deepest, self.chain.shape[1] if match_class else 0)
+        return max(deepest, self.ngram.shape[1] if match_class else 0)
 
-    def chances(
-        self, state: int, match_class: int, depth: int, on_chain: bool
+    def probabilities(
+        self, num_prompted: int, match_class: int, depth: int, on_ngram: bool
     ) -> np.ndarray:
-        """[K] or [K + 1] chance of each rank at `depth` (from 1).
+        """[K] or [K + 1] acceptance probability of each rank at `depth` (from 1).
 
-        on_chain: the parent is on the chain, so rank 0 continues it.
+        Args:
+            num_prompted: how deep the prompt rows of the last step reach.
+            match_class: 0 for no n-gram match.
+            depth: of the draft token.
+            on_ngram: the parent is on the n-gram draft, so rank 0 continues it.
         """
-        prompted = depth <= min(state, self.num_prompt_tokens)
+        prompted = depth <= min(num_prompted, self.num_prompt_tokens)
         ranks = self.prompted[depth - 1] if prompted else self.unprompted
         if depth > self.num_prompt_tokens + BEYOND:
             ranks = np.zeros_like(ranks)
-        if not on_chain or match_class == 0:
+        if not on_ngram or match_class == 0:
             return ranks
-        chain = self.chain[match_class - 1]
-        right = chain[depth - 1] if depth <= len(chain) else 0.0
+        ngram = self.ngram[match_class - 1]
+        right = ngram[depth - 1] if depth <= len(ngram) else 0.0
         if prompted:
             ranks = self.beside[match_class - 1, depth - 1]
         return np.concatenate([[right], (1 - right) * ranks])
+
+
+def _checked_numbers(name: str, values: Any) -> np.ndarray:
+    """`values` as float64, all of them probabilities."""
+    try:
+        raw = np.asarray(values)
+        # Text, booleans and objects convert to floats too; none of them is meant.
+        if raw.size and raw.dtype.kind not in "fiu":
+            raise ValueError(f"its values are of type {raw.dtype}")
+        table = np.array(raw, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MeasurementError(
+            f"{name} is not a table of numbers ({str(error).splitlines()[0]})"
+        ) from error
+    if not ((table >= 0) & (table <= 1 + 1e-6)).all():
+        raise MeasurementError(f"{name} holds values outside [0, 1]")
+    return table

@@ -1,6 +1,6 @@
 """The trees used when the user names none: the best ones for what is known.
 
-What is known of the guesses comes from the prompt-token folder (evidence.json, else
+What is known of the guesses comes from the prompt-token folder (acceptance.json, else
 acceptance.json, else typical figures), and what is known of the machine from its
 latency profile (measured, else a typical one).
 """
@@ -13,7 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from vllm_ppd.config import PPDConfigError
-from vllm_ppd.search.acceptance import EVIDENCE_FILE, Evidence, EvidenceError
+from vllm_ppd.search.acceptance import (
+    ACCEPTANCE_FILE,
+    AcceptanceModel,
+    MeasurementError,
+)
 from vllm_ppd.search.acceptance_table import AcceptanceError, AcceptanceStats
 
 ACCEPTANCE_FILE = "acceptance.json"
@@ -53,39 +57,39 @@ def acceptance_of(folder: Path, num_prompt_tokens: int) -> AcceptanceStats:
 
 def evidence_of(
     folder: Path, num_prompt_tokens: int, conditioned: bool, suffix: bool
-) -> Evidence:
+) -> AcceptanceModel:
     """What is known about the guesses of a prompt-token folder.
 
     Args:
         folder: the prompt tokens'.
         num_prompt_tokens: how many they are.
-        conditioned: a successor table will be used.
+        conditioned: a bigram table will be used.
         suffix: earlier matches will be looked for.
 
     Raises:
-        AcceptanceError, EvidenceError: a file that is damaged or of other tokens.
+        AcceptanceError, MeasurementError: a file that is damaged or of other tokens.
     """
     stats = acceptance_of(folder, num_prompt_tokens)
-    path = folder / EVIDENCE_FILE
+    path = folder / ACCEPTANCE_FILE
     if path.exists():
-        evidence = Evidence.load(path)
-        if evidence.num_prompt_tokens != num_prompt_tokens:
-            raise EvidenceError(
-                f"{path} is about {evidence.num_prompt_tokens} prompt tokens, but the "
+        acceptance = AcceptanceModel.load(path)
+        if acceptance.num_prompt_tokens != num_prompt_tokens:
+            raise MeasurementError(
+                f"{path} is about {acceptance.num_prompt_tokens} prompt tokens, but the "
                 f"folder holds {num_prompt_tokens}; measure it again or remove it"
             )
         if not conditioned:
             # Its ranks are those of the table; the prompt rows' own are in `stats`.
-            bare = Evidence.of(stats)
-            evidence = replace(
+            bare = AcceptanceModel.of(stats)
+            acceptance = replace(
                 bare,
-                chain=evidence.chain,
-                beside=np.stack([0.7 * stats.acceptance] * len(evidence.chain)),
-                moves=evidence.moves,
+                chain=acceptance.chain,
+                beside=np.stack([0.7 * stats.acceptance] * len(acceptance.chain)),
+                moves=acceptance.moves,
             )
     else:
-        evidence = Evidence.of(stats)
-    return evidence.with_typical_chains() if suffix else evidence.without_chains()
+        acceptance = AcceptanceModel.of(stats)
+    return acceptance.with_typical_chains() if suffix else acceptance.without_chains()
 
 
 def row_limit(device: str, num_ept: int, num_speculative_tokens: int | None) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.plan_search import (
     PlannedTier,
@@ -20,7 +20,7 @@ from vllm_ppd.search.plan_search import (
     least_gain,
     tier_limits,
 )
-from vllm_ppd.search.policy_iteration import EvidencePolicy, best_policy, policy_value
+from vllm_ppd.search.policy_iteration import SearchedPolicy, best_policy, policy_value
 from vllm_ppd.search.profile import LatencyProfile
 from vllm_ppd.trees.menu import Tier, TreePlan
 
@@ -31,24 +31,24 @@ _ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 def best_within(
-    evidence: Evidence, rows: Sequence[int], num_ept: int
-) -> dict[int, EvidencePolicy]:
+    acceptance: AcceptanceModel, rows: Sequence[int], num_ept: int
+) -> dict[int, SearchedPolicy]:
     """For each number of rows the policy with the most tokens per step.
 
     Its ``tokens_per_second`` are tokens per step: a step counts as one second.
     """
-    found: dict[int, EvidencePolicy] = {}
-    policy: EvidencePolicy | None = None
+    found: dict[int, SearchedPolicy] = {}
+    policy: SearchedPolicy | None = None
     for count in sorted(rows):
         policy = best_policy(
-            evidence, LatencyCurve.constant(), count, num_ept, start=policy
+            acceptance, LatencyCurve.constant(), count, num_ept, start=policy
         )
         found[count] = policy
     return found
 
 
 def best_fixed_plan(
-    evidence: Evidence,
+    acceptance: AcceptanceModel,
     profile: LatencyProfile,
     max_rows: int,
     num_ept: int,
@@ -60,7 +60,7 @@ def best_fixed_plan(
     Arguments and result are those of `plan_search.best_plan`.
     """
     rows = {count for count in _ROWS if count < max_rows} | {max_rows}
-    policies = best_within(evidence, sorted(rows), num_ept)
+    policies = best_within(acceptance, sorted(rows), num_ept)
     limits = tier_limits(max_requests)
     planned: list[PlannedTier] = []
     for requests in limits:
@@ -83,16 +83,16 @@ def best_fixed_plan(
 
 
 def better_within(
-    evidence: Evidence,
+    acceptance: AcceptanceModel,
     current: TreePlan,
     rows: Sequence[int],
     num_ept: int,
     least_gain: float,
 ) -> TreePlan | None:
-    """Trees for new evidence in as many rows, where they are enough better.
+    """Trees for new acceptance in as many rows, where they are enough better.
 
     Args:
-        evidence: what is believed now.
+        acceptance: what is believed now.
         current: the plan that is served.
         rows: of each of its tiers.
         num_ept: rows per prompt token.
@@ -107,13 +107,13 @@ def better_within(
         for tier, count in zip(current.tiers, rows, strict=True)
         if tier.policies and count > 1
     }
-    found = best_within(evidence, sorted(used), num_ept)
+    found = best_within(acceptance, sorted(used), num_ept)
     tiers: list[Tier] = []
     for tier, count in zip(current.tiers, rows, strict=True):
         best = tier
         if tier.policies and count > 1:
             trees = [policy.trees for policy in tier.policies]
-            tau, _, _ = policy_value(trees, evidence, LatencyCurve.constant())
+            tau, _, _ = policy_value(trees, acceptance, LatencyCurve.constant())
             if found[count].tau >= least_gain * tau:
                 best = found[count].tier(tier.max_requests)
         tiers.append(best)

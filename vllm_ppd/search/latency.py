@@ -12,10 +12,10 @@ from typing import overload
 
 import numpy as np
 
-__all__ = ["LatencyCurve", "LatencyError"]
+__all__ = ["LatencyCurve", "MeasurementError"]
 
 
-class LatencyError(ValueError):
+class MeasurementError(ValueError):
     """Latencies that no step can have."""
 
 
@@ -23,7 +23,7 @@ class LatencyError(ValueError):
 class LatencyCurve:
     """Seconds per step, straight between the measured points, never falling.
 
-    Raises LatencyError unless the points start at one row, rise in rows, do not fall
+    Raises MeasurementError unless the points start at one row, rise in rows, do not fall
     in seconds, and are finite and positive.
     """
 
@@ -42,42 +42,42 @@ class LatencyCurve:
         object.__setattr__(self, "rows", tuple(int(n) for n in self.rows))
         object.__setattr__(self, "seconds", tuple(float(t) for t in self.seconds))
         if not self.rows or len(self.rows) != len(self.seconds):
-            raise LatencyError(
+            raise MeasurementError(
                 f"a latency curve of {len(self.rows)} row counts has "
                 f"{len(self.seconds)} times; expected one time for each, at least one"
             )
         if self.rows[0] != 1:
-            raise LatencyError(
+            raise MeasurementError(
                 f"the latency curve starts at {self.rows[0]} rows; measure a plain "
                 "step of 1 row as well"
             )
         for before, after in pairwise(self.rows):
             if after <= before:
-                raise LatencyError(
+                raise MeasurementError(
                     f"the latency curve has {after} rows after {before}; sort the "
                     "points by rows and keep one for each"
                 )
         for count, time in zip(self.rows, self.seconds, strict=True):
             if not (math.isfinite(time) and time > 0):
-                raise LatencyError(
+                raise MeasurementError(
                     f"a step of {count} rows takes {time:g} s; expected a positive time"
                 )
         for index, (before_s, after_s) in enumerate(pairwise(self.seconds)):
             if after_s < before_s:
-                raise LatencyError(
+                raise MeasurementError(
                     f"{self.rows[index + 1]} rows take {after_s:g} s, less than "
                     f"{self.rows[index]} rows ({before_s:g} s); smooth the "
                     "measurement so that it never falls"
                 )
         tail = self.seconds[-1] / self.rows[-1] if self.tail is None else self.tail
         if not (math.isfinite(tail) and tail >= 0):
-            raise LatencyError(
+            raise MeasurementError(
                 f"the tail is {tail:g} s per row; expected a finite number, at least 0"
             )
         object.__setattr__(self, "tail", float(tail))
         plain = self.seconds[0] if self.plain is None else float(self.plain)
         if not 0 < plain <= self.seconds[0]:
-            raise LatencyError(
+            raise MeasurementError(
                 f"a plain step takes {plain:g} s; expected more than 0 and at most the "
                 f"{self.seconds[0]:g} s of a single row among guesses"
             )
@@ -112,7 +112,7 @@ class LatencyCurve:
         assert self.tail is not None  # set in __post_init__
         count = np.asarray(rows)
         if count.size and count.min() < 1:
-            raise LatencyError(f"a step has at least 1 row, not {count.min()}")
+            raise MeasurementError(f"a step has at least 1 row, not {count.min()}")
         beyond = np.maximum(count - self.rows[-1], 0)
         time = np.interp(count, self.rows, self.seconds) + self.tail * beyond
         return time if count.ndim else float(time)

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ppd.config import PPDConfigError
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.defaults import evidence_of
 from vllm_ppd.search.fixed_rows import best_fixed_plan
 from vllm_ppd.search.plan_search import PlannedTier, best_plan
 from vllm_ppd.search.profile import LatencyProfile, default_profile
-from vllm_ppd.trees.bigram import SUCCESSOR_FILE, SuccessorTable
+from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable
 from vllm_ppd.trees.menu import TreePlan
 
 __all__ = ["PlanSettings"]
 
-# A successor table that starts empty: next tokens listed, and how much of its gain to
+# A bigram table that starts empty: next tokens listed, and how much of its gain to
 # add to prompt rows' logits, which calibration would have measured.
 _LEARNT_SIZE, _LEARNT_WEIGHT = 16, 0.8
 
@@ -47,7 +47,7 @@ class PlanSettings:
     tree: str | None = None
     """File of a policy or plan to serve as it is."""
     conditioned: bool = False
-    """A successor table is used."""
+    """A bigram table is used."""
     suffix: bool = True
     """Earlier matches are looked for."""
     measured: bool = True
@@ -58,23 +58,23 @@ class PlanSettings:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def evidence(self) -> Evidence:
+    def acceptance(self) -> AcceptanceModel:
         return evidence_of(
             Path(self.path), self.num_prompt_tokens, self.conditioned, self.suffix
         )
 
-    def successors(self, vocab_size: int, learns: bool) -> SuccessorTable | None:
-        """The folder's successor table, or an empty one that will learn, or none.
+    def bigram(self, vocab_size: int, learns: bool) -> BigramTable | None:
+        """The folder's bigram table, or an empty one that will learn, or none.
 
         Raises:
-            SuccessorError: a file that cannot be used.
+            BigramError: a file that cannot be used.
         """
         m = self.num_prompt_tokens
         if self.conditioned:
-            return SuccessorTable.load(Path(self.path) / SUCCESSOR_FILE, vocab_size, m)
+            return BigramTable.load(Path(self.path) / BIGRAM_FILE, vocab_size, m)
         if learns:
             weights = (_LEARNT_WEIGHT,) * m
-            return SuccessorTable.empty(vocab_size, _LEARNT_SIZE, weights)
+            return BigramTable.empty(vocab_size, _LEARNT_SIZE, weights)
         return None
 
     def given_plan(self) -> TreePlan | None:
@@ -120,9 +120,9 @@ class PlanSettings:
         plan = self.given_plan()
         if plan is not None:
             return plan, []
-        evidence = self.evidence()
+        acceptance = self.acceptance()
         known = profile or default_profile(self.device)
         limits = self.max_rows, self.num_ept, self.max_requests, self.measured
         if self.fixed_rows:
-            return best_fixed_plan(evidence, known, *limits)
-        return best_plan(evidence, known, *limits, self.max_context)
+            return best_fixed_plan(acceptance, known, *limits)
+        return best_plan(acceptance, known, *limits, self.max_context)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_ppd.adaptive.context_cost import context_bands
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
-from vllm_ppd.search.policy_iteration import EvidencePolicy, best_policy, policy_value
+from vllm_ppd.search.policy_iteration import SearchedPolicy, best_policy, policy_value
 from vllm_ppd.search.profile import LatencyProfile
 from vllm_ppd.trees.menu import Tier, TreePlan
 from vllm_ppd.trees.tree import TreePolicy
@@ -55,7 +55,7 @@ class PlannedTier:
     """
 
     requests: int
-    found: EvidencePolicy
+    found: SearchedPolicy
     gain: float
     least_gain: float = _LEAST_GAIN
     context: int = 1
@@ -66,7 +66,7 @@ class PlannedTier:
 
 
 def best_plan(
-    evidence: Evidence,
+    acceptance: AcceptanceModel,
     profile: LatencyProfile,
     max_rows: int,
     num_ept: int = 1,
@@ -79,7 +79,7 @@ def best_plan(
     """Search every tier of load, or only those in use.
 
     Args:
-        evidence: chances of the candidates.
+        acceptance: chances of the candidates.
         profile: seconds of a step by load, rows and context.
         max_rows: most rows per request and step, root included.
         num_ept: rows per prompt token.
@@ -110,7 +110,7 @@ def best_plan(
             most = math.inf if limit is None else limit
             used = [n for n, c in loads if shorter < c <= most]
             wanted = [n for n in limits if _of(n, used)]
-        search = _Search(evidence, there, context, max_rows, num_ept, measured)
+        search = _Search(acceptance, there, context, max_rows, num_ept, measured)
         found = search.tiers(wanted)
         plan = joined_tiers(limits, found, now) if found else shared or now
         if found and shared is not None and not search.pays(found, shared):
@@ -138,7 +138,7 @@ def _differs(there: LatencyProfile, profile: LatencyProfile, limits: list[int]) 
 class _Search:
     """Of the tiers for one range of contexts, whose steps `profile` has."""
 
-    evidence: Evidence
+    acceptance: AcceptanceModel
     profile: LatencyProfile
     context: int
     max_rows: int
@@ -148,11 +148,11 @@ class _Search:
     def tiers(self, limits: list[int]) -> list[PlannedTier]:
         """Up to the first load at which guesses do not pay."""
         planned: list[PlannedTier] = []
-        found: EvidencePolicy | None = None
+        found: SearchedPolicy | None = None
         for requests in limits:
             curve = self.profile.curve(requests)
             found = _best_together(
-                self.evidence, curve, requests, self.max_rows, self.num_ept, found
+                self.acceptance, curve, requests, self.max_rows, self.num_ept, found
             )
             gain = found.tokens_per_second * curve.plain_s
             least = least_gain(requests, self.measured)
@@ -168,24 +168,24 @@ class _Search:
             curve = self.profile.curve(each.requests)
             plain = 1 / curve.plain_s
             ours = each.gain * plain if each.speculates else plain
-            if ours >= _WORTH * served_speed(other, self.evidence, curve, each):
+            if ours >= _WORTH * served_speed(other, self.acceptance, curve, each):
                 return True
         return False
 
 
 def served_speed(
-    plan: TreePlan, evidence: Evidence, curve: LatencyCurve, tier: PlannedTier
+    plan: TreePlan, acceptance: AcceptanceModel, curve: LatencyCurve, tier: PlannedTier
 ) -> float:
     """Tokens per second of one request where `plan` serves the load of `tier`."""
     served = plan.tiers[plan.tier_index(tier.requests, tier.context)].policies
     if not served:
         return 1 / curve.plain_s
     trees = [policy.trees for policy in served]
-    _, speed, share = policy_value(trees, evidence, curve)
+    _, speed, share = policy_value(trees, acceptance, curve)
     if tier.requests > 1:
         rows = [[tree.num_rows for tree in row] for row in trees]
         mean = float((share * np.array(rows)).sum())
-        speed = policy_value(trees, evidence, shared_curve(curve, 1.0, mean))[1]
+        speed = policy_value(trees, acceptance, shared_curve(curve, 1.0, mean))[1]
     return speed
 
 
@@ -238,13 +238,13 @@ def joined_tiers(
 
 
 def _best_together(
-    evidence: Evidence,
+    acceptance: AcceptanceModel,
     curve: LatencyCurve,
     requests: int,
     max_rows: int,
     num_ept: int,
-    start: EvidencePolicy | None,
-) -> EvidencePolicy:
+    start: SearchedPolicy | None,
+) -> SearchedPolicy:
     """The best policy for requests that share their steps.
 
     What a step costs because there are guesses at all is paid by everyone in it, also
@@ -252,12 +252,12 @@ def _best_together(
     do. How often the others speculate, and with how many rows, is found by repetition.
     """
     if requests == 1:
-        return best_policy(evidence, curve, max_rows, num_ept, start=start)
+        return best_policy(acceptance, curve, max_rows, num_ept, start=start)
     share, mean_rows = 1.0, 2.0
     for _ in range(_ROUNDS):
         paid = 1 - (1 - share) ** (requests - 1)
         together = shared_curve(curve, paid, mean_rows)
-        start = best_policy(evidence, together, max_rows, num_ept, start=start)
+        start = best_policy(acceptance, together, max_rows, num_ept, start=start)
         bare = np.array([[t.num_rows == 1 for t in row] for row in start.trees])
         before, mean_rows = mean_rows, start.mean_rows
         share = 1 - float((start.state_distribution * bare).sum())

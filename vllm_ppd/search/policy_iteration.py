@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.subtrees import useful_rows
 from vllm_ppd.search.tree_dp import (
-    EvidenceTrees,
+    TypedTrees,
     candidates_by_depth,
     most_tokens,
 )
@@ -28,7 +28,7 @@ from vllm_ppd.trees.menu import Tier
 from vllm_ppd.trees.plain_tree import PlainTree
 from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
-__all__ = ["EvidencePolicy", "best_policy", "node_chances", "policy_value"]
+__all__ = ["SearchedPolicy", "best_policy", "node_chances", "policy_value"]
 
 # By match class and state.
 Trees = Sequence[Sequence[PlainTree | SparseTree]]
@@ -41,7 +41,7 @@ _MAX_ROUNDS = 50
 
 
 @dataclass(frozen=True)
-class EvidencePolicy:
+class SearchedPolicy:
     """Trees by match class and state, and what they are worth.
 
     Attributes:
@@ -75,13 +75,16 @@ class EvidencePolicy:
 
 
 def node_chances(
-    tree: PlainTree | SparseTree, evidence: Evidence, state: int, match_class: int
+    tree: PlainTree | SparseTree,
+    acceptance: AcceptanceModel,
+    state: int,
+    match_class: int,
 ) -> np.ndarray:
     """[nodes] chance that verification reaches each node, root (1) first."""
     reached, depths, chain = [1.0], [0], [match_class > 0]
     for parent, rank in zip(tree.parents, tree.ranks, strict=True):
         depths.append(depths[parent] + 1)
-        chances = evidence.chances(state, match_class, depths[-1], chain[parent])
+        chances = acceptance.chances(state, match_class, depths[-1], chain[parent])
         chance = float(chances[rank]) if rank < len(chances) else 0.0
         chain.append(chain[parent] and rank == 0)
         reached.append(reached[parent] * chance)
@@ -90,46 +93,46 @@ def node_chances(
 
 def policy_value(
     trees: Trees,
-    evidence: Evidence,
+    acceptance: AcceptanceModel,
     latency: LatencyCurve,
 ) -> tuple[float, float, np.ndarray]:
     """(tokens per step, tokens per second, [C + 1, m + 1] state distribution)."""
-    return _value(_outcomes(trees, evidence), evidence, latency)
+    return _value(_outcomes(trees, acceptance), acceptance, latency)
 
 
 def best_policy(
-    evidence: Evidence,
+    acceptance: AcceptanceModel,
     latency: LatencyCurve,
     max_rows: int,
     num_ept: int = 1,
-    start: EvidencePolicy | None = None,
-) -> EvidencePolicy:
+    start: SearchedPolicy | None = None,
+) -> SearchedPolicy:
     """The policy with the most tokens per second in the long run.
 
     Args:
-        evidence: chances of the candidates.
+        acceptance: chances of the candidates.
         latency: seconds of a step by the rows of one request.
         max_rows: most rows per step and request, root included, at least 1.
         num_ept: rows per prompt token.
         start: the policy of a similar search, to begin with.
     """
-    m, classes = evidence.num_prompt_tokens, evidence.num_classes
+    m, classes = acceptance.num_prompt_tokens, acceptance.num_classes
     fitting = min(m, (max_rows - 1) // num_ept)
     bare = PlainTree((), (), (fitting,), num_ept)
     trees = [[bare] * (m + 1) for _ in range(classes)]
     if start is not None:
         trees = [list(row) for row in start.trees]
     cost = latency(np.arange(1, max_rows + 1))
-    candidates = candidates_by_depth(evidence)
-    most = most_tokens(evidence, candidates)
-    steps = _outcomes(trees, evidence)
+    candidates = candidates_by_depth(acceptance)
+    most = most_tokens(acceptance, candidates)
+    steps = _outcomes(trees, acceptance)
     for _ in range(_MAX_ROUNDS):
-        tokens, seconds, moves = _chain(steps, evidence, latency)
+        tokens, seconds, moves = _chain(steps, acceptance, latency)
         speed, flat = _relative_values(tokens, seconds, moves)
         h = flat.reshape(classes, m + 1)
-        ahead = (1 - _RESTART) * evidence.moves @ h
+        ahead = (1 - _RESTART) * acceptance.moves @ h
         rows = useful_rows(most.ravel(), flat, speed, cost)
-        best = EvidenceTrees(candidates, ahead, rows, num_ept)
+        best = TypedTrees(candidates, ahead, rows, num_ept)
         worth = 1 + best.values[..., 1:] - speed * cost[:rows]
         least = _TOLERANCE * (1 + np.abs(h).max())
         improved = np.argwhere(worth.max(axis=2) > h + 10 * least)
@@ -140,9 +143,9 @@ def best_policy(
             enough = int(np.argmax(here >= here.max() - least)) + 1
             tree = best.tree(match_class, state, enough)
             trees[match_class][state] = tree
-            steps[match_class][state] = _outcome(tree, evidence, state, match_class)
+            steps[match_class][state] = _outcome(tree, acceptance, state, match_class)
     chosen = tuple(tuple(row) for row in trees)
-    return EvidencePolicy(chosen, *_value(steps, evidence, latency))
+    return SearchedPolicy(chosen, *_value(steps, acceptance, latency))
 
 
 class _Outcome(NamedTuple):
@@ -155,35 +158,40 @@ class _Outcome(NamedTuple):
 
 
 def _outcome(
-    tree: PlainTree | SparseTree, evidence: Evidence, state: int, match_class: int
+    tree: PlainTree | SparseTree,
+    acceptance: AcceptanceModel,
+    state: int,
+    match_class: int,
 ) -> _Outcome:
-    reached = node_chances(tree, evidence, state, match_class)
+    reached = node_chances(tree, acceptance, state, match_class)
     ends = reached.copy()
     np.subtract.at(ends, np.array(tree.parents, dtype=int), reached[1:])
     ends = np.maximum(ends, 0) / np.maximum(ends, 0).sum()
-    after = np.zeros((2, evidence.num_prompt_tokens + 1))
+    after = np.zeros((2, acceptance.num_prompt_tokens + 1))
     after[0, tree.prompts[0]] = ends[0]
     after[1] = np.bincount(tree.prompts[1:], ends[1:], after.shape[1])
     return _Outcome(float(reached.sum()), tree.num_rows, after)
 
 
-def _outcomes(trees: Trees, evidence: Evidence) -> list[list[_Outcome]]:
+def _outcomes(trees: Trees, acceptance: AcceptanceModel) -> list[list[_Outcome]]:
     """[C + 1][m + 1] of every state."""
     return [
-        [_outcome(tree, evidence, state, each) for state, tree in enumerate(row)]
+        [_outcome(tree, acceptance, state, each) for state, tree in enumerate(row)]
         for each, row in enumerate(trees)
     ]
 
 
 def _chain(
-    steps: Sequence[Sequence[_Outcome]], evidence: Evidence, latency: LatencyCurve
+    steps: Sequence[Sequence[_Outcome]],
+    acceptance: AcceptanceModel,
+    latency: LatencyCurve,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens [S], seconds [S] and moves [S, S] of the states, class major."""
     tokens = np.array([step.tokens for row in steps for step in row])
     seconds = latency(np.array([step.rows for row in steps for step in row]))
     moves = np.stack(
         [
-            (evidence.moves[:, match_class].T @ step.after).ravel()
+            (acceptance.moves[:, match_class].T @ step.after).ravel()
             for match_class, row in enumerate(steps)
             for step in row
         ]
@@ -194,15 +202,17 @@ def _chain(
 
 
 def _value(
-    steps: Sequence[Sequence[_Outcome]], evidence: Evidence, latency: LatencyCurve
+    steps: Sequence[Sequence[_Outcome]],
+    acceptance: AcceptanceModel,
+    latency: LatencyCurve,
 ) -> tuple[float, float, np.ndarray]:
     """The `policy_value` of trees whose steps are known."""
-    tokens, seconds, moves = _chain(steps, evidence, latency)
+    tokens, seconds, moves = _chain(steps, acceptance, latency)
     size = len(tokens)
     system = np.vstack([(np.eye(size) - moves).T, np.ones(size)])
     share = np.linalg.lstsq(system, np.append(np.zeros(size), 1.0), rcond=None)[0]
     tau = float(share @ tokens)
-    shape = (evidence.num_classes, evidence.num_prompt_tokens + 1)
+    shape = (acceptance.num_classes, acceptance.num_prompt_tokens + 1)
     return tau, tau / float(share @ seconds), share.reshape(shape)
 
 

@@ -22,7 +22,7 @@ from vllm_ppd.adaptive.context_cost import ContextCost
 from vllm_ppd.files import write_json
 from vllm_ppd.search.latency import LatencyCurve
 
-__all__ = ["LatencyProfile", "ProfileError", "cache_file", "default_profile"]
+__all__ = ["LatencyProfile", "MeasurementError", "cache_file", "default_profile"]
 
 FORMAT = "ppd_profile"
 FORMAT_VERSION = 3
@@ -37,13 +37,13 @@ _TYPICAL = {
 _TYPICAL_OVERHEAD = {"cpu": 0.25, "cuda": 0.05}
 
 
-class ProfileError(ValueError):
+class MeasurementError(ValueError):
     """A profile that cannot be read or is not of this machine and model."""
 
 
 @dataclass(frozen=True)
 class LatencyProfile:
-    """Seconds per step; raises ProfileError for tables that no machine has.
+    """Seconds per step; raises MeasurementError for tables that no machine has.
 
     Attributes:
         requests: [R] running requests, rising from 1.
@@ -71,24 +71,24 @@ class LatencyProfile:
         for name in ("requests", "rows"):
             values = getattr(self, name)
             if not values or values[0] != 1 or list(values) != sorted(set(values)):
-                raise ProfileError(
+                raise MeasurementError(
                     f"{name} of a profile are {list(values)}; expected rising from 1"
                 )
         shape = len(self.requests), len(self.rows)
         array = np.array(table, dtype=np.float64) if table else np.empty(0)
         if array.shape != shape:
-            raise ProfileError(
+            raise MeasurementError(
                 f"seconds has shape {list(array.shape)}; expected {list(shape)}"
             )
         if not (np.isfinite(array) & (array > 0)).all():
-            raise ProfileError("seconds must be finite and positive")
+            raise MeasurementError("seconds must be finite and positive")
         if self.bare and len(self.bare) != len(self.requests):
-            raise ProfileError(
+            raise MeasurementError(
                 f"bare has {len(self.bare)} times; expected {shape[0]} or none"
             )
         plain = array[:, 0]
         if self.bare and not (plain <= self.bare).all():
-            raise ProfileError(
+            raise MeasurementError(
                 f"bare steps take {list(self.bare)} s; expected at least as long as "
                 f"plain ones, {plain.tolist()} s"
             )
@@ -161,46 +161,48 @@ class LatencyProfile:
 
     @classmethod
     def from_dict(cls, data: Any) -> LatencyProfile:
-        """Read what `to_dict` wrote; raises ProfileError for anything else."""
+        """Read what `to_dict` wrote; raises MeasurementError for anything else."""
         if not isinstance(data, dict) or not {"format", "format_version"} <= set(data):
-            raise ProfileError("it is no latency profile")
+            raise MeasurementError("it is no latency profile")
         if (data["format"], data["format_version"]) != (FORMAT, FORMAT_VERSION):
-            raise ProfileError(
+            raise MeasurementError(
                 f"format is {data['format']!r} {data['format_version']!r}; expected "
                 f"{FORMAT!r} {FORMAT_VERSION}"
             )
         names = ("requests", "rows", "seconds", "key", "context_cost", "bare")
         if set(data) != {"format", "format_version", *names}:
-            raise ProfileError("it is no latency profile")
+            raise MeasurementError("it is no latency profile")
         values = {name: data[name] for name in names}
         try:
             if (cost := values["context_cost"]) is not None:
                 values["context_cost"] = ContextCost(**cost)
             return cls(**values)
         except (TypeError, ValueError) as error:
-            raise ProfileError(str(error)) from error
+            raise MeasurementError(str(error)) from error
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], key: Mapping[str, Any] | None = None
     ) -> LatencyProfile:
-        """Read strictly; with `key`, raise ProfileError for a profile of another."""
+        """Read strictly; with `key`, raise MeasurementError for a profile of another."""
         remedy = "measure again with vllm-ppd profile"
         try:
             data = json.loads(Path(path).read_text())
         except OSError as error:
-            raise ProfileError(f"the profile {path} cannot be read: {error}") from error
+            raise MeasurementError(
+                f"the profile {path} cannot be read: {error}"
+            ) from error
         except ValueError as error:
-            raise ProfileError(f"{path} is not JSON ({error}); {remedy}") from error
+            raise MeasurementError(f"{path} is not JSON ({error}); {remedy}") from error
         try:
             profile = cls.from_dict(data)
-        except ProfileError as error:
-            raise ProfileError(f"{path}: {error}; {remedy}") from error
+        except MeasurementError as error:
+            raise MeasurementError(f"{path}: {error}; {remedy}") from error
         if key is not None:
             for name in sorted({*key, *profile.key}):
                 here, there = key.get(name), profile.key.get(name)
                 if here != there:
-                    raise ProfileError(
+                    raise MeasurementError(
                         f"the profile {path} was measured with {name} {there!r}, and "
                         f"this is {here!r}; {remedy}"
                     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.plan_search import shared_curve
 from vllm_ppd.search.policy_iteration import node_chances, policy_value
@@ -80,31 +80,31 @@ class LoadFigures:
         return self.requests / self.plain_seconds
 
 
-def evidence_for(plan: TreePlan, evidence: Evidence) -> Evidence:
+def evidence_for(plan: TreePlan, acceptance: AcceptanceModel) -> AcceptanceModel:
     """The chances that a plan's steps see: matches count where it has trees for them.
 
     Raises TreeError for a number of match classes that is never served.
     """
     if plan.num_classes == 1:
-        return evidence.without_chains()
+        return acceptance.without_chains()
     if plan.num_classes != len(LENGTHS) + 1:
         raise TreeError(
             f"the plan has policies for {plan.num_classes} match classes; serving "
             f"knows {len(LENGTHS) + 1}, or 1 where no earlier matches are used"
         )
-    return evidence.with_typical_chains()
+    return acceptance.with_typical_chains()
 
 
 def load_figures(
     plan: TreePlan,
-    evidence: Evidence,
+    acceptance: AcceptanceModel,
     profile: LatencyProfile,
     requests: int,
     fixed_rows: bool = False,
 ) -> LoadFigures:
     """What `plan` is expected to do while `requests` requests run.
 
-    evidence: of `evidence_for`.
+    acceptance: of `evidence_for`.
     fixed_rows: of `PlanSettings`; then every step has the rows of the largest tree.
     """
     curve = profile.curve(requests)
@@ -116,19 +116,19 @@ def load_figures(
     trees = [policy.trees for policy in tier.policies]
     if fixed_rows:
         curve = LatencyCurve.constant(curve(max(p.max_rows for p in tier.policies)))
-    tau, speed, shares = policy_value(trees, evidence, curve)
-    states = _states(tier, evidence, shares)
+    tau, speed, shares = policy_value(trees, acceptance, curve)
+    states = _states(tier, acceptance, shares)
     rows = sum(each.share * each.tree.num_rows for each in states)
     if requests > 1 and not fixed_rows:
         # Requests pay for each other's guesses, as the search has it.
         bare = sum(each.share for each in states if each.tree.num_rows == 1)
         paid = 1 - min(bare, 1.0) ** (requests - 1)
-        speed = policy_value(trees, evidence, shared_curve(curve, paid, rows))[1]
+        speed = policy_value(trees, acceptance, shared_curve(curve, paid, rows))[1]
     return LoadFigures(requests, index, tau, rows, tau / speed, plain, states)
 
 
 def _states(
-    tier: Tier, evidence: Evidence, shares: np.ndarray
+    tier: Tier, acceptance: AcceptanceModel, shares: np.ndarray
 ) -> tuple[StateFigures, ...]:
     return tuple(
         StateFigures(
@@ -137,7 +137,7 @@ def _states(
             tree,
             # Least squares may leave a hair below zero.
             max(0.0, float(shares[match_class, state])),
-            node_chances(tree, evidence, state, match_class),
+            node_chances(tree, acceptance, state, match_class),
         )
         for match_class, policy in enumerate(tier.policies)
         for state, tree in enumerate(policy.trees)

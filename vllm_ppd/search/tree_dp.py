@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.subtrees import Subtrees
 from vllm_ppd.trees.plain_tree import PlainTree, arrange
 
-__all__ = ["Candidates", "EvidenceTrees", "candidates_by_depth", "most_tokens"]
+__all__ = ["Candidates", "TypedTrees", "candidates_by_depth", "most_tokens"]
 
 # A candidate that is hardly ever right is not looked at.
 _LEAST_CHANCE = 2e-3
@@ -42,15 +42,15 @@ class Candidates(NamedTuple):
     """[C * S] of the chain's next token."""
 
     @classmethod
-    def of(cls, evidence: Evidence, depth: int) -> Candidates:
+    def of(cls, acceptance: AcceptanceModel, depth: int) -> Candidates:
         """Those at `depth`, from 1."""
-        m, k = evidence.prompted.shape
+        m, k = acceptance.prompted.shape
         first = min(depth - 1, m)
 
         def chances(on_chain: bool) -> np.ndarray:
             rows = [
-                evidence.chances(state, match_class, depth, on_chain)
-                for match_class in range(on_chain, evidence.num_classes)
+                acceptance.chances(state, match_class, depth, on_chain)
+                for match_class in range(on_chain, acceptance.num_classes)
                 for state in range(first, m + 1)
             ]
             return np.reshape(rows, (-1, k + on_chain))
@@ -67,17 +67,19 @@ class Candidates(NamedTuple):
         )
 
 
-# The searches of a plan, one after the other, share one evidence.
+# The searches of a plan, one after the other, share one acceptance.
 @lru_cache(maxsize=1)
-def candidates_by_depth(evidence: Evidence) -> tuple[Candidates, ...]:
+def candidates_by_depth(acceptance: AcceptanceModel) -> tuple[Candidates, ...]:
     """The candidates at depth 1, 2, ... as deep as any has a chance."""
-    deepest = max(evidence.max_depth(each) for each in range(evidence.num_classes))
-    return tuple(Candidates.of(evidence, depth) for depth in range(1, deepest + 1))
+    deepest = max(acceptance.max_depth(each) for each in range(acceptance.num_classes))
+    return tuple(Candidates.of(acceptance, depth) for depth in range(1, deepest + 1))
 
 
-def most_tokens(evidence: Evidence, candidates: Sequence[Candidates]) -> np.ndarray:
+def most_tokens(
+    acceptance: AcceptanceModel, candidates: Sequence[Candidates]
+) -> np.ndarray:
     """[C + 1, m + 1] mean tokens of a step if every candidate were in the tree."""
-    states, classes = evidence.num_prompt_tokens + 1, evidence.num_classes
+    states, classes = acceptance.num_prompt_tokens + 1, acceptance.num_classes
     off, on = np.ones((classes, states)), np.ones((classes - 1, states))
     for first, chances, _, chain in reversed(candidates):
         any_of = chances.sum(axis=1).reshape(-1, states - first)
@@ -88,7 +90,7 @@ def most_tokens(evidence: Evidence, candidates: Sequence[Candidates]) -> np.ndar
     return np.concatenate([off[:1], on])
 
 
-class EvidenceTrees:
+class TypedTrees:
     """The most valuable trees for given h.
 
     Args:

@@ -1,4 +1,4 @@
-"""The successor table: which tokens tend to follow which.
+"""The bigram table: which tokens tend to follow which.
 
 Prompt rows do not see the candidates they stand behind, so siblings under different
 parents would get the same children. The table repairs that without training. For each
@@ -25,22 +25,22 @@ from safetensors.numpy import save
 
 from vllm_ppd.files import write_bytes
 
-__all__ = ["SUCCESSOR_FILE", "SuccessorCounts", "SuccessorError", "SuccessorTable"]
+__all__ = ["BIGRAM_FILE", "BigramCounts", "BigramError", "BigramTable"]
 
-SUCCESSOR_FILE = "successors.safetensors"
+BIGRAM_FILE = "bigram.safetensors"
 FORMAT_VERSION = 2
 SMOOTHING = 20.0
 
 
-class SuccessorError(ValueError):
-    """A successor table that cannot be read or used."""
+class BigramError(ValueError):
+    """A bigram table that cannot be read or used."""
 
 
 @dataclass(frozen=True, eq=False)
-class SuccessorTable:
-    """V tokens, n successors each; 8 bytes per entry in memory, 6 on disk.
+class BigramTable:
+    """V tokens, n bigram each; 8 bytes per entry in memory, 6 on disk.
 
-    Raises SuccessorError for shapes that disagree, ids outside the vocabulary and
+    Raises BigramError for shapes that disagree, ids outside the vocabulary and
     values that are not finite.
     """
 
@@ -63,32 +63,32 @@ class SuccessorTable:
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
         vocabulary = len(self.floor)
         if self.ids.ndim != 2 or not self.ids.shape == self.gains.shape:
-            raise SuccessorError(
+            raise BigramError(
                 f"ids {list(self.ids.shape)} and gains {list(self.gains.shape)} of a "
-                "successor table must both be [vocabulary, n]"
+                "bigram table must both be [vocabulary, n]"
             )
         sizes = len(self.ids), len(self.base)
         if sizes != (vocabulary, vocabulary) or not self.weights:
-            raise SuccessorError(
-                f"the successor table has {sizes[0]} rows of ids, {sizes[1]} base "
+            raise BigramError(
+                f"the bigram table has {sizes[0]} rows of ids, {sizes[1]} base "
                 f"rates, {vocabulary} floors and {len(self.weights)} weights; it is "
                 "damaged"
             )
         if self.ids.min(initial=0) < 0 or self.ids.max(initial=0) >= vocabulary:
-            raise SuccessorError(
-                f"the successor table names token {int(self.ids.max(initial=0))} "
+            raise BigramError(
+                f"the bigram table names token {int(self.ids.max(initial=0))} "
                 f"outside its vocabulary of {vocabulary}"
             )
         values = (self.gains, self.floor, np.array(self.weights))
         if not all(np.isfinite(value).all() for value in values):
-            raise SuccessorError("the successor table holds NaN or infinite values")
+            raise BigramError("the bigram table holds NaN or infinite values")
         if not (np.isfinite(self.base).all() and self.base.min(initial=1) > 0):
-            raise SuccessorError("base rates of a successor table must be above 0")
+            raise BigramError("base rates of a bigram table must be above 0")
 
     @classmethod
     def empty(
         cls, vocab_size: int, size: int, weights: tuple[float, ...]
-    ) -> SuccessorTable:
+    ) -> BigramTable:
         """A table that has seen nothing and changes no ranks."""
         size = min(size, vocab_size)
         ids = np.tile(np.arange(size, dtype=np.int32), (vocab_size, 1))
@@ -122,8 +122,8 @@ class SuccessorTable:
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], vocab_size: int, num_prompt_tokens: int
-    ) -> SuccessorTable:
-        """Read strictly; raises SuccessorError that names the file."""
+    ) -> BigramTable:
+        """Read strictly; raises BigramError that names the file."""
         remedy = "write it again with vllm-ppd calibrate, or remove it"
         try:
             with safe_open(Path(path), "numpy") as file:
@@ -131,7 +131,7 @@ class SuccessorTable:
                 if notes.get("format") != "ppd_successors" or notes.get(
                     "format_version"
                 ) != str(FORMAT_VERSION):
-                    raise SuccessorError(f"it is no successor table of ours; {remedy}")
+                    raise BigramError(f"it is no bigram table of ours; {remedy}")
                 table = cls(
                     file.get_tensor("ids"),
                     file.get_tensor("gains"),
@@ -139,10 +139,10 @@ class SuccessorTable:
                     tuple(json.loads(notes["weights"])),
                     file.get_tensor("base"),
                 )
-        except (OSError, SafetensorError, SuccessorError, ValueError, KeyError) as why:
-            raise SuccessorError(f"{path}: {why}") from why
+        except (OSError, SafetensorError, BigramError, ValueError, KeyError) as why:
+            raise BigramError(f"{path}: {why}") from why
         if (table.vocab_size, len(table.weights)) != (vocab_size, num_prompt_tokens):
-            raise SuccessorError(
+            raise BigramError(
                 f"{path} is for {table.vocab_size} tokens and {len(table.weights)} "
                 f"prompt tokens, but the model has {vocab_size} and the folder "
                 f"{num_prompt_tokens}; {remedy}"
@@ -150,7 +150,7 @@ class SuccessorTable:
         return table
 
 
-class SuccessorCounts:
+class BigramCounts:
     """Collects (token, next token, weight) and makes a table of them.
 
     Weights are 1 for pairs of a text; for the model's own distributions, its
@@ -174,8 +174,8 @@ class SuccessorCounts:
 
     def table(
         self, size: int, num_prompt_tokens: int, smoothing: float = SMOOTHING
-    ) -> SuccessorTable:
-        """The table of the ``size`` likeliest successors, with weights of 1."""
+    ) -> BigramTable:
+        """The table of the ``size`` likeliest bigram, with weights of 1."""
         parents, ids = np.divmod(self._keys, self.vocab_size)
         base: np.ndarray = np.bincount(ids, self._sums, self.vocab_size)
         # A token never seen is not infinitely surprising: one sighting each.
@@ -185,7 +185,7 @@ class SuccessorCounts:
         place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
         kept = order[place < size]
         rows, columns = parents[kept], place[place < size]
-        # Tokens with few successors list the commonest tokens, at their floor.
+        # Tokens with few bigram list the commonest tokens, at their floor.
         common = np.argsort(-base, kind="stable")[: 2 * size].astype(np.int32)
         table = np.tile(common[:size], (self.vocab_size, 1))
         floor = np.log(smoothing / (self._totals + smoothing))
@@ -198,4 +198,4 @@ class SuccessorCounts:
         table[rows, columns] = ids[kept]
         gains[rows, columns] = np.log(listed / (self._totals[rows] + smoothing))
         weights = (1.0,) * num_prompt_tokens
-        return SuccessorTable(table, gains, floor, weights, base)
+        return BigramTable(table, gains, floor, weights, base)

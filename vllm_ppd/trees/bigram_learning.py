@@ -1,4 +1,4 @@
-"""A successor table that goes on learning while it serves.
+"""A bigram table that goes on learning while it serves.
 
 Verification computes the target's logits at every node, so each accepted token u comes
 with the target's own distribution of the next token: an observation of weight one for
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_ppd.trees.bigram import SMOOTHING, SuccessorTable
-from vllm_ppd.trees.drafting import Successors
+from vllm_ppd.trees.bigram import SMOOTHING, BigramTable
+from vllm_ppd.trees.drafting import BigramTensors
 
-__all__ = ["LISTED", "MOST", "LiveSuccessors", "learn_successors"]
+__all__ = ["LISTED", "MOST", "OnlineBigram", "learn_bigrams"]
 
 # Likeliest next tokens that an observation adds to its row.
 LISTED = 8
@@ -24,15 +24,15 @@ MOST = 2048.0
 
 
 @dataclass(frozen=True, eq=False)
-class LiveSuccessors:
-    """A successor table with the counts behind it; V tokens, n successors each.
+class OnlineBigram:
+    """A bigram table with the counts behind it; V tokens, n bigram each.
 
     All tensors lie on one device and change in place, so whoever fills trees from
     `table` sees what was learnt. Memory: 12 n + 12 bytes per token, 16 n where ids are
     int64.
     """
 
-    table: Successors
+    table: BigramTensors
     """What trees are filled from; ids int32 or int64."""
     counts: torch.Tensor
     """float32 [V, n], how much was seen of each listed successor."""
@@ -44,7 +44,7 @@ class LiveSuccessors:
     """float64 [1], the sum of `base`."""
 
     @classmethod
-    def of(cls, table: SuccessorTable, device: torch.device | str = "cpu"):
+    def of(cls, table: BigramTable, device: torch.device | str = "cpu"):
         """Start from a table; its own arrays stay as they are."""
         totals = np.minimum(SMOOTHING * (np.exp(-table.floor) - 1), MOST)
         seen = totals[:, None] + SMOOTHING
@@ -59,7 +59,7 @@ class LiveSuccessors:
 
         ids = torch.tensor(table.ids, device=device)
         return cls(
-            Successors(
+            BigramTensors(
                 ids if ids.device.type == "cpu" else ids.long(),
                 tensor(table.gains),
                 tensor(table.floor),
@@ -70,14 +70,14 @@ class LiveSuccessors:
             base_total=torch.tensor([base.sum()], dtype=torch.float64, device=device),
         )
 
-    def as_table(self, like: SuccessorTable) -> SuccessorTable:
+    def as_table(self, like: BigramTable) -> BigramTable:
         """A table whose arrays are these tensors, on CPU; weights from another one."""
         ids, gains, floor = (tensor.numpy() for tensor in self.table)
-        return SuccessorTable(ids, gains, floor, like.weights, like.base)
+        return BigramTable(ids, gains, floor, like.weights, like.base)
 
 
-def learn_successors(
-    live: LiveSuccessors, tokens: torch.Tensor, logits: torch.Tensor
+def learn_bigrams(
+    live: OnlineBigram, tokens: torch.Tensor, logits: torch.Tensor
 ) -> None:
     """Add observations; fixed shapes, nothing is read on the host.
 

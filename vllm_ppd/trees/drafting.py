@@ -1,14 +1,14 @@
-"""Guesses for the next step: the tokens of a tree's candidates.
+"""DraftInputs for the next step: the tokens of a tree's candidates.
 
 The children of a node are ranked by what the prompt row for their depth says, made
-conditional on the node's own token by the successor table:
+conditional on the node's own token by the bigram table:
 
     score(c | u) = logit_d(c) + weight_d * gain(c | u)
 
-over the prompt row's best tokens and u's successors. Deeper than prompt rows reach,
+over the prompt row's best tokens and tokens that the bigram table lists for it. Deeper than prompt rows reach,
 the table alone ranks them. Where the request's last tokens have an earlier match, its
 continuation is the chain: it comes first below the root and below its own nodes.
-Guesses only cost or save time; whatever they are, the output is the target's.
+DraftInputs only cost or save time; whatever they are, the output is the target's.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vllm_ppd.trees.bigram import SuccessorTable
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.bigram import BigramTable
+from vllm_ppd.trees.layout import TreeTables
 
-__all__ = ["Guesses", "Successors", "fill_drafts", "fill_trees", "rank_children"]
+__all__ = ["DraftInputs", "BigramTensors", "fill_drafts", "fill_trees", "rank_children"]
 
-# Best tokens of a prompt row that are ranked again with the successor table.
+# Best tokens of a prompt row that are ranked again with the bigram table.
 POOL = 32
 
 
-class Successors(NamedTuple):
-    """A successor table on a device."""
+class BigramTensors(NamedTuple):
+    """A bigram table on a device."""
 
     ids: torch.Tensor
     """int64 [V, n]."""
@@ -39,7 +39,7 @@ class Successors(NamedTuple):
     """float32 [V]."""
 
     @classmethod
-    def of(cls, table: SuccessorTable, device: torch.device | str = "cpu"):
+    def of(cls, table: BigramTable, device: torch.device | str = "cpu"):
         return cls(
             torch.from_numpy(table.ids).long().to(device),
             torch.from_numpy(table.gains).to(device),
@@ -48,7 +48,7 @@ class Successors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Guesses:
+class DraftInputs:
     """What a batch knows about its next tokens. B requests, V tokens.
 
     Attributes:
@@ -67,7 +67,7 @@ class Guesses:
 def rank_children(
     logits: torch.Tensor | None,
     parents: torch.Tensor,
-    successors: Successors | None,
+    bigram: BigramTensors | None,
     weight: torch.Tensor | float,
     count: int,
     excluded: torch.Tensor | None = None,
@@ -78,7 +78,7 @@ def rank_children(
         logits: float32 [P, V] of the prompt row for the children's depth; None where
             no prompt row reaches.
         parents: [P] token of each node.
-        successors: the table; without one, and without logits, nothing is known.
+        bigram: the table; without one, and without logits, nothing is known.
         weight: [P, 1] or one number, how much of the gain to add.
         count: children wanted.
         excluded: [P] a token that is no candidate, or -1.
@@ -88,19 +88,19 @@ def rank_children(
     """
     none = torch.full((len(parents), count), -1, device=parents.device)
     if logits is None:
-        if successors is None:
+        if bigram is None:
             return none
-        ids = successors.ids[parents]
+        ids = bigram.ids[parents]
         # Falling from 0, so that the table's order stays.
         scores = -torch.arange(ids.shape[1], device=ids.device).float().expand_as(ids)
     else:
         best = logits.topk(min(max(POOL, count + 1), logits.shape[1]))
         ids, scores = best.indices, best.values
-        if successors is not None:
-            own, gains = successors.ids[parents], successors.gains[parents]
+        if bigram is not None:
+            own, gains = bigram.ids[parents], bigram.gains[parents]
             same = ids[:, :, None] == own[:, None, :]  # [P, pool, n]
             listed = (same * gains[:, None, :]).sum(2)
-            floor = successors.floor[parents][:, None]
+            floor = bigram.floor[parents][:, None]
             scores = scores + weight * torch.where(same.any(2), listed, floor)
             more = logits.gather(1, own) + weight * gains
             more = more.masked_fill(same.any(1), -torch.inf)
@@ -114,10 +114,10 @@ def rank_children(
 
 
 def fill_trees(
-    tables: PolicyTables,
+    tables: TreeTables,
     trees: np.ndarray,
-    guesses: Guesses,
-    successors: Successors | None,
+    guesses: DraftInputs,
+    bigram: BigramTensors | None,
     weights: np.ndarray,
 ) -> np.ndarray:
     """Ids of all rows after the root of each request's tree.
@@ -126,7 +126,7 @@ def fill_trees(
         tables: the trees.
         trees: [B] tree id of each request's next step.
         guesses: what is known.
-        successors: the successor table, if there is one.
+        bigram: the bigram table, if there is one.
         weights: [m] how much of its gain to add to prompt token d's logits.
 
     Returns:
@@ -138,7 +138,7 @@ def fill_trees(
     width = tables.parents.shape[1]
     tokens = np.zeros((len(trees), width), dtype=np.int64)
     tokens[:, 0] = guesses.roots
-    depths = tables.candidate_depths[trees]
+    depths = tables.node_depths[trees]
     candidates = tables.parents[trees] >= 0
     firsts = np.cumsum(guesses.counts) - guesses.counts
     for depth in range(1, tables.max_depth + 1):
@@ -147,7 +147,7 @@ def fill_trees(
             break
         tree = trees[request]
         parent = tables.parents[tree, node]
-        rank = tables.candidate_ranks[tree, node]
+        rank = tables.node_ranks[tree, node]
         chain = np.full(len(request), -1)
         if depth <= guesses.chains.shape[1]:
             on = tables.on_chain[tree, parent]
@@ -164,7 +164,7 @@ def fill_trees(
             ranked = rank_children(
                 guesses.logits[rows] if prompted else None,
                 torch.from_numpy(tokens[request[some], parent[some]]).to(device),
-                successors,
+                bigram,
                 float(weights[depth - 1]) if prompted else 0.0,
                 int(rank[some].max()) + 1,
                 torch.from_numpy(chain[some]).to(device),
@@ -177,7 +177,7 @@ def fill_trees(
 
 
 def fill_drafts(
-    tables: PolicyTables, states: np.ndarray, counts: np.ndarray, best: np.ndarray
+    tables: TreeTables, states: np.ndarray, counts: np.ndarray, best: np.ndarray
 ) -> list[list[int]]:
     """The same from the prompt rows' best tokens alone, as lists of drafts.
 
@@ -198,10 +198,10 @@ def fill_drafts(
     width = tables.parents.shape[1]
     # Depth 1 of request b is row firsts[b] of best.
     firsts = np.cumsum(counts) - counts
-    rows = firsts[:, None] + tables.candidate_depths[states] - 1
+    rows = firsts[:, None] + tables.node_depths[states] - 1
     is_candidate = tables.parents[states] >= 0
     if is_candidate.any():
-        tokens = best[np.where(is_candidate, rows, 0), tables.candidate_ranks[states]]
+        tokens = best[np.where(is_candidate, rows, 0), tables.node_ranks[states]]
         ids[:, :width] = np.where(is_candidate, tokens, ids[:, :width])
     return [
         row[1:end]

@@ -29,7 +29,7 @@ def pack_mask(mask: np.ndarray) -> np.ndarray:
     return np.packbits(padded, axis=-1, bitorder="little").view("<i8")
 
 
-class PolicyTables:
+class TreeTables:
     """What a batch of requests looks up about its trees.
 
     Rows past a tree's end (vLLM may schedule more rows than the tree has, when it
@@ -41,10 +41,10 @@ class PolicyTables:
         ancestors: [S, Q, W] int64 bit masks of visible in-step rows.
         num_nodes, num_rows: [S].
         parents: [S, N] parent node, -1 for the root and for padding.
-        candidate_depths, candidate_ranks: [S, N] of each candidate node, 0 padded.
+        node_depths, node_ranks: [S, N] of each candidate node, 0 padded.
         on_chain: [S, N] whether a node is on the chain of an earlier match, the root
             included.
-        tries_chain: [S] whether the chain's first token is a candidate.
+        tries_ngram: [S] whether the chain's first token is a candidate.
         prompts: [S, N] prompt tokens per node.
         first_prompt_rows: [S, N] first prompt row of each node.
         soft_ids: [S, Q] id of a prompt row's embedding, 0 for other rows. Ids start
@@ -69,8 +69,8 @@ class PolicyTables:
         self.depths = np.ones((states, q), dtype=np.int64)
         self.soft_ids = np.zeros((states, q), dtype=np.int64)
         self.parents = np.full((states, n), -1)
-        self.candidate_depths = np.zeros((states, n), dtype=np.int64)
-        self.candidate_ranks = np.zeros((states, n), dtype=np.int64)
+        self.node_depths = np.zeros((states, n), dtype=np.int64)
+        self.node_ranks = np.zeros((states, n), dtype=np.int64)
         self.prompts = np.zeros((states, n), dtype=np.int64)
         self.first_prompt_rows = np.zeros((states, n), dtype=np.int64)
         self.on_chain = np.zeros((states, n), dtype=bool)
@@ -83,8 +83,8 @@ class PolicyTables:
             self.depths[state, :rows] = tree.row_depths
             mask[state, :rows, :rows] = tree.mask
             self.parents[state, 1:nodes] = tree.parents
-            self.candidate_depths[state, :nodes] = tree.node_depths
-            self.candidate_ranks[state, 1:nodes] = tree.ranks
+            self.node_depths[state, :nodes] = tree.node_depths
+            self.node_ranks[state, 1:nodes] = tree.ranks
             self.prompts[state, :nodes] = tree.prompts
             if chained[state]:
                 self.on_chain[state, 0] = True
@@ -97,7 +97,7 @@ class PolicyTables:
             self.first_prompt_rows[state, :nodes] = nodes + np.cumsum(counts) - counts
             for row, (_, index, ept) in enumerate(tree.prompt_rows, nodes):
                 self.soft_ids[state, row] = first_soft_id + index * tree.num_ept + ept
-        self.tries_chain = np.any(self.on_chain[:, 1:], axis=1)
+        self.tries_ngram = np.any(self.on_chain[:, 1:], axis=1)
         self.ancestors = pack_mask(mask)
         self._layouts: dict[
             tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -114,6 +114,6 @@ class PolicyTables:
         return found
 
     @property
-    def max_candidates(self) -> int:
-        """Guesses needed per depth: the largest rank in use plus one."""
+    def max_children(self) -> int:
+        """DraftInputs needed per depth: the largest rank in use plus one."""
         return max(1, self.policy.max_rank + 1)

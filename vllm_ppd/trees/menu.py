@@ -1,250 +1,253 @@
-"""Which tree a request gets: by load, by evidence, by state.
+"""The trees that an engine can serve: a short menu, from small drafts to large ones.
 
-A plan holds tiers of load. A tier is for up to so many running requests and has one
-`TreePolicy` for each *match class*: 0 where the request's last tokens have no earlier
-match in its own context, 1, 2, ... for longer and longer matches. A tier without
-policies does not speculate at all: its steps are vLLM's own.
-
-Where long contexts change what rows cost each range of them has its tiers of load.
+An entry has one `TreePolicy` for each *match class*: 0 where the request's last tokens
+have no n-gram match earlier in its context, 1, 2, ... for longer and longer matches.
+The engine's scheduler names an entry by its number of draft rows; 0 is a plain step.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from vllm_ppd.files import check_content, read_json, write_json
 from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy
 
-__all__ = ["Tier", "TreePlan"]
+__all__ = ["MENU_FILE", "MenuEntry", "TreeMenu", "load_menus", "save_menus"]
 
-FORMAT = "ppd_tree_plan"
+MENU_FILE = "trees.json"
+FORMAT = "ppd_tree_menu"
 FORMAT_VERSION = 1
+_REMEDY = "write it again with vllm-ppd calibrate, or remove it"
+_ENTRY_KEYS = ("policies", "acceptance_length", "row_shares")
 
 
 @dataclass(frozen=True)
-class Tier:
-    """The trees for one range of load.
+class MenuEntry:
+    """The trees of one draft length.
 
     Attributes:
-        max_requests: most running requests that this tier serves; None for any number.
-        policies: one policy per match class; empty where speculation does not pay.
-        max_context: longest mean context of those requests, in tokens; None for any.
+        policies: one per match class.
+        acceptance_length: mean acceptance length that the search expects, over all
+            steps; None if not known.
+        row_shares: (rows, share of the steps with so many), rising in rows; empty if
+            not known.
     """
 
-    max_requests: int | None
-    policies: tuple[TreePolicy, ...] = ()
-    max_context: int | None = None
+    policies: tuple[TreePolicy, ...]
+    acceptance_length: float | None = None
+    row_shares: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policies", tuple(self.policies))
-        for name in ("max_requests", "max_context"):
-            most = getattr(self, name)
-            if most is not None and (isinstance(most, bool) or not int(most) >= 1):
-                raise TreeError(f"{name} is {most!r}; expected 1 or more, or null")
+        shares = tuple((int(rows), float(share)) for rows, share in self.row_shares)
+        object.__setattr__(self, "row_shares", shares)
+        if not self.policies:
+            raise TreeError("a menu entry needs at least one policy")
         if len({(p.num_prompt_tokens, p.num_ept) for p in self.policies}) > 1:
-            raise TreeError("all policies of a tier must be for the same prompt tokens")
+            raise TreeError(
+                "all policies of an entry must be for the same prompt tokens"
+            )
+        if self.max_rows < 2:
+            raise TreeError("a menu entry needs a tree of at least 2 rows")
+        length = self.acceptance_length
+        if length is not None and not length >= 1:
+            raise TreeError(f"acceptance_length is {length!r}; expected at least 1")
+        if shares and abs(sum(share for _, share in shares) - 1) > 1e-6:
+            raise TreeError(f"row_shares are {shares}; expected shares that sum to 1")
+
+    @cached_property
+    def max_rows(self) -> int:
+        """Most rows of a request's step, root included."""
+        return max(policy.max_rows for policy in self.policies)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Rows besides the root that vLLM schedules: its num_speculative_tokens."""
+        return self.max_rows - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "policies": [policy.to_dict() for policy in self.policies],
+            "acceptance_length": self.acceptance_length,
+            "row_shares": [list(pair) for pair in self.row_shares],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> MenuEntry:
+        """Read what `to_dict` wrote; raises TreeError for anything else."""
+        if not isinstance(data, Mapping) or set(data) != set(_ENTRY_KEYS):
+            raise TreeError(f"a menu entry must have the keys {list(_ENTRY_KEYS)}")
+        try:
+            policies = tuple(TreePolicy.from_dict(each) for each in data["policies"])
+            shares = tuple((rows, share) for rows, share in data["row_shares"])
+            return cls(policies, data["acceptance_length"], shares)
+        except (TypeError, ValueError) as error:
+            raise TreeError(f"a menu entry cannot be used: {error}") from error
 
 
 @dataclass(frozen=True)
-class TreePlan:
-    """Tiers by rising context, and for each by rising load; last ones have no limit.
+class TreeMenu:
+    """Entries by rising draft length.
 
-    ``trees`` lists every tree once: first a bare root, which serves rows that vLLM
-    scheduled although nobody guessed, then tier by tier, class by class, state by
-    state. The index in this list is the *tree id* by which a step finds its tree.
+    ``trees`` lists every tree once: first the root-only tree, then entry by entry,
+    class by class, by ``num_prompted``. A tree's index there is its *tree id*.
 
     Raises:
-        TreeError: no tier, limits that do not rise, a last tier with a limit, or
-            tiers for different prompt tokens or numbers of match classes.
+        TreeError: no entry, draft lengths that do not rise, or entries for different
+            prompt tokens or numbers of match classes.
     """
 
-    tiers: tuple[Tier, ...]
+    entries: tuple[MenuEntry, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tiers", tuple(self.tiers))
-        if not self.tiers:
-            raise TreeError("a plan needs at least one tier")
-        contexts = []
-        for context, tiers in groupby(self.tiers, lambda tier: tier.max_context):
-            contexts.append(context)
-            _require_rising([tier.max_requests for tier in tiers], "tier")
-        _require_rising(contexts, "context range")
+        object.__setattr__(self, "entries", tuple(self.entries))
+        if not self.entries:
+            raise TreeError("a tree menu needs at least one entry")
+        lengths = list(self.draft_lengths)
+        if sorted(set(lengths)) != lengths:
+            raise TreeError(f"the draft lengths of a menu must rise, not {lengths}")
         shapes = {
-            (len(t.policies), t.policies[0].num_prompt_tokens, t.policies[0].num_ept)
-            for t in self.tiers
-            if t.policies
+            (len(e.policies), e.policies[0].num_prompt_tokens, e.policies[0].num_ept)
+            for e in self.entries
         }
         if len(shapes) > 1:
             raise TreeError(
-                "all tiers of a plan must be for the same prompt tokens and have the "
+                "all entries of a menu must be for the same prompt tokens and have the "
                 "same number of match classes"
             )
 
     @classmethod
-    def of(cls, policy: TreePolicy) -> TreePlan:
-        """One policy for every load and all evidence."""
-        return cls((Tier(None, (policy,)),))
-
-    @classmethod
-    def by_context(cls, plans: Sequence[tuple[int | None, TreePlan]]) -> TreePlan:
-        """Plans that do not tell contexts apart, each up to so many tokens; equal
-        neighbours are merged."""
-        tiers: list[Tier] = []
-        for index, (most, plan) in enumerate(plans):
-            if index + 1 < len(plans) and plans[index + 1][1] == plan:
-                continue
-            tiers += (replace(tier, max_context=most) for tier in plan.tiers)
-        return cls(tuple(tiers))
-
-    def at_context(self, context: int) -> TreePlan:
-        """The tiers for one mean context, as a plan that does not tell them apart."""
-        most = self.tiers[self.tier_index(1, context)].max_context
-        chosen = (tier for tier in self.tiers if tier.max_context == most)
-        return TreePlan(tuple(replace(tier, max_context=None) for tier in chosen))
+    def of(cls, policy: TreePolicy) -> TreeMenu:
+        """A menu of one policy for every match class."""
+        return cls((MenuEntry((policy,)),))
 
     @cached_property
-    def speculating(self) -> tuple[Tier, ...]:
-        """The tiers that speculate."""
-        return tuple(tier for tier in self.tiers if tier.policies)
+    def draft_lengths(self) -> tuple[int, ...]:
+        """num_draft_tokens of each entry."""
+        return tuple(entry.num_draft_tokens for entry in self.entries)
 
     @property
     def num_classes(self) -> int:
-        """Match classes, the one without a match included; 1 without suffixes."""
-        return len(self.speculating[0].policies) if self.speculating else 1
+        """Match classes, the one without a match included."""
+        return len(self.entries[0].policies)
 
     @property
     def num_prompt_tokens(self) -> int:
-        if not self.speculating:
-            return 1
-        return self.speculating[0].policies[0].num_prompt_tokens
+        return self.entries[0].policies[0].num_prompt_tokens
 
     @property
     def num_ept(self) -> int:
-        return self.speculating[0].policies[0].num_ept if self.speculating else 1
-
-    @cached_property
-    def trees(self) -> tuple[SparseTree, ...]:
-        bare = SparseTree((), (), (0,), self.num_ept)
-        return (
-            bare,
-            *(
-                tree
-                for tier in self.speculating
-                for policy in tier.policies
-                for tree in policy.trees
-            ),
-        )
-
-    @cached_property
-    def chained(self) -> tuple[bool, ...]:
-        """For each tree whether its chain follows an earlier match."""
-        return (
-            False,
-            *(
-                match_class > 0
-                for tier in self.speculating
-                for match_class, policy in enumerate(tier.policies)
-                for _ in policy.trees
-            ),
-        )
-
-    @cached_property
-    def first_trees(self) -> tuple[int, ...]:
-        """For each tier the tree id of its class 0, state 0; 0 where it is off."""
-        ids, at = [], 1
-        for tier in self.tiers:
-            ids.append(at if tier.policies else 0)
-            at += sum(len(policy.trees) for policy in tier.policies)
-        return tuple(ids)
+        return self.entries[0].policies[0].num_ept
 
     @property
     def max_rows(self) -> int:
-        return max(tree.num_rows for tree in self.trees)
+        return self.entries[-1].max_rows
 
     @property
     def max_rank(self) -> int:
+        """Largest rank any tree uses; -1 if no tree has draft tokens."""
         return max(max(tree.ranks, default=-1) for tree in self.trees)
 
-    def tier_index(self, running: int, context: int = 1) -> int:
-        """The tier for so many running requests of that many tokens in the mean."""
-        for index, tier in enumerate(self.tiers):
-            if (tier.max_context is None or context <= tier.max_context) and (
-                tier.max_requests is None or running <= tier.max_requests
-            ):
-                return index
-        raise AssertionError("the last tier has no limit")
+    @cached_property
+    def trees(self) -> tuple[SparseTree, ...]:
+        root_only = SparseTree((), (), (0,), self.num_ept)
+        policies = (policy for entry in self.entries for policy in entry.policies)
+        return (root_only, *(tree for policy in policies for tree in policy.trees))
+
+    @cached_property
+    def chained(self) -> tuple[bool, ...]:
+        """For each tree whether its rank-0 chain is the n-gram draft."""
+        per_entry = [
+            match_class > 0
+            for match_class in range(self.num_classes)
+            for _ in range(self.num_prompt_tokens + 1)
+        ]
+        return (False, *(per_entry * len(self.entries)))
+
+    @cached_property
+    def first_trees(self) -> tuple[int, ...]:
+        """For each entry the tree id of match class 0, num_prompted 0."""
+        size = self.num_classes * (self.num_prompt_tokens + 1)
+        return tuple(1 + size * index for index in range(len(self.entries)))
+
+    def entry_of(self, num_draft_tokens: int) -> int | None:
+        """The largest entry with at most so many draft rows; None for a plain step."""
+        index = bisect_right(self.draft_lengths, num_draft_tokens) - 1
+        return None if index < 0 else index
+
+    def first_tree(self, num_draft_tokens: int) -> int:
+        """Tree id of that entry's match class 0, num_prompted 0; 0 in a plain step."""
+        index = self.entry_of(num_draft_tokens)
+        return 0 if index is None else self.first_trees[index]
+
+    def limited(self, max_rows: int) -> TreeMenu | None:
+        """The menu without entries of more rows; None if no entry is left."""
+        entries = tuple(entry for entry in self.entries if entry.max_rows <= max_rows)
+        return TreeMenu(entries) if entries else None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "tiers": [
-                {
-                    **({"max_context": most} if (most := tier.max_context) else {}),
-                    "max_requests": tier.max_requests,
-                    "policies": [policy.to_dict() for policy in tier.policies],
-                }
-                for tier in self.tiers
-            ],
+            "entries": [entry.to_dict() for entry in self.entries],
         }
 
     @classmethod
-    def from_dict(cls, data: Any) -> TreePlan:
-        """Read a plan, or a single policy as a plan for every load; strict."""
-        if isinstance(data, dict) and data.get("format") == "ppd_tree_policy":
-            return cls.of(TreePolicy.from_dict(data))
-        _require(data, ("format", "format_version", "tiers"), "plan")
-        if data["format"] != FORMAT or data["format_version"] != FORMAT_VERSION:
-            raise TreeError(
-                f"format is {data['format']!r} {data['format_version']!r}; expected "
-                f"{FORMAT!r} {FORMAT_VERSION}, or a 'ppd_tree_policy'"
-            )
-        if not isinstance(data["tiers"], list):
-            raise TreeError("'tiers' must be a list")
-        tiers = []
-        for tier in data["tiers"]:
-            keys = ("max_requests", "policies")
-            _require(tier, keys, "tier", optional=("max_context",))
-            if not isinstance(tier["policies"], list):
-                raise TreeError("'policies' must be a list, one per match class")
-            policies = [TreePolicy.from_dict(policy) for policy in tier["policies"]]
-            context = tier.get("max_context")
-            tiers.append(Tier(tier["max_requests"], tuple(policies), context))
-        return cls(tuple(tiers))
-
-    @classmethod
-    def load(cls, path: Path | str) -> TreePlan:
-        """Read a file; raises TreeError that names it."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except OSError as error:
-            raise TreeError(f"cannot read the tree policy {path}: {error}") from error
-        except json.JSONDecodeError as error:
-            raise TreeError(f"{path} is not JSON: {error}") from error
-        except (TreeError, TypeError, ValueError) as error:
-            raise TreeError(f"{path} is not a usable tree policy: {error}") from error
+    def from_dict(cls, data: Any) -> TreeMenu:
+        """Read what `to_dict` wrote; raises FormatError or TreeError."""
+        content = check_content(
+            data,
+            kind="a tree menu",
+            format=FORMAT,
+            version=FORMAT_VERSION,
+            keys=("entries",),
+        )
+        return cls(_entries(content["entries"]))
 
 
-def _require_rising(limits: Sequence[int | None], what: str) -> None:
-    """Limits that end with none, and no other is none."""
-    if not limits or limits[-1] is not None or None in limits[:-1]:
-        raise TreeError(f"the last {what} of a plan, and no other, has no limit")
-    known = [limit for limit in limits if limit is not None]
-    if sorted(set(known)) != known:
-        raise TreeError(f"the limits of a plan's {what}s must rise, not {known}")
+def _entries(data: Any) -> tuple[MenuEntry, ...]:
+    if not isinstance(data, list):
+        raise TreeError(f"a menu must be a list of entries, not {type(data).__name__}")
+    return tuple(MenuEntry.from_dict(entry) for entry in data)
 
 
-def _require(
-    data: Any, keys: Sequence[str], what: str, optional: Sequence[str] = ()
-) -> None:
-    if not isinstance(data, dict):
-        raise TreeError(f"{what} must be a JSON object, not {type(data).__name__}")
-    if unknown := sorted(set(data) - {*keys, *optional}):
-        raise TreeError(f"unknown key {unknown[0]!r} in the {what}")
-    if missing := sorted(set(keys) - set(data)):
-        raise TreeError(f"key {missing[0]!r} is missing in the {what}")
+def save_menus(path: Path | str, variable_rows: TreeMenu, fixed_rows: TreeMenu) -> None:
+    """Write trees.json: the menu for engines in which every request's tree has its own
+    number of rows, and the one for engines that pad all of a step's trees alike."""
+    write_json(
+        path,
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "variable_rows": variable_rows.to_dict()["entries"],
+            "fixed_rows": fixed_rows.to_dict()["entries"],
+        },
+    )
+
+
+def load_menus(path: Path | str) -> tuple[TreeMenu, TreeMenu]:
+    """Read what `save_menus` wrote: (variable rows, fixed rows).
+
+    Raises:
+        FormatError, TreeError: a file that cannot be used; the message names it.
+    """
+    content = read_json(
+        path,
+        kind="the tree menu",
+        format=FORMAT,
+        version=FORMAT_VERSION,
+        keys=("variable_rows", "fixed_rows"),
+        remedy=_REMEDY,
+    )
+    try:
+        return (
+            TreeMenu(_entries(content["variable_rows"])),
+            TreeMenu(_entries(content["fixed_rows"])),
+        )
+    except TreeError as error:
+        raise TreeError(f"{path}: {error}; {_REMEDY}") from error

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["LENGTHS", "MAX_CHAIN", "match_chain", "match_chains"]
+__all__ = ["LENGTHS", "MAX_NGRAM_DRAFTS", "match_chain", "match_ngrams"]
 
 # Match classes 1, 2, ...: a match of at least so many tokens, up to the next entry's.
 LENGTHS = ((2, 3), (4, 8))
 # Tokens of a continuation that are looked at.
-MAX_CHAIN = 8
+MAX_NGRAM_DRAFTS = 8
 
 
 def match_chain(context: np.ndarray) -> tuple[int, np.ndarray]:
@@ -26,16 +26,16 @@ def match_chain(context: np.ndarray) -> tuple[int, np.ndarray]:
 
     Returns:
         (class, tokens): class 0 and no tokens without a match, else at most
-        `MAX_CHAIN` tokens, at least one.
+        `MAX_NGRAM_DRAFTS` tokens, at least one.
     """
     longest, at = _longest_match(context, LENGTHS[-1][1])
     for match_class, (low, high) in enumerate(LENGTHS, start=1):
         if low <= longest <= high:
-            return match_class, context[at : at + MAX_CHAIN]
+            return match_class, context[at : at + MAX_NGRAM_DRAFTS]
     return 0, context[:0]
 
 
-def match_chains(
+def match_ngrams(
     token_ids: np.ndarray, ends: np.ndarray, context: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """`match_chain` of a batch.
@@ -46,10 +46,10 @@ def match_chains(
         context: most tokens of a request that are looked at, its last ones.
 
     Returns:
-        int64 [B] classes and [B, MAX_CHAIN] tokens, -1 padded.
+        int64 [B] classes and [B, MAX_NGRAM_DRAFTS] tokens, -1 padded.
     """
     classes = np.zeros(len(ends), dtype=np.int64)
-    chains = np.full((len(ends), MAX_CHAIN), -1)
+    chains = np.full((len(ends), MAX_NGRAM_DRAFTS), -1)
     for index, end in enumerate(ends.tolist()):
         tokens = token_ids[index, max(0, end - context) : end]
         classes[index], chain = match_chain(tokens)

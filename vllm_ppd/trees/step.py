@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.layout import TreeTables
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -52,7 +52,7 @@ class TreeStep:
 
     def __init__(
         self,
-        tables: PolicyTables,
+        tables: TreeTables,
         states: np.ndarray,
         starts: np.ndarray,
         num_rows: np.ndarray,

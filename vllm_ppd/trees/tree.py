@@ -181,7 +181,7 @@ class TreePolicy:
 
     The state of a request is the number of prompt tokens on the node where its last
     step ended, that is, to which depth prompt rows guess the next tree. Beyond that
-    depth a candidate comes from what is known without them: the successor table, or
+    depth a candidate comes from what is known without them: the bigram table, or
     the continuation of an earlier match of the request's last tokens. The latter is
     the *chain*: the rank-0 child of the root, its rank-0 child, and so on.
 
@@ -237,7 +237,7 @@ class TreePolicy:
                 raise TreeError(
                     f"the tree of state {state} is {tree.depth} deep, but only "
                     f"{state} prompt rows are there to fill it; calibrate the prompt "
-                    "tokens with a successor table, or use a shallower tree"
+                    "tokens with a bigram table, or use a shallower tree"
                 )
 
     @classmethod

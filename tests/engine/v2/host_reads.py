@@ -13,7 +13,7 @@ from tests.engine.engine_process import _sampling_params
 
 @contextlib.contextmanager
 def looking_at_every_step() -> Iterator[None]:
-    """Learn successors and chances from all steps, not from some."""
+    """Learn bigram and chances from all steps, not from some."""
     from vllm_ppd.engine.v2 import online, table_learner
 
     usual = table_learner.EVERY, online.COUNT_EVERY

@@ -51,7 +51,7 @@ def test_a_machine_is_measured_for_the_next_start(
         assert profile.requests == (1, 2) and set(profile.rows) >= {1, 2, 4}
         assert max(profile.rows) <= 5
         table = np.array(profile.seconds)
-        # Guesses take more kernels, which the interpreter runs slowly.
+        # DraftInputs take more kernels, which the interpreter runs slowly.
         assert (table[:, 1] > table[:, 0]).all()
         # What was measured was no traffic.
         counts = process.call("metrics", {**engine, "max_logprobs": 21}, prefix="vllm:")

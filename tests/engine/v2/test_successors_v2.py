@@ -10,8 +10,8 @@ import torch
 
 from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
 from vllm_ppd.kernels.tree_walk import Walk
-from vllm_ppd.trees.bigram import SuccessorTable
-from vllm_ppd.trees.bigram_learning import LiveSuccessors
+from vllm_ppd.trees.bigram import BigramTable
+from vllm_ppd.trees.bigram_learning import OnlineBigram
 
 WORDS = 12
 
@@ -26,11 +26,11 @@ def walk(paths: list[list[int]], lengths: list[int]) -> Walk:
 
 def learnt(
     steps: int, seen: Walk, tokens: list[int], firsts: list[int]
-) -> LiveSuccessors:
+) -> OnlineBigram:
     """A table after the same step several times: after u the target wants u + 1."""
     from vllm_ppd.engine.v2.table_learner import DeviceTableLearner
 
-    live = LiveSuccessors.of(SuccessorTable.empty(WORDS, 4, (1.0,)))
+    live = OnlineBigram.of(BigramTable.empty(WORDS, 4, (1.0,)))
     learner = DeviceTableLearner(live, most_rows=8)
     # A prompt's rows lie before and between those that have logits.
     ids = torch.tensor([0, *(t for token in tokens for t in (token, 0))])

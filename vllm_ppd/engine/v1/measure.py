@@ -114,7 +114,7 @@ class _Visit:
             policy = TreePolicy((tree,) * drafter.num_states)
             tier = Tier(None, (policy,) * drafter.num_classes)
         drafter.set_plan(TreePlan((tier,)))
-        # Guesses pending were laid out for trees that are gone.
+        # DraftInputs pending were laid out for trees that are gone.
         runner.ppd_trees.clear()
         drafts: dict[str, list[int]] = {}
         times: list[float] = []

@@ -19,7 +19,7 @@ from vllm_ppd.adaptive.load_guard import LoadGuard
 from vllm_ppd.adaptive.replan import Replanner, SearchPace
 from vllm_ppd.adaptive.step_timing import StepTiming, corrected
 from vllm_ppd.engine.v1.served_trees import PPDProposer
-from vllm_ppd.search.acceptance import Evidence
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.profile import LatencyProfile
 from vllm_ppd.trees.step import TreeStep
 from vllm_ppd.trees.verify import TreeWalk
@@ -120,7 +120,7 @@ class OnlineTrees:
         return self._guard is None or self._guard.guesses(running)
 
     @property
-    def evidence(self) -> Evidence:
+    def evidence(self) -> AcceptanceModel:
         """What is believed now."""
         return self._learner.evidence()
 

@@ -35,10 +35,10 @@ from vllm_ppd.engine.v1.served_trees import PPDProposer
 from vllm_ppd.engine.v1.step_log import StepLog
 from vllm_ppd.engine.v1.table_learner import TableLearner
 from vllm_ppd.engine.v1.tree_rows import lay_out_trees, place_trees
-from vllm_ppd.kernels.cpu import match_chains_cpu
-from vllm_ppd.trees.drafting import Guesses
+from vllm_ppd.kernels.cpu import match_ngrams_cpu
+from vllm_ppd.trees.drafting import DraftInputs
 from vllm_ppd.trees.menu import TreePlan
-from vllm_ppd.trees.ngram import MAX_CHAIN
+from vllm_ppd.trees.ngram import MAX_NGRAM_DRAFTS
 from vllm_ppd.trees.step import TreeStep, ranges
 from vllm_ppd.trees.verify import TreeWalk
 
@@ -55,7 +55,7 @@ OVERRIDDEN = (
 
 # Tokens of a request's context in which an earlier match is looked for.
 _MATCHED = 4096
-_NO_CHAINS = np.full((1, MAX_CHAIN), -1)
+_NO_CHAINS = np.full((1, MAX_NGRAM_DRAFTS), -1)
 
 
 class PPDRunnerMixin:
@@ -92,8 +92,8 @@ class PPDRunnerMixin:
 
     def start_learning(self) -> None:
         """Follow the traffic from now on; what ran before was no traffic."""
-        if self.drafter.live_successors is not None:
-            self._ppd_table = TableLearner(self.drafter.live_successors)
+        if self.drafter.online_bigram is not None:
+            self._ppd_table = TableLearner(self.drafter.online_bigram)
         if self.drafter.online:
             config = self.vllm_config.parallel_config  # type: ignore[attr-defined]
             ranks = config.tensor_parallel_size
@@ -209,7 +209,7 @@ class PPDRunnerMixin:
         changes = 0 if online is None else online.changes
         self._ppd_log.after_step(drafter, batch, step, walk, changes)
         if online is not None and online.after_step(batch, step, walk):
-            # Guesses pending elsewhere were laid out for trees that are gone.
+            # DraftInputs pending elsewhere were laid out for trees that are gone.
             self.ppd_trees = dict.fromkeys(self.ppd_trees, 0)
         if online is not None and step is None and online.glances_now:
             self._glance(batch, online)
@@ -258,14 +258,14 @@ class PPDRunnerMixin:
                     logits = logits.unflatten(0, (-1, tables.num_ept)).mean(1)
         classes, chains = self._match(batch)
         trees = first_tree + classes * drafter.num_states + counts
-        self._learn_matches(classes, chains, tables.tries_chain[trees])
+        self._learn_matches(classes, chains, tables.tries_ngram[trees])
         request_ids = self.input_batch.req_ids  # type: ignore[attr-defined]
         self.ppd_trees.update(zip(request_ids, trees.tolist(), strict=True))
         lengths = tables.num_rows[trees].tolist()
         if max(lengths) == 1:
             return [[]] * batch
         roots = np.array([tokens[-1] if tokens else 0 for tokens in sampled_token_ids])
-        ids = drafter.fill(trees, Guesses(counts, logits, roots, chains)).tolist()
+        ids = drafter.fill(trees, DraftInputs(counts, logits, roots, chains)).tolist()
         grammar = scheduler_output.has_structured_output_requests
         drafts = []
         for index, request_id in enumerate(request_ids):
@@ -283,7 +283,7 @@ class PPDRunnerMixin:
             return np.zeros(batch, dtype=np.int64), _NO_CHAINS.repeat(batch, axis=0)
         inputs = self.input_batch  # type: ignore[attr-defined]
         ends, token_ids = inputs.num_tokens_no_spec[:batch], inputs.token_ids_cpu
-        return match_chains_cpu(token_ids, ends, _MATCHED)
+        return match_ngrams_cpu(token_ids, ends, _MATCHED)
 
     def _glance(self, batch: int, online: OnlineTrees) -> None:
         inputs = self.input_batch  # type: ignore[attr-defined]
@@ -293,7 +293,7 @@ class PPDRunnerMixin:
             inputs.num_prompt_tokens[:batch],
             inputs.num_tokens_no_spec[:batch],
             _MATCHED,
-            match_chains_cpu,
+            match_ngrams_cpu,
         )
 
     def _learn_matches(

@@ -14,9 +14,9 @@ from vllm_ppd.engine.soft_tokens import add_soft_tokens
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.plan_choice import PlanSettings
 from vllm_ppd.search.profile import default_profile
-from vllm_ppd.trees.bigram_learning import LiveSuccessors
-from vllm_ppd.trees.drafting import Guesses, Successors, fill_trees
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.bigram_learning import OnlineBigram
+from vllm_ppd.trees.drafting import DraftInputs, BigramTensors, fill_trees
+from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import TreePlan
 
 # Steps between looks at how long requests are.
@@ -24,7 +24,7 @@ _LENGTHS_EVERY = 8
 
 
 class PPDProposer:
-    """Holds what the runner needs: trees as tables, the successor table, soft tokens.
+    """Holds what the runner needs: trees as tables, the bigram table, soft tokens.
 
     The guesses themselves come from the runner, which has the hidden states that
     this interface does not pass on.
@@ -41,7 +41,7 @@ class PPDProposer:
         self.device = torch.device(vllm_config.device_config.device)
         # Stands for the prompt rows' logits where no request has any.
         self.no_logits = torch.empty(0, self.vocab_size, device=self.device)
-        self._load_successors(settings["learn_successors"])
+        self._load_bigram(settings["learn_bigrams"])
         self.profile_key = settings["profile_key"]
         profile = known_profile(settings["profile"], self.profile_key)
         self.profile = profile or default_profile(self.plan_settings.device)
@@ -57,23 +57,23 @@ class PPDProposer:
         self._lengths_left = 0
         self.set_plan(self.plan_settings.choose(profile)[0])
 
-    def _load_successors(self, learn: bool) -> None:
-        table = self.plan_settings.successors(self.vocab_size, learn)
+    def _load_bigram(self, learn: bool) -> None:
+        table = self.plan_settings.bigram(self.vocab_size, learn)
         none = (1.0,) * self.prompts.num_prompt_tokens
         self.weights = table.weights if table is not None else none
-        self.live_successors = None
+        self.online_bigram = None
         if table is not None and learn:
-            self.live_successors = LiveSuccessors.of(table, self.device)
+            self.online_bigram = OnlineBigram.of(table, self.device)
             if self.device.type == "cpu":
-                table = self.live_successors.as_table(table)
-        self.successors = table
+                table = self.online_bigram.as_table(table)
+        self.bigram = table
 
     def set_plan(self, plan: TreePlan) -> None:
         """Serve other trees; no request may have guesses pending."""
         self.plan, self._load, self._first_tree = plan, (0, 0), 0
         self.num_states = self.prompts.num_prompt_tokens + 1
         self.num_classes = plan.num_classes
-        self.tables = PolicyTables(plan, self.vocab_size, self.num_rows)
+        self.tables = TreeTables(plan, self.vocab_size, self.num_rows)
         # [S] match class and state that each tree is for.
         tree = np.arange(len(plan.trees)) - 1
         self.tree_states = np.maximum(tree % self.num_states, 0)
@@ -82,19 +82,17 @@ class PPDProposer:
         if self.device.type == "cpu":
             from vllm_ppd.kernels.cpu import CpuTreeFiller
 
-            filler = CpuTreeFiller(self.tables, self.successors, self.weights)
+            filler = CpuTreeFiller(self.tables, self.bigram, self.weights)
             self.fill = filler.run
             return
-        successors, weights = None, self.weights
-        if self.live_successors is not None:
-            successors = self.live_successors.table
-        elif self.successors is not None:
-            successors = Successors.of(self.successors, self.device)
+        bigram, weights = None, self.weights
+        if self.online_bigram is not None:
+            bigram = self.online_bigram.table
+        elif self.bigram is not None:
+            bigram = BigramTensors.of(self.bigram, self.device)
 
-        def fill(trees: np.ndarray, guesses: Guesses) -> np.ndarray:
-            return fill_trees(
-                self.tables, trees, guesses, successors, np.array(weights)
-            )
+        def fill(trees: np.ndarray, guesses: DraftInputs) -> np.ndarray:
+            return fill_trees(self.tables, trees, guesses, bigram, np.array(weights))
 
         self.fill = fill
 

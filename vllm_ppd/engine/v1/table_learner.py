@@ -1,12 +1,12 @@
-"""Feeds the successor table with what verification computes anyway."""
+"""Feeds the bigram table with what verification computes anyway."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from vllm_ppd.kernels.cpu import CpuSuccessorLearner
-from vllm_ppd.trees.bigram_learning import LiveSuccessors, learn_successors
+from vllm_ppd.kernels.cpu import CpuBigramLearner
+from vllm_ppd.trees.bigram_learning import OnlineBigram, learn_bigrams
 from vllm_ppd.trees.step import TreeStep
 from vllm_ppd.trees.verify import TreeWalk
 
@@ -20,12 +20,12 @@ _EVERY, _MOST_NODES = 2, 8
 class TableLearner:
     """Ranks of a tensor-parallel group see the same logits and learn the same."""
 
-    def __init__(self, live: LiveSuccessors):
+    def __init__(self, live: OnlineBigram):
         self._live = live
         self._steps = 0
         self._on_cpu = None
         if live.base.device.type == "cpu":
-            self._on_cpu = CpuSuccessorLearner(live)
+            self._on_cpu = CpuBigramLearner(live)
 
     def after_walk(
         self, step: TreeStep, walk: TreeWalk, tokens: np.ndarray, logits: torch.Tensor
@@ -53,4 +53,4 @@ class TableLearner:
         device = self._live.base.device
         index = torch.from_numpy(nodes).to(device, non_blocking=True)
         words = torch.from_numpy(tokens[nodes]).to(device, non_blocking=True)
-        learn_successors(self._live, words, logits[index].float())
+        learn_bigrams(self._live, words, logits[index].float())

@@ -1,4 +1,4 @@
-"""Guesses for trees from all that is known, without leaving the device."""
+"""DraftInputs for trees from all that is known, without leaving the device."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 import torch
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_ppd.kernels.fill_tree import DeviceGuesses
-from vllm_ppd.kernels.tree_tables import TreeTables
-from vllm_ppd.kernels.triton.fill_tree import guess_tree
-from vllm_ppd.kernels.triton.ngram import match_chains
-from vllm_ppd.trees.drafting import POOL, Successors
+from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
+from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.triton.fill_tree import fill_tree
+from vllm_ppd.kernels.triton.ngram import match_ngrams
+from vllm_ppd.trees.drafting import POOL, BigramTensors
 
 # Tokens of a request's context in which an earlier match is looked for.
 _MATCHED = 4096
 
 
-class Evidence(NamedTuple):
+class AcceptanceModel(NamedTuple):
     """What requests' own tokens say about the next ones. B requests."""
 
     roots: torch.Tensor  # int32 [B]: the last token
@@ -25,33 +25,33 @@ class Evidence(NamedTuple):
     chains: torch.Tensor  # int32 [B, L]: what came after it, -1 padded
 
 
-class Guesser:
+class Drafter:
     """Fills trees.
 
     Args:
         tables: the trees.
-        max_candidates: most children of any node, plus what their ranks skip.
+        max_children: most children of any node, plus what their ranks skip.
         vocab_size: V.
         num_classes: match classes of the plan; 1 if it looks for no matches.
         requests: vLLM's state of all requests.
-        successors: the successor table, if there is one.
+        bigram: the bigram table, if there is one.
         weights: float32 [M] its weight at each prompt token; None without one.
     """
 
     def __init__(
         self,
-        tables: TreeTables,
-        max_candidates: int,
+        tables: DeviceTables,
+        max_children: int,
         vocab_size: int,
         num_classes: int,
         requests: RequestState,
-        successors: Successors | None,
+        bigram: BigramTensors | None,
         weights: torch.Tensor | None,
     ):
         device = requests.device
         self._tables = tables
         self._requests = requests
-        self._pool = min(max(POOL, max_candidates + 1), vocab_size)
+        self._pool = min(max(POOL, max_children + 1), vocab_size)
         self._matching = num_classes > 1
         most = requests.max_num_reqs
         # Stand for what is not looked for, or not there.
@@ -63,12 +63,12 @@ class Guesser:
             1, prompts, self._pool, dtype=torch.int64, device=device
         )
         self._no_scores = torch.zeros(1, prompts, self._pool, device=device)
-        self._successors = successors
+        self._successors = bigram
         self._weights = torch.ones(prompts, device=device)
         if weights is not None:
             self._weights = weights
 
-    def match(self, slots: torch.Tensor) -> Evidence:
+    def match(self, slots: torch.Tensor) -> AcceptanceModel:
         """Look up what is known of requests before any prompt row is.
 
         Args:
@@ -77,13 +77,15 @@ class Guesser:
         tokens, ends = self._requests.all_token_ids.gpu, self._requests.total_len.gpu
         roots = tokens[slots, ends[slots] - 1]
         if self._matching:
-            return Evidence(roots, *match_chains(tokens, slots, ends, _MATCHED))
-        return Evidence(roots, self._zeros[: len(slots)], self._no_chains[: len(slots)])
+            return AcceptanceModel(roots, *match_ngrams(tokens, slots, ends, _MATCHED))
+        return AcceptanceModel(
+            roots, self._zeros[: len(slots)], self._no_chains[: len(slots)]
+        )
 
     def fill(
         self,
         trees: torch.Tensor,  # int64 [B]
-        evidence: Evidence,
+        evidence: AcceptanceModel,
         counts: torch.Tensor | None,  # int [B]: prompt tokens whose logits are there
         logits: torch.Tensor | None,  # float [B, M, V]
         drafts: torch.Tensor,  # int64 [B, K]: written
@@ -94,10 +96,10 @@ class Guesser:
             pool, scores = self._no_pool, self._no_scores
         else:
             scores, pool = logits.topk(self._pool)
-        guess_tree(
+        fill_tree(
             self._tables,
             trees,
-            DeviceGuesses(
+            DeviceDraftInputs(
                 counts, logits, pool, scores, evidence.roots, evidence.chains
             ),
             self._successors,

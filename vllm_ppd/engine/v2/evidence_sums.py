@@ -9,7 +9,7 @@ import torch
 
 from vllm_ppd.adaptive.learning import Places
 from vllm_ppd.kernels.evidence_counts import count_evidence
-from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import Walk
 
 __all__ = ["EvidenceSums", "Sums"]
@@ -51,7 +51,7 @@ class EvidenceSums:
 
     def add_walk(
         self,
-        tables: TreeTables,
+        tables: DeviceTables,
         tree_states: torch.Tensor,
         tree_classes: torch.Tensor,
         trees: torch.Tensor,

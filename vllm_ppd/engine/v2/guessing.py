@@ -8,7 +8,7 @@ from typing import Any
 from vllm_ppd.engine.opt_out import opts_out
 
 
-class Guessing(Enum):
+class DraftMode(Enum):
     """See each value."""
 
     TREES = "trees"
@@ -18,7 +18,7 @@ class Guessing(Enum):
     """Rows are scheduled as for others, and all but the root are fillers."""
 
     @classmethod
-    def of(cls, params: Any) -> Guessing:
+    def of(cls, params: Any) -> DraftMode:
         """What vLLM's SamplingParams ask for, or need."""
         if opts_out(params.extra_args):
             return cls.NOTHING

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_ppd.engine.v2.guessing import Guessing
+from vllm_ppd.engine.v2.guessing import DraftMode
 from vllm_ppd.engine.v2.request_trees import DeviceTrees
 
 # Methods of vLLM's model state that the mixin overrides; their contract is tested.
@@ -23,7 +23,7 @@ class TreeStateMixin:
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)  # type: ignore[misc]
         params = new_req_data.sampling_params
-        kind = Guessing.NOTHING if params is None else Guessing.of(params)
+        kind = DraftMode.NOTHING if params is None else DraftMode.of(params)
         self.ppd_new.append((req_index, kind))
 
     def apply_staged_writes(self) -> None:

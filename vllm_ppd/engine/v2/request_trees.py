@@ -18,15 +18,15 @@ import vllm.utils.torch_utils as torch_utils
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_ppd.engine.v2.drafting import Guesser
-from vllm_ppd.engine.v2.guessing import Guessing
+from vllm_ppd.engine.v2.drafting import Drafter
+from vllm_ppd.engine.v2.guessing import DraftMode
 from vllm_ppd.engine.v2.lines import with_lines
 from vllm_ppd.kernels.tree_attention import TreeBatch
-from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.kernels.triton.place_tree import place_tree
-from vllm_ppd.trees.drafting import Successors
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.drafting import BigramTensors
+from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import TreePlan
 from vllm_ppd.trees.step import ranges
 
@@ -42,7 +42,7 @@ class DeviceTrees:
         vocab_size: the ids of prompt tokens' embeddings start here.
         num_drafts: K, rows besides the root that vLLM schedules at most.
         requests: vLLM's state of all requests.
-        successors: the successor table, if there is one.
+        bigram: the bigram table, if there is one.
         weights: float32 [M] its weight at each prompt token; None without one.
 
     Attributes:
@@ -68,13 +68,13 @@ class DeviceTrees:
         vocab_size: int,
         num_drafts: int,
         requests: RequestState,
-        successors: Successors | None = None,
+        bigram: BigramTensors | None = None,
         weights: torch.Tensor | None = None,
     ):
         device = requests.device
         self._requests = requests
         self._vocab_size, self._num_drafts = vocab_size, num_drafts
-        self._successors, self._weights = successors, weights
+        self._successors, self._weights = bigram, weights
         # vLLM schedules the rows of the first plan's tiers, whatever plan follows.
         self.row_bounds = sorted(
             {num_drafts + 1}
@@ -125,17 +125,17 @@ class DeviceTrees:
             )
         requests, device = self._requests, self._requests.device
         self.served_plan, self.plan = plan, with_lines(plan)
-        host = PolicyTables(self.plan, self._vocab_size, num_rows=self._num_drafts + 1)
-        tables = TreeTables.on(device, host)
+        host = TreeTables(self.plan, self._vocab_size, num_rows=self._num_drafts + 1)
+        tables = DeviceTables.on(device, host)
         # Kernels are compiled by depth and width: smaller trees take those at hand.
         self.tables = replace(
             tables,
             max_depth=max(tables.max_depth, self._depth),
             num_prompt_tokens=max(tables.num_prompt_tokens, self._prompts),
         )
-        self.guesser = Guesser(
+        self.guesser = Drafter(
             self.tables,
-            host.max_candidates,
+            host.max_children,
             self._vocab_size,
             plan.num_classes,
             requests,
@@ -153,9 +153,9 @@ class DeviceTrees:
         # What a request adds to the id of its load's first tree. Lines are the last
         # match class.
         self._offset_of = {
-            Guessing.TREES: 0,
-            Guessing.LINES: self._num_states * plan.num_classes,
-            Guessing.NOTHING: _NO_TREE,
+            DraftMode.TREES: 0,
+            DraftMode.LINES: self._num_states * plan.num_classes,
+            DraftMode.NOTHING: _NO_TREE,
         }
         self._tree_ids.zero_()
 

@@ -142,7 +142,7 @@ class TreeRunnerMixin:
     def start_serving(self) -> None:
         """Count and learn from now on; what ran before was no traffic."""
         runner: Any = self
-        live, drafts = self.speculator.live_successors, runner.num_speculative_steps
+        live, drafts = self.speculator.online_bigram, runner.num_speculative_steps
         if live is not None:
             runner.rejection_sampler.learner = DeviceTableLearner(live, drafts + 1)
         if get_tensor_model_parallel_rank():

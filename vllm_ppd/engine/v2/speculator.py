@@ -1,4 +1,4 @@
-"""Guesses for the next step: the prompt rows of the nodes where walks ended."""
+"""DraftInputs for the next step: the prompt rows of the nodes where walks ended."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_ppd.engine.v2.request_trees import DeviceTrees
 from vllm_ppd.search.plan_choice import PlanSettings
-from vllm_ppd.trees.bigram_learning import LiveSuccessors
-from vllm_ppd.trees.drafting import Successors
+from vllm_ppd.trees.bigram_learning import OnlineBigram
+from vllm_ppd.trees.drafting import BigramTensors
 from vllm_ppd.trees.menu import TreePlan
 
 # Where the front end puts PPD's settings in vLLM's additional_config.
@@ -32,8 +32,8 @@ class PPDSpeculator(BaseSpeculator):
     draft_logits = None
     # The target, set once vLLM has loaded it.
     model: Any = None
-    # The successor table and its counts; None if it does not learn.
-    live_successors: LiveSuccessors | None
+    # The bigram table and its counts; None if it does not learn.
+    online_bigram: OnlineBigram | None
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, requests: RequestState
@@ -41,22 +41,22 @@ class PPDSpeculator(BaseSpeculator):
         speculative: Any = vllm_config.speculative_config
         given = vllm_config.additional_config[KEY]
         vocab_size = vllm_config.model_config.get_vocab_size()
-        learns = given["learn_successors"]
-        table = PlanSettings(**given["plan"]).successors(vocab_size, learns)
-        self.live_successors, successors, weights = None, None, None
+        learns = given["learn_bigrams"]
+        table = PlanSettings(**given["plan"]).bigram(vocab_size, learns)
+        self.online_bigram, bigram, weights = None, None, None
         if table is not None:
             weights = torch.tensor(table.weights, device=device)
             if learns:
-                self.live_successors = LiveSuccessors.of(table, device)
-                successors = self.live_successors.table
+                self.online_bigram = OnlineBigram.of(table, device)
+                bigram = self.online_bigram.table
             else:
-                successors = Successors.of(table, device)
+                bigram = BigramTensors.of(table, device)
         self.trees = DeviceTrees(
             TreePlan.from_dict(speculative.plan),
             vocab_size,
             requests.num_speculative_steps,
             requests,
-            successors,
+            bigram,
             weights,
         )
 

@@ -1,4 +1,4 @@
-"""Feeds the successor table with what verification computes anyway, on the device.
+"""Feeds the bigram table with what verification computes anyway, on the device.
 
 Ranks of a tensor-parallel group see the same logits, and learn the same from them in
 the same step.
@@ -10,7 +10,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_ppd.kernels.tree_walk import Walk
-from vllm_ppd.trees.bigram_learning import LiveSuccessors, learn_successors
+from vllm_ppd.trees.bigram_learning import OnlineBigram, learn_bigrams
 
 # Steps between looks, and about how many nodes one takes in. As many small kernels are
 # launched for few nodes as for many: more nodes seldom, then.
@@ -25,7 +25,7 @@ class DeviceTableLearner:
         most_rows: of any request in a step.
     """
 
-    def __init__(self, live: LiveSuccessors, most_rows: int):
+    def __init__(self, live: OnlineBigram, most_rows: int):
         self._live = live
         self._levels = torch.arange(most_rows, device=live.base.device)
         self._steps = 0
@@ -53,4 +53,4 @@ class DeviceTableLearner:
         nodes = walk.paths[some].gather(1, levels)
         rows = (batch.cu_num_logits[:-1][some, None] + nodes).flatten()
         tokens = batch.input_ids[batch.logits_indices[rows]]
-        learn_successors(self._live, tokens, logits[rows].float())
+        learn_bigrams(self._live, tokens, logits[rows].float())

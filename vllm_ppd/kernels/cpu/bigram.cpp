@@ -1,7 +1,7 @@
-// A successor table that goes on learning: see vllm_ppd/trees/bigram_learning.py, of
+// A bigram table that goes on learning: see vllm_ppd/trees/bigram_learning.py, of
 // which this is the fast form. Needs simd.hpp and fill_tree.cpp.
 
-struct LiveTable {  // mirrored in learn_successors.py
+struct LiveTable {  // mirrored in learn_bigrams.py
   int32_t* ids;         // [V, n]
   float* gains;         // [V, n]
   float* floor;         // [V]
@@ -12,7 +12,7 @@ struct LiveTable {  // mirrored in learn_successors.py
   int64_t vocabulary, n;
 };
 
-extern "C" void ppd_learn_successors(
+extern "C" void ppd_learn_bigrams(
   const LiveTable* t, int64_t rows, const int64_t* tokens, const float* logits,
   int64_t listed, float smoothing, float most) {
   const int64_t vocabulary = t->vocabulary, n = t->n;

@@ -1,4 +1,4 @@
-"""Learning successors on CPU: all observations in one call of the compiled kernel."""
+"""Learning bigram on CPU: all observations in one call of the compiled kernel."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vllm_ppd.trees.bigram import SMOOTHING
 from vllm_ppd.trees.bigram_learning import (
     LISTED,
     MOST,
-    LiveSuccessors,
-    learn_successors,
+    OnlineBigram,
+    learn_bigrams,
 )
 
-__all__ = ["CpuSuccessorLearner"]
+__all__ = ["CpuBigramLearner"]
 
 
 class _LiveTable(ctypes.Structure):
@@ -35,10 +35,10 @@ class _LiveTable(ctypes.Structure):
     )
 
 
-class CpuSuccessorLearner:
-    """`successor_learning.learn_successors` for one table, compiled where possible."""
+class CpuBigramLearner:
+    """`successor_learning.learn_bigrams` for one table, compiled where possible."""
 
-    def __init__(self, live: LiveSuccessors) -> None:
+    def __init__(self, live: OnlineBigram) -> None:
         self._live = live
         table = live.table
         tensors = (*table, live.counts, live.totals, live.base, live.base_total)
@@ -47,12 +47,12 @@ class CpuSuccessorLearner:
         self._struct = _LiveTable(*(t.data_ptr() for t in tensors), vocabulary, n)
         self._address = ctypes.addressof(self._struct)
         library = load_library()
-        self._kernel = None if library is None else library.ppd_learn_successors
+        self._kernel = None if library is None else library.ppd_learn_bigrams
 
     def run(self, tokens: np.ndarray, logits: torch.Tensor) -> None:
         """tokens: int64 [R]; logits: float32 [R, V]."""
         if self._kernel is None:
-            learn_successors(self._live, torch.from_numpy(tokens), logits)
+            learn_bigrams(self._live, torch.from_numpy(tokens), logits)
             return
         tokens, logits = np.ascontiguousarray(tokens, np.int64), logits.contiguous()
         self._kernel(

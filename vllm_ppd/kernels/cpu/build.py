@@ -72,7 +72,7 @@ def _declare(library: ctypes.CDLL) -> None:
         *(pointer, pointer, integer, pointer),
     ]
     fill.restype = None
-    learn = library.ppd_learn_successors
+    learn = library.ppd_learn_bigrams
     learn.argtypes = [
         *(pointer, integer, pointer, pointer, integer),
         *(ctypes.c_float, ctypes.c_float),
@@ -84,7 +84,7 @@ def _declare(library: ctypes.CDLL) -> None:
         *[pointer] * 6,
     ]
     walk.restype = integer
-    match = library.ppd_match_chains
+    match = library.ppd_match_ngrams
     match.argtypes = [
         *(pointer, integer, integer, pointer, integer, pointer, pointer, integer),
         *(pointer, pointer, integer),

@@ -1,4 +1,4 @@
-// Guesses of a batch: see vllm_ppd/trees/drafting.py, of which this is the fast form.
+// DraftInputs of a batch: see vllm_ppd/trees/drafting.py, of which this is the fast form.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,7 +13,7 @@ struct FillTables {  // mirrored in fill_trees.py
   const int64_t* num_nodes;    // [S]
   const int64_t* soft_ids;     // [S, Q]
   int64_t nodes, rows, max_rank;
-  const int32_t* successors;   // [V, n], or null
+  const int32_t* bigram;   // [V, n], or null
   const float* gains;          // [V, n]
   const float* floor;          // [V]
   int64_t n;
@@ -95,7 +95,7 @@ extern "C" void ppd_fill_trees(
       auto& children = ranked[parent];
       if (children.empty()) {
         pool.clear();
-        const int32_t* own = t->successors ? t->successors + token * t->n : nullptr;
+        const int32_t* own = t->bigram ? t->bigram + token * t->n : nullptr;
         const int64_t listed = own ? t->n : 0;
         if (depth <= count) {
           const float* values = prompt_rows + (depth - 1) * vocabulary;

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm_ppd.kernels.cpu.build import load_library
-from vllm_ppd.trees.bigram import SuccessorTable
-from vllm_ppd.trees.drafting import POOL, Guesses, Successors, fill_trees
-from vllm_ppd.trees.layout import PolicyTables
+from vllm_ppd.trees.bigram import BigramTable
+from vllm_ppd.trees.drafting import POOL, DraftInputs, BigramTensors, fill_trees
+from vllm_ppd.trees.layout import TreeTables
 
 __all__ = ["CpuTreeFiller"]
 
@@ -28,7 +28,7 @@ class _FillTables(ctypes.Structure):
         ("nodes", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("max_rank", ctypes.c_int64),
-        ("successors", ctypes.c_void_p),
+        ("bigram", ctypes.c_void_p),
         ("gains", ctypes.c_void_p),
         ("floor", ctypes.c_void_p),
         ("n", ctypes.c_int64),
@@ -42,25 +42,25 @@ class CpuTreeFiller:
 
     Args:
         tables: the trees.
-        successors: the successor table, if there is one.
+        bigram: the bigram table, if there is one.
         weights: [m] as in `fill_trees`.
     """
 
     def __init__(
         self,
-        tables: PolicyTables,
-        successors: SuccessorTable | None,
+        tables: TreeTables,
+        bigram: BigramTable | None,
         weights: Sequence[float],
     ) -> None:
         self._tables = tables
         self._weights = np.array(weights, dtype=np.float64)
-        self._successors = successors
+        self._successors = bigram
         arrays = [
             np.ascontiguousarray(array, np.int64)
             for array in (
                 tables.parents,
-                tables.candidate_ranks,
-                tables.candidate_depths,
+                tables.node_ranks,
+                tables.node_depths,
                 tables.num_nodes,
                 tables.soft_ids,
             )
@@ -69,31 +69,31 @@ class CpuTreeFiller:
         self._kept = arrays, chain  # what the addresses below point into
         parents, ranks, depths, num_nodes, soft_ids = arrays
         table = (0, 0, 0, 0)
-        if successors is not None:
+        if bigram is not None:
             table = (
-                successors.ids.ctypes.data,
-                successors.gains.ctypes.data,
-                successors.floor.ctypes.data,
-                successors.ids.shape[1],
+                bigram.ids.ctypes.data,
+                bigram.gains.ctypes.data,
+                bigram.floor.ctypes.data,
+                bigram.ids.shape[1],
             )
         self._struct = _FillTables(
             *(a.ctypes.data for a in (parents, ranks, depths)),
             *(chain.ctypes.data, num_nodes.ctypes.data, soft_ids.ctypes.data),
-            *(parents.shape[1], soft_ids.shape[1], tables.max_candidates - 1),
+            *(parents.shape[1], soft_ids.shape[1], tables.max_children - 1),
             *table,
             self._weights.ctypes.data,
-            max(POOL, tables.max_candidates + 1),
+            max(POOL, tables.max_children + 1),
         )
         self._address = ctypes.addressof(self._struct)
         library = load_library()
         self._kernel = None if library is None else library.ppd_fill_trees
 
-    def run(self, trees: np.ndarray, guesses: Guesses) -> np.ndarray:
+    def run(self, trees: np.ndarray, guesses: DraftInputs) -> np.ndarray:
         """int64 [B, Q - 1], see `candidates.fill_trees`."""
         if self._kernel is None:
             # Made anew, because the table may be learning.
             table = (
-                None if self._successors is None else Successors.of(self._successors)
+                None if self._successors is None else BigramTensors.of(self._successors)
             )
             return fill_trees(self._tables, trees, guesses, table, self._weights)
         logits = guesses.logits.contiguous()

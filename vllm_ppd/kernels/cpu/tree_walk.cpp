@@ -33,7 +33,7 @@ extern "C" int64_t ppd_walk_trees(
 }
 
 // The longest earlier match of each request's last tokens: see vllm_ppd/trees/ngram.py.
-extern "C" void ppd_match_chains(
+extern "C" void ppd_match_ngrams(
   const int32_t* token_ids, int64_t stride, int64_t batch, const int64_t* ends,
   int64_t context, const int64_t* lows, const int64_t* highs, int64_t num_classes,
   int64_t* classes, int64_t* chains, int64_t chain_length) {

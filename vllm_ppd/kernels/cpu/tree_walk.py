@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from vllm_ppd.kernels.cpu.build import load_library
-from vllm_ppd.trees.ngram import LENGTHS, MAX_CHAIN, match_chains
+from vllm_ppd.trees.ngram import LENGTHS, MAX_NGRAM_DRAFTS, match_ngrams
 from vllm_ppd.trees.step import TreeStep
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
-__all__ = ["match_chains_cpu", "walk_greedy_cpu"]
+__all__ = ["match_ngrams_cpu", "walk_greedy_cpu"]
 
 _LOWS, _HIGHS = (np.array(bounds, np.int64) for bounds in zip(*LENGTHS, strict=True))
 
@@ -57,18 +57,18 @@ def walk_greedy_cpu(
     return walk, sources[:moves], targets[:moves]
 
 
-def match_chains_cpu(
+def match_ngrams_cpu(
     token_ids: np.ndarray, ends: np.ndarray, context: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`suffix.match_chains`, compiled where possible; `token_ids` is int32."""
+    """`suffix.match_ngrams`, compiled where possible; `token_ids` is int32."""
     library = load_library()
     if library is None or token_ids.dtype != np.int32 or token_ids.strides[1] != 4:
-        return match_chains(token_ids, ends, context)
+        return match_ngrams(token_ids, ends, context)
     batch = len(ends)
     classes = np.empty(batch, dtype=np.int64)
-    chains = np.empty((batch, MAX_CHAIN), dtype=np.int64)
+    chains = np.empty((batch, MAX_NGRAM_DRAFTS), dtype=np.int64)
     ends = ends.astype(np.int64)
-    library.ppd_match_chains(
+    library.ppd_match_ngrams(
         token_ids.ctypes.data,
         token_ids.strides[0] // 4,
         batch,
@@ -79,6 +79,6 @@ def match_chains_cpu(
         len(_LOWS),
         classes.ctypes.data,
         chains.ctypes.data,
-        MAX_CHAIN,
+        MAX_NGRAM_DRAFTS,
     )
     return classes, chains

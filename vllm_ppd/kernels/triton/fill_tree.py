@@ -10,11 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_ppd.kernels.fill_tree import DeviceGuesses
-from vllm_ppd.kernels.tree_tables import TreeTables
-from vllm_ppd.trees.drafting import Successors
+from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
+from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.trees.drafting import BigramTensors
 
-__all__ = ["guess_tree"]
+__all__ = ["fill_tree"]
 
 
 @triton.jit
@@ -182,33 +182,33 @@ def _guess_tree_kernel(
     tl.store(drafts_ptr + node - 1, token)
 
 
-def guess_tree(
-    tables: TreeTables,
+def fill_tree(
+    tables: DeviceTables,
     trees: torch.Tensor,
-    guesses: DeviceGuesses,
-    successors: Successors | None,
+    guesses: DeviceDraftInputs,
+    bigram: BigramTensors | None,
     weights: torch.Tensor,
     drafts: torch.Tensor,
     filler: int = 0,
 ) -> None:
-    """As :func:`vllm_ppd.kernels.fill_tree.guess_tree_reference`; all contiguous, but
+    """As :func:`vllm_ppd.kernels.fill_tree.fill_tree_reference`; all contiguous, but
     for rows of logits, which may be cut out of longer ones."""
     batch, num_drafts = drafts.shape
     if batch == 0:
         return
     num_prompts = guesses.logits.shape[1]
     pool_size = guesses.pool.shape[2]
-    num_successors = 1 if successors is None else successors.ids.shape[1]
+    num_successors = 1 if bigram is None else bigram.ids.shape[1]
     nodes = tables.parents.shape[1]
     _guess_tree_kernel[(batch, nodes)](
         trees,
         *guesses,
-        *(successors or (None, None, None)),
+        *(bigram or (None, None, None)),
         weights,
         tables.num_nodes,
         tables.num_rows,
-        tables.candidate_depths,
-        tables.candidate_ranks,
+        tables.node_depths,
+        tables.node_ranks,
         tables.on_chain,
         tables.soft_ids,
         tables.ancestors,
@@ -223,7 +223,7 @@ def guess_tree(
         pool_size,
         num_successors,
         guesses.chains.shape[1],
-        TABLE=successors is not None,
+        TABLE=bigram is not None,
         WORDS=tables.ancestors.shape[2],
         BLOCK_K=triton.next_power_of_2(num_drafts),
         BLOCK_N=triton.next_power_of_2(nodes),

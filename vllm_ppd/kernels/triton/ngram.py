@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_ppd.trees.ngram import LENGTHS, MAX_CHAIN
+from vllm_ppd.trees.ngram import LENGTHS, MAX_NGRAM_DRAFTS
 
-__all__ = ["match_chains"]
+__all__ = ["match_ngrams"]
 
 _LONGEST = LENGTHS[-1][1]
 _BLOCK = 1024
@@ -70,16 +70,16 @@ def _match_chains_kernel(
     tl.store(at_chain, tl.where(there, chain, -1))
 
 
-def match_chains(
+def match_ngrams(
     token_ids: torch.Tensor,
     slots: torch.Tensor,
     ends: torch.Tensor,
     context: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`vllm_ppd.kernels.ngram.match_chains_reference`."""
+    """As :func:`vllm_ppd.kernels.ngram.match_ngrams_reference`."""
     batch = len(slots)
     classes = torch.empty(batch, dtype=torch.int32, device=slots.device)
-    chains = classes.new_empty((batch, MAX_CHAIN))
+    chains = classes.new_empty((batch, MAX_NGRAM_DRAFTS))
     if batch:
         _match_chains_kernel[(batch,)](
             token_ids,
@@ -92,7 +92,7 @@ def match_chains(
             LOW=tuple(low for low, _ in LENGTHS),
             HIGH=tuple(high for _, high in LENGTHS),
             LONGEST=_LONGEST,
-            CHAIN=triton.next_power_of_2(MAX_CHAIN),
+            CHAIN=triton.next_power_of_2(MAX_NGRAM_DRAFTS),
             BLOCK=_BLOCK,
             num_warps=4,
         )

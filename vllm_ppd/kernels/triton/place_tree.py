@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import DeviceTables
 
 __all__ = ["place_tree"]
 
@@ -51,7 +51,7 @@ def _place_tree_kernel(
 
 
 def place_tree(
-    tables: TreeTables,
+    tables: DeviceTables,
     trees: torch.Tensor,
     num_rows: torch.Tensor,
     query_starts: torch.Tensor,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_ppd.kernels.tree_tables import TreeTables
+from vllm_ppd.kernels.tree_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import Walk
 
 __all__ = ["tree_walk"]
@@ -84,7 +84,7 @@ def _tree_walk_kernel(
 
 
 def tree_walk(
-    tables: TreeTables,
+    tables: DeviceTables,
     trees: torch.Tensor,
     starts: torch.Tensor,
     num_rows: torch.Tensor,

@@ -1,0 +1,142 @@
+"""vLLM's workers with PPD's model runners and attention: V1 on CPU, V2 on CPU and GPU.
+
+Each measures the machine after its warm-up, if this start has to, and then starts to
+count and to learn; what ran before was no traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+import vllm.v1.worker.cpu_worker as cpu_worker
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_ppd.engine.settings import PPDSpeculativeConfig
+from vllm_ppd.engine.v1.executor import attach_drafts
+
+
+@contextmanager
+def _runner_class(module: ModuleType, runner_class: type) -> Iterator[None]:
+    """While the CPU worker builds its runner, whose class it names inline."""
+    stock, module.CPUModelRunner = module.CPUModelRunner, runner_class  # type: ignore
+    try:
+        yield
+    finally:
+        module.CPUModelRunner = stock  # type: ignore[attr-defined]
+
+
+class _ReportingWorker:
+    """What every PPD worker answers to ``collective_rpc``."""
+
+    model_runner: Any
+
+    def ppd_profile(self) -> dict[str, Any] | None:
+        """The latency profile that this start measured; None if it measured none."""
+        profile = self.model_runner.ppd_measured
+        return None if profile is None else profile.to_dict()
+
+    def ppd_report(self) -> dict[str, Any]:
+        """What PPD does now: the menu, and the log's next line."""
+        return self.model_runner.ppd_report()
+
+
+class PPDCPUWorker(_ReportingWorker, CPUWorker):
+    """The CPU worker on the V1 model runner."""
+
+    def init_device(self) -> None:
+        from vllm_ppd.engine.v1.runner import PPDCPUModelRunner
+
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN,
+            "vllm_ppd.engine.v1.attention.PPDCPUAttentionBackend",
+        )
+        with _runner_class(cpu_worker, PPDCPUModelRunner):
+            super().init_device()
+
+    def compile_or_warm_up_model(self) -> Any:
+        # First, because the stock method seeds the random numbers at its end.
+        self.model_runner.measure_machine()
+        self.model_runner.start_serving()
+        return super().compile_or_warm_up_model()
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        output = super().execute_model(scheduler_output)
+        if output is None and not scheduler_output.has_structured_output_requests:
+            # No grammar to wait for, so sampling needs no message of its own.
+            return self.sample_tokens(None)
+        return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        drafts = self.model_runner.take_draft_token_ids()
+        if drafts is not None and not any(drafts.draft_token_ids):
+            # The scheduler has dropped the scheduled drafts already: nothing to say.
+            drafts = None
+        return attach_drafts(output, drafts)
+
+
+class PPDCPUWorkerV2(_ReportingWorker, CPUWorker):
+    """The CPU worker on the V2 model runner, through Triton's interpreter: for tests."""
+
+    def init_device(self) -> None:
+        import vllm.v1.worker.cpu.model_runner as cpu_runner
+
+        from vllm_ppd.engine.v2.runner import runner_class
+
+        register_backend(
+            AttentionBackendEnum.CPU_ATTN,
+            "vllm_ppd.engine.v2.attention.PPDCPUAttentionBackendV2",
+        )
+        with _runner_class(cpu_runner, runner_class(cpu_runner.CPUModelRunner)):
+            super().init_device()
+
+    def compile_or_warm_up_model(self) -> Any:
+        self.model_runner.measure_machine()
+        times = super().compile_or_warm_up_model()
+        self.model_runner.start_serving()
+        return times
+
+
+class PPDWorker(_ReportingWorker, Worker):
+    """The GPU worker on the V2 model runner."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        is_ppd = isinstance(vllm_config.speculative_config, PPDSpeculativeConfig)
+        if not (is_ppd and vllm_config.use_v2_model_runner):
+            raise ValueError(
+                "speculative method 'ppd' was set up for vLLM's V2 model runner, but "
+                "this worker runs V1: set VLLM_USE_V2_MODEL_RUNNER alike for all "
+                "processes, or nowhere"
+            )
+        # It needs Triton, which V1 does not.
+        from vllm_ppd.engine.v2.attention import gpu_backend_path
+
+        register_backend(
+            AttentionBackendEnum.CUSTOM,
+            gpu_backend_path(vllm_config.model_config.dtype),
+        )
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def _make_model_runner(self) -> Any:
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        from vllm_ppd.engine.v2.runner import runner_class
+
+        return runner_class(GPUModelRunner)(self.vllm_config, torch.device(self.device))
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        # Now that there are graphs; then as if it had not been.
+        self.model_runner.measure_machine()
+        set_random_seed(
+            self.model_config.seed, self.parallel_config.data_parallel_index
+        )
+        self.model_runner.start_serving()
+        return times
