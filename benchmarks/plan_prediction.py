@@ -55,7 +55,7 @@ from vllm_ppd.files import write_json
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.defaults import ACCEPTANCE_FILE
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.search.report import evidence_for, load_figures
 from vllm_ppd.train.data import read_stream
 from vllm_ppd.trees.menu import Tier, TreePlan

@@ -38,7 +38,7 @@ from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.defaults import typical_acceptance
 from vllm_ppd.search.plan_search import best_plan
 from vllm_ppd.search.policy_iteration import best_policy
-from vllm_ppd.search.profile import default_profile
+from vllm_ppd.search.latency import default_profile
 from vllm_ppd.search.tree_search import optimal_policy
 from vllm_ppd.trees.tree import MAX_ROWS
 

@@ -42,12 +42,14 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         raise
 
 
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Replace `path` by `content` as indented JSON; refuses NaN and infinity.
+def write_json(
+    path: str | os.PathLike[str], content: Any, indent: int | None = 2
+) -> None:
+    """Replace `path` by `content` as JSON; refuses NaN and infinity.
 
     Raises ValueError for values that JSON cannot hold, OSError as `write_bytes`.
     """
-    text = json.dumps(content, indent=2, allow_nan=False)
+    text = json.dumps(content, indent=indent, allow_nan=False)
     write_bytes(path, (text + "\n").encode())
 
 

@@ -27,7 +27,7 @@ from vllm_ppd.hub import resolve_path
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, tensor_file
 from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
 from vllm_ppd.search.defaults import ACCEPTANCE_FILE
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.bigram import BIGRAM_FILE
 
 from .document import tree_document

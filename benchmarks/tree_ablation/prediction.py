@@ -12,7 +12,7 @@ from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.defaults import DEFAULT_ROWS, evidence_of
 from vllm_ppd.search.plan_search import best_plan
-from vllm_ppd.search.profile import LatencyProfile, default_profile
+from vllm_ppd.search.latency import LatencyProfile, default_profile
 
 from .kinds import Trees, Variant, trees_of, value_of
 

@@ -8,7 +8,7 @@ import pytest
 from tests.engine.conftest import PROMPTS, cpu_only
 from tests.engine.engine_process import EngineProcess
 from tests.engine.test_exactness import GREEDY, mixed, same
-from vllm_ppd.search.profile import LatencyProfile, cache_file
+from vllm_ppd.search.latency import LatencyProfile, cache_file
 
 pytestmark = cpu_only
 

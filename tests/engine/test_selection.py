@@ -19,7 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.engine.conftest import MODEL, PROMPTS
 from vllm_ppd.engine.select import KEY, WORKERS
-from vllm_ppd.search.profile import default_profile
+from vllm_ppd.search.latency import default_profile
 from vllm_ppd.trees.tree import TreePolicy, chain_tree
 
 PPD = {"method": "ppd", "model": str(PROMPTS)}

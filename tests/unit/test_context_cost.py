@@ -15,7 +15,7 @@ from vllm_ppd.adaptive.context_cost import (
 from vllm_ppd.adaptive.replan import better_plan
 from vllm_ppd.adaptive.step_timing import StepTiming, corrected
 from vllm_ppd.search.plan_search import best_plan
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.menu import Tier, TreePlan
 
 # A second for a plain step and as much again for three more rows: too dear for guesses.

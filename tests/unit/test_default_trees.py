@@ -16,7 +16,7 @@ from vllm_ppd.search.defaults import (
     typical_acceptance,
 )
 from vllm_ppd.search.plan_choice import PlanSettings
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.menu import Tier, TreePlan
 from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy, chain_tree
 

@@ -11,7 +11,7 @@ from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.plan_search import best_plan, shared_curve
 from vllm_ppd.search.policy_iteration import best_policy, node_chances, policy_value
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.search.subtrees import useful_rows
 from vllm_ppd.search.tree_dp import TypedTrees, candidates_by_depth, most_tokens
 from vllm_ppd.search.tree_search import optimal_policy

@@ -12,7 +12,7 @@ from vllm_ppd.search.fixed_rows import best_fixed_plan, best_within, better_with
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.plan_search import tier_limits
 from vllm_ppd.search.policy_iteration import policy_value
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.search.report import load_figures
 from vllm_ppd.trees.menu import Tier, TreePlan
 

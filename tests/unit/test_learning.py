@@ -11,7 +11,7 @@ from vllm_ppd.search.fixed_rows import better_within
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.plan_search import best_plan
 from vllm_ppd.search.policy_iteration import best_policy
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import Tier, TreePlan
 from vllm_ppd.trees.step import TreeStep

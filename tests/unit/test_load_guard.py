@@ -14,7 +14,7 @@ from vllm_ppd.adaptive.load_guard import LoadGuard
 from vllm_ppd.adaptive.prompt_cost import seconds_per_row
 from vllm_ppd.adaptive.speed_look import Look, MeanStep, TimedStep
 from vllm_ppd.adaptive.step_timing import StepTiming, corrected
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 
 
 class World:

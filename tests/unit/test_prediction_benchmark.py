@@ -22,7 +22,7 @@ from vllm_ppd.cli.generation import Batch, Generation, Step
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.latency import LatencyCurve
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.search.tree_search import optimal_policy
 from vllm_ppd.trees.menu import TreePlan
 from vllm_ppd.trees.tree import SparseTree, TreePolicy

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_ppd.adaptive.context_cost import ContextCost
-from vllm_ppd.search.profile import (
+from vllm_ppd.search.latency import (
     LatencyProfile,
     MeasurementError,
     cache_file,

@@ -14,7 +14,7 @@ from vllm_ppd.cli import main, profile, profile_engine
 from vllm_ppd.cli.engines import EngineFailedError
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
-from vllm_ppd.search.profile import LatencyProfile, cache_file
+from vllm_ppd.search.latency import LatencyProfile, cache_file
 
 KEY = {"model": "org/base", "device": "Slow Machine", "vllm": "9.9"}
 ROWS, SECONDS = (1, 2, 16), ((0.004, 0.0051, 0.0123), (0.006, 0.0501, 0.1234))

@@ -35,7 +35,7 @@ from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.baseline_policies import baseline_trees
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.bigram import BIGRAM_FILE
 from vllm_ppd.trees.menu import TreePlan
 

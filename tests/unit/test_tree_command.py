@@ -18,7 +18,7 @@ from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
 from vllm_ppd.search.plan_search import best_plan
-from vllm_ppd.search.profile import LatencyProfile, default_profile
+from vllm_ppd.search.latency import LatencyProfile, default_profile
 from vllm_ppd.search.report import evidence_for, load_figures, load_labels
 from vllm_ppd.search.tree_plot import node_places
 from vllm_ppd.trees.bigram import BIGRAM_FILE

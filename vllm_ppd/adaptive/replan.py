@@ -24,7 +24,7 @@ from vllm_ppd.files import write_json
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.fixed_rows import better_within
 from vllm_ppd.search.plan_search import best_plan, served_speed
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.menu import TreePlan
 
 __all__ = ["Replanner", "SearchPace", "better_plan"]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 
 __all__ = ["RowSteps", "StepTiming", "corrected", "mean_rows"]
 

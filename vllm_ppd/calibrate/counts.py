@@ -17,7 +17,7 @@ import torch
 from vllm_ppd.calibrate.rates import Texts, TriedPoints, settled_evidence
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
-from vllm_ppd.search.profile import default_profile
+from vllm_ppd.search.latency import default_profile
 from vllm_ppd.train.continuation import Continuation
 from vllm_ppd.trees.bigram import BigramTable
 from vllm_ppd.trees.drafting import BigramTensors, rank_children

@@ -29,7 +29,7 @@ from vllm_ppd.prompt_tokens.tokens import PromptTokens, tensor_file
 from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.defaults import ACCEPTANCE_FILE
-from vllm_ppd.search.profile import default_profile
+from vllm_ppd.search.latency import default_profile
 from vllm_ppd.train.corpus import text_files
 from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream
 from vllm_ppd.train.documents import sha256_of_files

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_ppd.search.profile import LatencyProfile
+    from vllm_ppd.search.latency import LatencyProfile
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Engine arguments that have another place on this command line.
@@ -171,8 +171,8 @@ def run(args: argparse.Namespace) -> int:
 
     from vllm_ppd.cli.output_files import write_plot
     from vllm_ppd.cli.profile_engine import measure, on_file
-    from vllm_ppd.search.profile import cache_file
-    from vllm_ppd.search.profile_plot import draw_profile
+    from vllm_ppd.search.latency import cache_file
+    from vllm_ppd.search.latency_plot import draw_profile
 
     check(args)
     settings = engine_settings(args)

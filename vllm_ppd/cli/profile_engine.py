@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vllm_ppd.cli.engines import EngineProcess
-    from vllm_ppd.search.profile import LatencyProfile
+    from vllm_ppd.search.latency import LatencyProfile
 
 __all__ = ["measure", "on_file", "start_once"]
 
@@ -25,7 +25,7 @@ _POLL_S = 0.3
 
 def on_file(file: Path, key: dict[str, Any], console: Console) -> LatencyProfile | None:
     """The profile that is filed, None where there is no usable one."""
-    from vllm_ppd.search.profile import LatencyProfile, MeasurementError
+    from vllm_ppd.search.latency import LatencyProfile, MeasurementError
 
     if not file.exists():
         return None
@@ -48,7 +48,7 @@ def measure(
     ValueError and EngineFailedError as the engine does.
     """
     from vllm_ppd.cli.engines import EngineFailedError
-    from vllm_ppd.search.profile import LatencyProfile
+    from vllm_ppd.search.latency import LatencyProfile
 
     with _out_of_the_way(file):
         show("starting the engine")

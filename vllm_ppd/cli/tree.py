@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm_ppd.search.acceptance import AcceptanceModel
     from vllm_ppd.search.plan_choice import PlanSettings
-    from vllm_ppd.search.profile import LatencyProfile
+    from vllm_ppd.search.latency import LatencyProfile
     from vllm_ppd.search.report import LoadFigures
     from vllm_ppd.trees.menu import TreePlan
 
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_ppd.files import write_json
     from vllm_ppd.hub import resolve_path
     from vllm_ppd.search.defaults import evidence_of
-    from vllm_ppd.search.profile import LatencyProfile, default_profile
+    from vllm_ppd.search.latency import LatencyProfile, default_profile
     from vllm_ppd.search.report import evidence_for, load_figures
     from vllm_ppd.search.tree_plot import draw_plan
 

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 import vllm_ppd
-from vllm_ppd.search.profile import LatencyProfile, MeasurementError, cache_file
+from vllm_ppd.search.latency import LatencyProfile, MeasurementError, cache_file
 
 __all__ = ["known_profile", "profile_key"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 from vllm.distributed import get_tp_group
 
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 
 __all__ = ["CONTEXT", "ROWS", "TIMED", "UNTIMED", "Visit", "agreed", "measure_grid"]
 

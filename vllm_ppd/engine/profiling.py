@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 
 from vllm_ppd.engine.v1.measure import measure_profile
 from vllm_ppd.search.plan_search import PlannedTier
-from vllm_ppd.search.profile import LatencyProfile, cache_file
+from vllm_ppd.search.latency import LatencyProfile, cache_file
 
 __all__ = ["log_tiers", "measure_and_file", "plan_for_this_machine"]
 

@@ -1,22 +1,44 @@
-"""How long a step takes: seconds as a function of the rows it feeds to the model.
+"""Step latency: seconds of a step by its rows, and by how many requests share it.
 
-The paper measures this curve per device and picks the size of its trees by it.
+A `LatencyCurve` is the paper's hardware curve, for one load. A `LatencyProfile` holds
+the curves of all loads, as measured through the real engine; it is kept in the user's
+cache folder under a key of everything that changes it: model, data type, quantisation,
+device, parallelism, versions.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import overload
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 
-__all__ = ["LatencyCurve", "MeasurementError"]
+from vllm_ppd.files import check_content, read_json, write_json
+from vllm_ppd.trees.menu import MenuEntry
+
+__all__ = [
+    "LatencyCurve",
+    "LatencyProfile",
+    "MeasurementError",
+    "cache_file",
+    "expected_speedup",
+]
+
+FORMAT = "ppd_latency_profile"
+FORMAT_VERSION = 1
+_KEYS = ("key", "num_running", "rows", "seconds")
+_REMEDY = "measure again with vllm-ppd profile"
 
 
 class MeasurementError(ValueError):
-    """Latencies that no step can have."""
+    """Latencies or acceptance probabilities that cannot be."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +56,6 @@ class LatencyCurve:
     tail: float | None = None
     """Seconds per row beyond the last point. By default the mean cost per row of the
     last point, which is pessimistic: unmeasured rows must not look free."""
-    plain: float | None = None
-    """Seconds of a step without speculation; None where one row takes no longer for
-    being part of a policy."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(int(n) for n in self.rows))
@@ -75,19 +94,6 @@ class LatencyCurve:
                 f"the tail is {tail:g} s per row; expected a finite number, at least 0"
             )
         object.__setattr__(self, "tail", float(tail))
-        plain = self.seconds[0] if self.plain is None else float(self.plain)
-        if not 0 < plain <= self.seconds[0]:
-            raise MeasurementError(
-                f"a plain step takes {plain:g} s; expected more than 0 and at most the "
-                f"{self.seconds[0]:g} s of a single row among guesses"
-            )
-        object.__setattr__(self, "plain", plain)
-
-    @property
-    def plain_s(self) -> float:
-        """Seconds of a step without speculation."""
-        assert self.plain is not None  # set in __post_init__
-        return self.plain
 
     @classmethod
     def constant(cls, seconds: float = 1.0) -> LatencyCurve:
@@ -116,3 +122,167 @@ class LatencyCurve:
         beyond = np.maximum(count - self.rows[-1], 0)
         time = np.interp(count, self.rows, self.seconds) + self.tail * beyond
         return time if count.ndim else float(time)
+
+
+@dataclass(frozen=True)
+class LatencyProfile:
+    """Seconds per step on one machine; raises MeasurementError for impossible tables.
+
+    Attributes:
+        num_running: [R] requests in the step, rising from 1.
+        rows: [Q] rows per request, rising from 1, which is a plain step.
+        seconds: [R][Q].
+        key: what it was measured on.
+    """
+
+    num_running: tuple[int, ...]
+    rows: tuple[int, ...]
+    seconds: tuple[tuple[float, ...], ...]
+    key: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("num_running", "rows"):
+            values = tuple(int(n) for n in getattr(self, name))
+            object.__setattr__(self, name, values)
+            if not values or values[0] != 1 or list(values) != sorted(set(values)):
+                raise MeasurementError(
+                    f"{name} of a profile are {list(values)}; expected rising from 1"
+                )
+        table = tuple(tuple(float(t) for t in row) for row in self.seconds)
+        object.__setattr__(self, "seconds", table)
+        shape = len(self.num_running), len(self.rows)
+        if {len(row) for row in table} != {shape[1]} or len(table) != shape[0]:
+            raise MeasurementError(
+                f"seconds has rows of {[len(row) for row in table]} times; expected "
+                f"{shape[0]} rows of {shape[1]}"
+            )
+        array = np.array(table)
+        if not (np.isfinite(array) & (array > 0)).all():
+            raise MeasurementError("seconds must be finite and positive")
+
+    @classmethod
+    def smoothed(
+        cls,
+        num_running: Sequence[int],
+        rows: Sequence[int],
+        seconds: np.ndarray,
+        key: Mapping[str, Any],
+    ) -> LatencyProfile:
+        """From raw measurements [R, Q]: more rows or requests never look faster.
+
+        A pool-adjacent-violators pass along the rows, then along the requests, averages
+        neighbours that are out of order.
+        """
+        table = np.array([_rising(row) for row in seconds])
+        table = np.array([_rising(column) for column in table.T]).T
+        return cls(tuple(num_running), tuple(rows), tuple(map(tuple, table)), key)
+
+    def curve(self, num_running: int) -> LatencyCurve:
+        """Seconds by rows per request while so many requests run."""
+        table = np.array(self.seconds)
+        loads = np.array(self.num_running)
+        at = min(num_running, int(loads[-1]))
+        seconds = np.array([np.interp(at, loads, column) for column in table.T])
+        # Beyond the largest measured load all rows count alike.
+        seconds = np.maximum.accumulate(seconds * (num_running / at))
+        return LatencyCurve(self.rows, tuple(seconds))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "key": dict(self.key),
+            "num_running": list(self.num_running),
+            "rows": list(self.rows),
+            "seconds": [list(row) for row in self.seconds],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file completely or not at all; raises OSError."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: Any) -> LatencyProfile:
+        """Read what `to_dict` wrote; raises FormatError or MeasurementError."""
+        content = check_content(
+            data,
+            kind="a latency profile",
+            format=FORMAT,
+            version=FORMAT_VERSION,
+            keys=_KEYS,
+        )
+        try:
+            return cls(**content)
+        except (TypeError, ValueError) as error:
+            raise MeasurementError(str(error)) from error
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], key: Mapping[str, Any] | None = None
+    ) -> LatencyProfile:
+        """Read strictly; raises FormatError or MeasurementError that names the file.
+
+        key: what the profile must have been measured on; None for anything.
+        """
+        content = read_json(
+            path,
+            kind="the latency profile",
+            format=FORMAT,
+            version=FORMAT_VERSION,
+            keys=_KEYS,
+            remedy=_REMEDY,
+        )
+        try:
+            profile = cls(**content)
+        except (TypeError, ValueError) as error:
+            raise MeasurementError(f"{path}: {error}; {_REMEDY}") from error
+        for name in sorted({*(key or ()), *profile.key}) if key is not None else ():
+            ours, theirs = key.get(name), profile.key.get(name)  # type: ignore[union-attr]
+            if ours != theirs:
+                raise MeasurementError(
+                    f"the profile {path} was measured with {name} {theirs!r}, and this "
+                    f"is {ours!r}; {_REMEDY}"
+                )
+        return profile
+
+
+def expected_speedup(entry: MenuEntry, curve: LatencyCurve) -> float:
+    """Tokens per second of a menu entry relative to plain decoding.
+
+    The mean acceptance length, times the seconds of a plain step, over the mean seconds
+    of the entry's steps. A step costs at least what one of 2 rows costs: drafting is
+    never free.
+
+    Raises:
+        MeasurementError: an entry without an expected acceptance length.
+    """
+    if entry.acceptance_length is None or not entry.row_shares:
+        raise MeasurementError(
+            "the tree menu does not say what its entries are expected to accept: "
+            "write it again with vllm-ppd calibrate"
+        )
+    seconds = sum(share * curve(max(rows, 2)) for rows, share in entry.row_shares)
+    return entry.acceptance_length * curve(1) / seconds
+
+
+def cache_file(key: Mapping[str, Any]) -> Path:
+    """Where the profile of `key` is kept: under $XDG_CACHE_HOME, else ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    text = json.dumps(key, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Path(root) / "vllm_ppd" / "profiles" / f"{digest}.json"
+
+
+def _rising(values: np.ndarray) -> np.ndarray:
+    """The nearest rising sequence in least squares (pool adjacent violators)."""
+    means: list[float] = []
+    sizes: list[int] = []
+    for value in values:
+        means.append(float(value))
+        sizes.append(1)
+        while len(means) > 1 and means[-2] > means[-1]:
+            size = sizes[-2] + sizes[-1]
+            mean = (means[-2] * sizes[-2] + means[-1] * sizes[-1]) / size
+            means[-2:], sizes[-2:] = [mean], [size]
+    return np.repeat(means, sizes)

@@ -18,13 +18,13 @@ import numpy as np
 
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
-from vllm_ppd.search.subtrees import useful_rows
 from vllm_ppd.search.tree_dp import (
     TypedTrees,
     candidates_by_depth,
     most_tokens,
+    useful_rows,
 )
-from vllm_ppd.trees.menu import Tier
+from vllm_ppd.trees.menu import MenuEntry
 from vllm_ppd.trees.plain_tree import PlainTree
 from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
@@ -56,13 +56,22 @@ class SearchedPolicy:
     tokens_per_second: float
     state_distribution: np.ndarray
 
-    def tier(self, max_requests: int | None) -> Tier:
-        """As a tier of a plan, ready to be served."""
-        policies = (
-            TreePolicy(tuple(SparseTree(*tree) for tree in trees))
-            for trees in self.trees
+    def entry(self) -> MenuEntry:
+        """As an entry of a tree menu."""
+        shares: dict[int, float] = {}
+        for trees, row in zip(self.trees, self.state_distribution, strict=True):
+            for tree, share in zip(trees, row.tolist(), strict=True):
+                # Least squares may leave a hair below zero.
+                shares[tree.num_rows] = shares.get(tree.num_rows, 0) + max(0.0, share)
+        total = sum(shares.values())
+        return MenuEntry(
+            tuple(
+                TreePolicy(tuple(SparseTree(*tree) for tree in trees))
+                for trees in self.trees
+            ),
+            round(self.tau, 6),
+            tuple((rows, shares[rows] / total) for rows in sorted(shares)),
         )
-        return Tier(max_requests, tuple(policies))
 
     @property
     def max_rows(self) -> int:
@@ -84,7 +93,9 @@ def node_chances(
     reached, depths, chain = [1.0], [0], [match_class > 0]
     for parent, rank in zip(tree.parents, tree.ranks, strict=True):
         depths.append(depths[parent] + 1)
-        chances = acceptance.chances(state, match_class, depths[-1], chain[parent])
+        chances = acceptance.probabilities(
+            state, match_class, depths[-1], chain[parent]
+        )
         chance = float(chances[rank]) if rank < len(chances) else 0.0
         chain.append(chain[parent] and rank == 0)
         reached.append(reached[parent] * chance)
@@ -130,7 +141,7 @@ def best_policy(
         tokens, seconds, moves = _chain(steps, acceptance, latency)
         speed, flat = _relative_values(tokens, seconds, moves)
         h = flat.reshape(classes, m + 1)
-        ahead = (1 - _RESTART) * acceptance.moves @ h
+        ahead = (1 - _RESTART) * acceptance.transitions @ h
         rows = useful_rows(most.ravel(), flat, speed, cost)
         best = TypedTrees(candidates, ahead, rows, num_ept)
         worth = 1 + best.values[..., 1:] - speed * cost[:rows]
@@ -191,7 +202,7 @@ def _chain(
     seconds = latency(np.array([step.rows for row in steps for step in row]))
     moves = np.stack(
         [
-            (acceptance.moves[:, match_class].T @ step.after).ravel()
+            (acceptance.transitions[:, match_class].T @ step.after).ravel()
             for match_class, row in enumerate(steps)
             for step in row
         ]

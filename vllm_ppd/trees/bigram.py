@@ -28,7 +28,7 @@ from vllm_ppd.files import write_bytes
 __all__ = ["BIGRAM_FILE", "BigramCounts", "BigramError", "BigramTable"]
 
 BIGRAM_FILE = "bigram.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 SMOOTHING = 20.0
 
 
@@ -113,7 +113,7 @@ class BigramTable:
             "base": self.base,
         }
         notes = {
-            "format": "ppd_successors",
+            "format": "ppd_bigram",
             "format_version": str(FORMAT_VERSION),
             "weights": json.dumps(self.weights),
         }
@@ -128,7 +128,7 @@ class BigramTable:
         try:
             with safe_open(Path(path), "numpy") as file:
                 notes = file.metadata() or {}
-                if notes.get("format") != "ppd_successors" or notes.get(
+                if notes.get("format") != "ppd_bigram" or notes.get(
                     "format_version"
                 ) != str(FORMAT_VERSION):
                     raise BigramError(f"it is no bigram table of ours; {remedy}")

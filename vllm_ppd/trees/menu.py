@@ -227,6 +227,8 @@ def save_menus(path: Path | str, variable_rows: TreeMenu, fixed_rows: TreeMenu) 
             "variable_rows": variable_rows.to_dict()["entries"],
             "fixed_rows": fixed_rows.to_dict()["entries"],
         },
+        # Indented, thousands of short lists would stand on lines of their own.
+        indent=None,
     )
 
 

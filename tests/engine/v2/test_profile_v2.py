@@ -9,7 +9,7 @@ import numpy as np
 from tests.engine.conftest import cpu_only
 from tests.engine.v2.engine import V2EngineProcess
 from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
-from vllm_ppd.search.profile import LatencyProfile, cache_file
+from vllm_ppd.search.latency import LatencyProfile, cache_file
 
 
 @cpu_only

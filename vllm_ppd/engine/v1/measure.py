@@ -23,7 +23,7 @@ from vllm.v1.core.sched.output import (
 from vllm_ppd.engine.made_up_requests import blocks_of, scheduled, tree_of_rows
 from vllm_ppd.engine.measure import CONTEXT, ROWS, TIMED, UNTIMED, measure_grid
 from vllm_ppd.engine.v1.measure_context import measure_context_cost
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.menu import Tier, TreePlan
 from vllm_ppd.trees.tree import SparseTree, TreePolicy
 

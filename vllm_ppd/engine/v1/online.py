@@ -20,7 +20,7 @@ from vllm_ppd.adaptive.replan import Replanner, SearchPace
 from vllm_ppd.adaptive.step_timing import StepTiming, corrected
 from vllm_ppd.engine.v1.served_trees import PPDProposer
 from vllm_ppd.search.acceptance import AcceptanceModel
-from vllm_ppd.search.profile import LatencyProfile
+from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.step import TreeStep
 from vllm_ppd.trees.verify import TreeWalk
 

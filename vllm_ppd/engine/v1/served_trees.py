@@ -13,7 +13,7 @@ from vllm_ppd.engine.select import KEY
 from vllm_ppd.engine.soft_tokens import add_soft_tokens
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.plan_choice import PlanSettings
-from vllm_ppd.search.profile import default_profile
+from vllm_ppd.search.latency import default_profile
 from vllm_ppd.trees.bigram_learning import OnlineBigram
 from vllm_ppd.trees.drafting import DraftInputs, BigramTensors, fill_trees
 from vllm_ppd.trees.layout import TreeTables

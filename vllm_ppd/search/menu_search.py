@@ -1,0 +1,162 @@
+"""Tree menus: the few policies among which an engine chooses while it serves.
+
+The best trees depend on what a row costs, and that depends on machine and load. Over
+the range of row prices that machines have, a dozen policies are within 1 % of the best
+one for each price (docs/findings.md), so they are searched for once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vllm_ppd.search.acceptance import AcceptanceModel
+from vllm_ppd.search.latency import LatencyCurve, LatencyProfile, expected_speedup
+from vllm_ppd.search.policy_iteration import SearchedPolicy, best_policy
+from vllm_ppd.trees.menu import MENU_FILE, MenuEntry, TreeMenu, load_menus
+from vllm_ppd.trees.tree import TreeError
+
+__all__ = ["build_menu", "menu_for", "prior_lengths"]
+
+# What one more row costs, in plain steps of one row.
+ROW_PRICES = tuple(np.geomspace(0.8, 0.0008, 12))
+# Rows of a step where every request has as many.
+ROW_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# Less than this over plain decoding is not worth a start with drafts.
+_LEAST_SPEEDUP = 1.03
+
+
+def build_menu(
+    model: AcceptanceModel, max_rows: int, num_ept: int = 1, fixed_rows: bool = False
+) -> TreeMenu:
+    """The menu of the best policies.
+
+    Args:
+        model: acceptance probabilities.
+        max_rows: most rows of a request's step, root included, at least 2.
+        num_ept: rows per prompt token.
+        fixed_rows: every tree of an entry is padded to the entry's rows, so that an
+            entry is the policy with the most tokens per step within them; otherwise an
+            entry is the policy with the most tokens per second at one row price.
+    """
+    policies: list[SearchedPolicy] = []
+    policy: SearchedPolicy | None = None
+    if fixed_rows:
+        counts = sorted({n for n in ROW_COUNTS if n < max_rows} | {max_rows})
+        for count in counts:
+            policy = best_policy(
+                model, LatencyCurve.constant(), count, num_ept, start=policy
+            )
+            policies.append(policy)
+    else:
+        for price in ROW_PRICES:
+            curve = LatencyCurve.linear(1.0, float(price))
+            policies.append(best_policy(model, curve, max_rows, num_ept))
+    entries = [policy.entry() for policy in policies if policy.max_rows > 1]
+    if not entries:
+        # Nothing pays at any price: the smallest tree that can be drafted for.
+        smallest = best_policy(model, LatencyCurve.constant(), 1 + num_ept, num_ept)
+        entries = [smallest.entry()]
+    if fixed_rows:
+        entries = [_padded(entry) for entry in entries]
+    return TreeMenu(tuple(_distinct(entries)))
+
+
+def _padded(entry: MenuEntry) -> MenuEntry:
+    return MenuEntry(entry.policies, entry.acceptance_length, ((entry.max_rows, 1.0),))
+
+
+def _distinct(entries: Iterable[MenuEntry]) -> list[MenuEntry]:
+    """By rising draft length; of equal ones that which accepts more."""
+    by_length: dict[int, MenuEntry] = {}
+    for entry in sorted(entries, key=lambda entry: entry.acceptance_length or 0.0):
+        by_length[entry.num_draft_tokens] = entry
+    return [by_length[length] for length in sorted(by_length)]
+
+
+def menu_for(
+    folder: Path,
+    num_prompt_tokens: int,
+    num_ept: int,
+    *,
+    bigram: bool,
+    ngram: bool,
+    max_rows: int,
+    fixed_rows: bool,
+    tree_file: str | None = None,
+) -> TreeMenu:
+    """The menu that an engine serves for a prompt-token folder.
+
+    The user's own file; else the folder's trees.json, if it is for the same sources of
+    draft tokens; else one searched for the folder's acceptance model, or typical one.
+
+    Args:
+        folder: the prompt tokens'.
+        num_prompt_tokens, num_ept: what it holds.
+        bigram, ngram: which sources of draft tokens are in use.
+        max_rows: most rows of a request's step, root included.
+        fixed_rows: see `build_menu`.
+        tree_file: the user's own menu.
+
+    Raises:
+        FormatError, TreeError, MeasurementError: a file that cannot be used here.
+    """
+    if tree_file is not None:
+        menu = load_menus(tree_file)[fixed_rows]
+        _require_prompts(menu, tree_file, num_prompt_tokens, num_ept)
+        if menu.entries[0].max_rows > max_rows:
+            raise TreeError(
+                f"num_speculative_tokens is {max_rows - 1}, too small for the tree menu "
+                f"{tree_file}, which needs at least {menu.draft_lengths[0]}"
+            )
+        limited = menu.limited(max_rows)
+        assert limited is not None  # its first entry fits
+        return limited
+    own = folder / MENU_FILE
+    if bigram and ngram and own.exists():
+        menu = load_menus(own)[fixed_rows]
+        _require_prompts(menu, str(own), num_prompt_tokens, num_ept)
+        limited = menu.limited(max_rows)
+        if limited is not None and 2 * limited.max_rows > min(max_rows, menu.max_rows):
+            return limited
+    model = AcceptanceModel.of_folder(folder, num_prompt_tokens)
+    if not bigram:
+        model = model.without_bigram()
+    model = model.with_typical_ngrams() if ngram else model.without_ngram()
+    return build_menu(model, max_rows, num_ept, fixed_rows)
+
+
+def _require_prompts(menu: TreeMenu, path: str, m: int, e: int) -> None:
+    if (menu.num_prompt_tokens, menu.num_ept) != (m, e):
+        raise TreeError(
+            f"the tree menu {path} is for {menu.num_prompt_tokens} prompt tokens of "
+            f"{menu.num_ept} EPT, but the folder holds {m} of {e}; write it again with "
+            "vllm-ppd calibrate"
+        )
+
+
+def prior_lengths(
+    menu: TreeMenu, profile: LatencyProfile, buckets: Sequence[int]
+) -> list[int]:
+    """The draft length that each load bucket starts with, by the machine's profile.
+
+    Args:
+        menu: whose entries say what they are expected to accept; where they do not,
+            every bucket starts with plain decoding.
+        profile: of the machine.
+        buckets: largest number of running requests of each.
+    """
+    lengths = []
+    for num_running in buckets:
+        curve = profile.curve(num_running)
+        best, best_speedup = 0, _LEAST_SPEEDUP
+        for entry in menu.entries:
+            if entry.acceptance_length is None:
+                continue
+            speedup = expected_speedup(entry, curve)
+            if speedup > best_speedup:
+                best, best_speedup = entry.num_draft_tokens, speedup
+        lengths.append(best)
+    return lengths
