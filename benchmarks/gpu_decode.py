@@ -111,7 +111,7 @@ def engines_of(
         "gpu_memory_utilization": 0.2,
     }
     # The replayed table says nothing of earlier matches.
-    ppd = {"method": "ppd", "model": prompts, "profile": "none", "suffix": False}
+    ppd = {"method": "ppd", "model": prompts, "profile": "none", "ngram": False}
     found = {"plain": base, "ppd": {**base, "speculative_config": ppd}}
     for rows in args.rows:
         trees = folder / f"trees-{shape}-{rows}.json"

@@ -87,7 +87,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--ppd-config",
         type=json.loads,
         # DraftInputs of prompt tokens alone: that is what acceptance.json is about.
-        default={"conditioned": False, "suffix": False},
+        default={"bigram": False, "ngram": False},
         metavar="JSON",
         help="more keys of PPD's speculative_config (default: %(default)s)",
     )

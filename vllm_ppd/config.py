@@ -1,9 +1,10 @@
-"""What a user may say about PPD, checked."""
+"""User-facing settings: the PPD keys of vLLM's ``speculative_config``."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,20 +28,22 @@ class PPDConfig:
     """
 
     path: str
-    """Folder or hub id of the prompt tokens."""
+    """Folder or hub id of the prompt tokens; the key is vLLM's ``model``."""
     num_speculative_tokens: int | None = None
-    """Most rows besides the root that one request may add to a step."""
+    """Upper limit of draft rows (draft tokens and prompt rows) per request and step."""
     tree: str | None = None
-    """File of a tree policy or plan to use instead of a searched one."""
+    """File of a tree menu (trees.json) to serve instead of the folder's own."""
     profile: str = "auto"
-    """Step latencies that size the trees: "auto" measures them at the first start on a
-    machine and keeps them, "none" takes typical ones, else a file's path."""
-    conditioned: bool = True
-    """Rank candidates by their parent too, where there is a bigram table."""
-    suffix: bool = True
-    """Also guess what followed the last time the same tokens were written."""
+    """Latency profile that sets the first draft lengths: "auto" measures the machine at
+    its first start and keeps the result, "none" does without, else a file's path."""
+    measure_seconds: float = 15.0
+    """Time budget of that measurement; it starts no further round after it."""
+    bigram: bool = True
+    """Draft tokens are ranked by the bigram table as well."""
+    ngram: bool = True
+    """Draft tokens are also taken from n-gram matches in the request's own text."""
     online: bool = True
-    """Let the trees follow what the traffic accepts."""
+    """Draft lengths and the bigram table adapt to the traffic."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path.strip():
@@ -67,7 +70,13 @@ class PPDConfig:
             raise PPDConfigError(
                 f"profile is {self.profile!r}; expected 'auto', 'none' or a file's path"
             )
-        for name in ("conditioned", "suffix", "online"):
+        seconds = self.measure_seconds
+        is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        if not is_number or not 0 < seconds < math.inf:
+            raise PPDConfigError(
+                f"measure_seconds is {seconds!r}; expected a number above 0"
+            )
+        for name in ("bigram", "ngram", "online"):
             if not isinstance(getattr(self, name), bool):
                 raise PPDConfigError(
                     f"{name} is {getattr(self, name)!r}; expected true or false"
@@ -95,13 +104,13 @@ class PPDConfig:
         model = values.pop("model", None)
         if isinstance(model, str):
             model = model.removeprefix(MODEL_PREFIX)
-        known = [field.name for field in dataclasses.fields(cls)][1:]
+        keys = [field.name for field in dataclasses.fields(cls)][1:]
         for key in values:
-            if key not in known:
-                close = difflib.get_close_matches(key, known, 1)
+            if key not in keys:
+                close = difflib.get_close_matches(key, keys, 1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
                 raise PPDConfigError(
                     f"speculative_config has {key!r}, which method 'ppd' does not "
-                    f"know{hint}; it takes 'model', {', '.join(map(repr, known))}"
+                    f"have{hint}; it takes 'model', {', '.join(map(repr, keys))}"
                 )
         return cls(path=model, **values)

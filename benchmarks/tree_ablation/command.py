@@ -187,10 +187,10 @@ def measure_all(
         dtype=args.dtype,
     )
     plans = {variant: plan_of(found) for variant, found in trees.items()}
-    names = {v: plan_name(plan, v.conditioned) for v, plan in plans.items()}
+    names = {v: plan_name(plan, v.bigram) for v, plan in plans.items()}
     left = {names[v]: v for v in plans if records.read(names[v]) is None}
-    for source in dict.fromkeys((v.conditioned, v.suffix) for v in left.values()):
-        group = [n for n, v in left.items() if (v.conditioned, v.suffix) == source]
+    for source in dict.fromkeys((v.bigram, v.ngram) for v in left.values()):
+        group = [n for n, v in left.items() if (v.bigram, v.ngram) == source]
         widest = max((plans[left[n]] for n in group), key=lambda plan: plan.max_rows)
         say(f"starting an engine: {source_name(*source)}")
         with running(work, widest, *source) as engine:

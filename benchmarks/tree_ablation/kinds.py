@@ -35,9 +35,9 @@ class Variant:
     """What is compared: trees of a kind, and what their guesses are made from."""
 
     kind: Kind
-    conditioned: bool
+    bigram: bool
     """The bigram table is used."""
-    suffix: bool
+    ngram: bool
     """Earlier matches are used."""
     rows: int
     """Most rows of a tree."""
@@ -52,11 +52,11 @@ class Variant:
         rows: tuple[int, ...],
         sources: tuple[tuple[bool, bool], ...],
     ) -> Iterator[Variant]:
-        """Every combination. `sources`: pairs of (conditioned, suffix)."""
-        for conditioned, suffix in sources:
+        """Every combination. `sources`: pairs of (bigram, ngram)."""
+        for bigram, ngram in sources:
             for count in rows:
                 for kind in kinds:
-                    yield cls(kind, conditioned, suffix, count)
+                    yield cls(kind, bigram, ngram, count)
 
 
 def trees_of(

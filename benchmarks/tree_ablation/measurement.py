@@ -51,7 +51,7 @@ class Work:
 
 
 def engine_settings(
-    work: Work, tree: Path, conditioned: bool, suffix: bool
+    work: Work, tree: Path, bigram: bool, ngram: bool
 ) -> dict[str, Any]:
     """Arguments of `vllm.LLM`: the trees of a file, and nothing that changes them."""
     longest = max(len(prompt) for prompt in work.prompts) + work.max_tokens
@@ -68,8 +68,8 @@ def engine_settings(
             "method": "ppd",
             "model": work.prompt_tokens,
             "tree": str(tree),
-            "conditioned": conditioned,
-            "suffix": suffix,
+            "bigram": bigram,
+            "ngram": ngram,
             "profile": "none",
             "online": False,
         },
@@ -78,14 +78,14 @@ def engine_settings(
 
 @contextlib.contextmanager
 def running(
-    work: Work, widest: TreePlan, conditioned: bool, suffix: bool
+    work: Work, widest: TreePlan, bigram: bool, ngram: bool
 ) -> Iterator[EngineProcess]:
     """An engine for plans of at most as many rows as `widest`, whose trees it has at
     first; its log stays only if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "plan.json"
         write_json(tree, widest.to_dict())
-        settings = engine_settings(work, tree, conditioned, suffix)
+        settings = engine_settings(work, tree, bigram, ngram)
         with engine_processes({"trees": settings}, "trees") as engines:
             start_all(list(engines.values()))
             yield engines["trees"]

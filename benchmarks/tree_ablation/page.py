@@ -17,9 +17,9 @@ from .prediction import DEMO
 __all__ = ["PAGE", "source_name"]
 
 
-def source_name(conditioned: bool, suffix: bool) -> str:
+def source_name(bigram: bool, ngram: bool) -> str:
     """What guesses are made from, in words."""
-    more = ["bigram table"] * conditioned + ["earlier matches"] * suffix
+    more = ["bigram table"] * bigram + ["earlier matches"] * ngram
     return " + ".join(["prompt rows", *more])
 
 
@@ -40,11 +40,11 @@ def predicted_lines(results: Mapping[str, Any], statistics: str) -> list[str]:
         "| guesses from | trees | " + " | ".join(f"{n} rows" for n in rows) + " |",
         "|---" * (2 + len(rows)) + "|",
     ]
-    for conditioned, suffix, kind in unique(cells, "conditioned", "suffix", "kind"):
-        found = cells_of(cells, conditioned=conditioned, suffix=suffix, kind=kind)
+    for bigram, ngram, kind in unique(cells, "bigram", "ngram", "kind"):
+        found = cells_of(cells, bigram=bigram, ngram=ngram, kind=kind)
         taus = {cell["rows"]: f"{cell['tau']:.3f}" for cell in found}
         lines.append(
-            f"| {source_name(conditioned, suffix)} | {kind} | "
+            f"| {source_name(bigram, ngram)} | {kind} | "
             + " | ".join(taus.get(count, "-") for count in rows)
             + " |"
         )
@@ -67,7 +67,7 @@ def measured_lines(results: Mapping[str, Any]) -> list[str]:
             f"{f['tokens_per_step']:.3f} ± {f['half_width_95']:.3f}" for f in figures
         )
         lines.append(
-            f"| {source_name(cell['conditioned'], cell['suffix'])} | {cell['kind']} "
+            f"| {source_name(cell['bigram'], cell['ngram'])} | {cell['kind']} "
             f"| {cell['rows']} | {cell['predicted_tau']:.3f} | "
             + " | ".join(shown)
             + " |"
@@ -78,20 +78,20 @@ def measured_lines(results: Mapping[str, Any]) -> list[str]:
 def chosen_lines(results: Mapping[str, Any]) -> list[str]:
     """A row per machine and load, a column per source: gain (tokens, rows)."""
     cells = results["chosen"]
-    sources = unique(cells, "conditioned", "suffix")
+    sources = unique(cells, "bigram", "ngram")
     lines = [
         "| machine | requests | " + " | ".join(source_name(*s) for s in sources) + " |",
         "|---" * (2 + len(sources)) + "|",
     ]
     for machine, requests in unique(cells, "machine", "requests"):
         shown = []
-        for conditioned, suffix in sources:
+        for bigram, ngram in sources:
             found = cells_of(
                 cells,
                 machine=machine,
                 requests=requests,
-                conditioned=conditioned,
-                suffix=suffix,
+                bigram=bigram,
+                ngram=ngram,
             )
             # Beyond the last tier everything is as in it: plain decoding.
             text = "plain"

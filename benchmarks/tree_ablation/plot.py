@@ -26,7 +26,7 @@ _COLOURS = {
 
 
 def draw(results: Mapping[str, Any], out: Path) -> None:
-    """Write the picture; the suffix of `out` says whether PNG or SVG.
+    """Write the picture; the ending of `out` says whether PNG or SVG.
 
     Top: predicted for the demo model. Then measured, a line per temperature. Last:
     predicted from the paper's tables.
@@ -99,13 +99,13 @@ def _by_source(
 ) -> list[tuple[str, list[_Point]]]:
     return [
         (
-            source_name(conditioned, suffix),
+            source_name(bigram, ngram),
             [
                 (cell["kind"], cell["rows"], *figures(cell))
-                for cell in cells_of(cells, conditioned=conditioned, suffix=suffix)
+                for cell in cells_of(cells, bigram=bigram, ngram=ngram)
             ],
         )
-        for conditioned, suffix in unique(cells, "conditioned", "suffix")
+        for bigram, ngram in unique(cells, "bigram", "ngram")
     ]
 
 

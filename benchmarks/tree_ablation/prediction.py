@@ -42,7 +42,7 @@ def predict(
     for variant in variants:
         say(f"trees: {variant.kind}, {variant.rows} rows")
         acceptance = evidence_of(
-            folder, num_prompt_tokens, variant.conditioned, variant.suffix
+            folder, num_prompt_tokens, variant.bigram, variant.ngram
         )
         cell, trees[variant] = _cell(DEMO, variant, acceptance, num_ept)
         cells.append(cell)
@@ -56,7 +56,7 @@ def predict_published(
 
     Only variants with neither table nor matches are looked at.
     """
-    bare = [v for v in variants if not v.conditioned and not v.suffix]
+    bare = [v for v in variants if not v.bigram and not v.ngram]
     cells = []
     for name, stats in published().items():
         for variant in bare:
@@ -98,17 +98,17 @@ def chosen_sizes(
     cells = []
     for machine, profile in {**machines, **profiles}.items():
         rows = DEFAULT_ROWS["cuda" if machine == "typical cuda" else "cpu"]
-        for conditioned, suffix in sources:
+        for bigram, ngram in sources:
             say(f"sizes: {machine}")
-            acceptance = evidence_of(folder, num_prompt_tokens, conditioned, suffix)
+            acceptance = evidence_of(folder, num_prompt_tokens, bigram, ngram)
             _, tiers = best_plan(acceptance, profile, rows, num_ept, max_requests)
             for tier in tiers:
                 on = tier.speculates
                 cells.append(
                     {
                         "machine": machine,
-                        "conditioned": conditioned,
-                        "suffix": suffix,
+                        "bigram": bigram,
+                        "ngram": ngram,
                         "requests": tier.requests,
                         "tau": round(tier.found.tau, 4) if on else 1.0,
                         "mean_rows": round(tier.found.mean_rows, 2) if on else 1.0,

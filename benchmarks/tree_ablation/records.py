@@ -16,12 +16,12 @@ from vllm_ppd.trees.menu import TreePlan
 __all__ = ["RecordFolder", "plan_name"]
 
 
-def plan_name(plan: TreePlan, conditioned: bool) -> str:
+def plan_name(plan: TreePlan, bigram: bool) -> str:
     """The same for the same trees under the same source of guesses.
 
     Trees for 32 rows may be those for 64; they are measured once.
     """
-    content = json.dumps([plan.to_dict(), conditioned], sort_keys=True)
+    content = json.dumps([plan.to_dict(), bigram], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -84,8 +84,8 @@ def test_output_is_exact_and_guesses_are_the_trainers(
         "model": str(folder),
         "tree": str(tmp_path / "tree.json"),
         # What prompt tokens guess, and nothing else.
-        "conditioned": False,
-        "suffix": False,
+        "bigram": False,
+        "ngram": False,
     }
     engine = {**ppd_engine, "speculative_config": speculative}
 

@@ -138,9 +138,9 @@ def test_requests_may_opt_out(plain, ppd, plain_engine, ppd_engine, texts, tiers
 @pytest.mark.parametrize(
     "settings",
     [
-        {"suffix": False},
-        {"conditioned": False},
-        {"suffix": False, "conditioned": False},
+        {"ngram": False},
+        {"bigram": False},
+        {"ngram": False, "bigram": False},
     ],
     ids=str,
 )
@@ -148,7 +148,7 @@ def test_every_source_of_guesses(
     plain, ppd, plain_engine, ppd_engine, texts, tmp_path, settings
 ):
     usual, short, long = policies()
-    classes = (usual,) if settings.get("suffix") is False else (usual, short, long)
+    classes = (usual,) if settings.get("ngram") is False else (usual, short, long)
     tree = plan_file(tmp_path, Tier(None, classes))
     engine = engine_with(ppd_engine, tree=tree, **settings)
     prompts = mixed(texts, 6, first=30)
@@ -224,12 +224,12 @@ def test_successors_are_learnt_where_there_is_no_table(
     (folder / "bigram.safetensors").unlink()
     policy = TreePolicy((ROOT, *[SparseTree((0, 0, 0), (0, 1, 2), (3, 2, 2, 2))] * 3))
     tree = plan_file(tmp_path, Tier(None, (policy,)))
-    settings = {"model": str(folder), "tree": tree, "suffix": False}
+    settings = {"model": str(folder), "tree": tree, "ngram": False}
     prompts = mixed(texts, 8, first=80)
     params = {**GREEDY, "max_tokens": 250}
     expected = plain.generate(plain_engine, prompts, params)
     gained = []
-    for more in ({"conditioned": False}, {}):
+    for more in ({"bigram": False}, {}):
         engine = engine_with(ppd_engine, **settings, **more)
         before = ppd.accepted(engine)
         same(expected, ppd.generate(engine, prompts, params))

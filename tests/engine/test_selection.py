@@ -115,7 +115,7 @@ def test_the_compiled_graphs_key_knows_about_ppd():
         ({"model": None}, "path is None"),
         ({"profile": 3}, "profile is 3; expected 'auto', 'none' or a file's path"),
         ({"profile": "/no/such.json"}, "/no/such.json cannot be read"),
-        ({"suffix": "yes"}, "suffix is 'yes'; expected true or false"),
+        ({"ngram": "yes"}, "ngram is 'yes'; expected true or false"),
         ({"online": 1}, "online is 1; expected true or false"),
         ({"model": "/no/such/folder"}, "there is no folder '/no/such/folder'"),
     ],

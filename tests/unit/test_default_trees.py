@@ -52,11 +52,11 @@ def test_measured_acceptance_is_preferred(tmp_path):
 
 def test_evidence_of_a_folder(tmp_path):
     stats = typical_acceptance(3)
-    bare = evidence_of(tmp_path, 3, conditioned=False, suffix=False)
+    bare = evidence_of(tmp_path, 3, bigram=False, ngram=False)
     np.testing.assert_allclose(bare.prompted, stats.acceptance)
     assert (bare.num_classes, bare.unprompted.any()) == (1, False)
     # Without measurements matches are taken to be as in ordinary text.
-    assert evidence_of(tmp_path, 3, conditioned=False, suffix=True).num_classes == 3
+    assert evidence_of(tmp_path, 3, bigram=False, ngram=True).num_classes == 3
     measured = AcceptanceModel(
         stats.acceptance / 2,
         np.full(10, 0.05),
@@ -66,19 +66,19 @@ def test_evidence_of_a_folder(tmp_path):
         np.full((4, 10), 0.04),
     )
     measured.save(tmp_path / "acceptance.json")
-    found = evidence_of(tmp_path, 3, conditioned=True, suffix=True)
+    found = evidence_of(tmp_path, 3, bigram=True, ngram=True)
     np.testing.assert_array_equal(found.prompted, measured.prompted)
     # Without matches there are no easier and harder steps to tell apart.
-    found = evidence_of(tmp_path, 3, conditioned=True, suffix=False)
+    found = evidence_of(tmp_path, 3, bigram=True, ngram=False)
     np.testing.assert_array_equal(found.prompted, measured.overall[:3])
     # Without the table its ranks mean nothing; the chains stay as measured.
-    found = evidence_of(tmp_path, 3, conditioned=False, suffix=True)
+    found = evidence_of(tmp_path, 3, bigram=False, ngram=True)
     np.testing.assert_allclose(found.prompted, stats.acceptance)
     np.testing.assert_array_equal(found.chain, measured.chain)
     with pytest.raises(
         MeasurementError, match="3 prompt tokens, but the folder holds 2"
     ):
-        evidence_of(tmp_path, 2, conditioned=True, suffix=True)
+        evidence_of(tmp_path, 2, bigram=True, ngram=True)
 
 
 def test_a_plan_of_the_users_own(tmp_path):
@@ -96,7 +96,7 @@ def test_a_plan_of_the_users_own(tmp_path):
     with pytest.raises(TreeError, match="only 0 prompt rows are there"):
         settings(tmp_path, tree=str(path)).choose(None)
     # The bigram table reaches deeper.
-    settings(tmp_path, tree=str(path), conditioned=True).choose(None)
+    settings(tmp_path, tree=str(path), bigram=True).choose(None)
 
 
 def test_steps_of_fixed_rows_do_not_go_by_context(tmp_path):
@@ -105,7 +105,7 @@ def test_steps_of_fixed_rows_do_not_go_by_context(tmp_path):
     plan = TreePlan.by_context([(512, off), (None, on)])
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(plan.to_dict()))
-    usual = settings(tmp_path, tree=str(file), conditioned=True)
+    usual = settings(tmp_path, tree=str(file), bigram=True)
     assert usual.given_plan() == plan
     with pytest.raises(PPDConfigError, match="tells contexts apart"):
         dataclasses.replace(usual, fixed_rows=True).given_plan()
@@ -120,6 +120,6 @@ def test_the_machine_decides(tmp_path):
     # On one where every row costs as much as a step nothing pays, at any load.
     rows = (1, 2, 4, 8, 16)
     slow = LatencyProfile((1,), rows, (tuple(map(float, rows)),), {})
-    plan, tiers = settings(tmp_path, suffix=False).choose(slow)
+    plan, tiers = settings(tmp_path, ngram=False).choose(slow)
     assert [tier.policies for tier in plan.tiers] == [()]
     assert not tiers[0].speculates

@@ -144,7 +144,7 @@ def test_engines_get_the_trees_and_nothing_that_changes_them(tmp_path: Path) -> 
     settings = engine_settings(work(), tmp_path / "plan.json", True, False)
     config = PPDConfig.from_speculative(settings["speculative_config"])
     assert (config.path, config.tree) == ("P", str(tmp_path / "plan.json"))
-    assert (config.conditioned, config.suffix) == (True, False)
+    assert (config.bigram, config.ngram) == (True, False)
     assert (config.profile, config.online) == ("none", False)
     assert settings["max_model_len"] > 3 + 20
 

@@ -193,7 +193,7 @@ def test_the_terminal(tree) -> None:
 
 
 def test_sources_can_be_left_out(tree, folder: Path) -> None:
-    shown = tree("--no-suffix", "--no-conditioned")
+    shown = tree("--no-ngram", "--no-bigram")
     assert "2 prompt tokens (acceptance.json)" in shown
     assert "copy" not in shown and "earlier match" not in shown
     (folder / ACCEPTANCE_FILE).unlink()
@@ -235,7 +235,7 @@ def test_contexts_that_are_asked_for(tree, tmp_path: Path) -> None:
 
 
 def test_every_line_on_request(tree) -> None:
-    wide = ("--device", "cuda", "--rows", "40", "--no-suffix")
+    wide = ("--device", "cuda", "--rows", "40", "--no-ngram")
     few, all_ = tree(*wide, "--lines", "5"), tree(*wide, "--lines", "0")
     assert " more, each " in few
     assert " more, each " not in all_
@@ -334,7 +334,7 @@ def test_plans_that_do_not_fit(tree, tmp_path: Path, folder: Path) -> None:
     bare = chain_tree(0, (2,))
     TreePolicy((chain_tree(1, (0, 2)), bare, bare)).save(file)
     assert "only 0 prompt rows" in tree(
-        "--tree", str(file), "--no-conditioned", status=2
+        "--tree", str(file), "--no-bigram", status=2
     )
     error = tree("--tree", str(file), "--rows", "3", status=2)
     assert "too small for the tree policy" in error

@@ -72,10 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "cost (default: short ones)",
     )
     parser.add_argument(
-        "--no-suffix", action="store_true", help="do not look for earlier matches"
+        "--no-ngram", action="store_true", help="do not look for earlier matches"
     )
     parser.add_argument(
-        "--no-conditioned",
+        "--no-bigram",
         action="store_true",
         help="do not use the bigram table",
     )
@@ -142,8 +142,8 @@ def plan_settings(args: argparse.Namespace, folder: Path) -> PlanSettings:
         max_requests=_LOADS[-1],
         max_context=_MOST_CONTEXT,
         tree=args.tree,
-        conditioned=not args.no_conditioned and (folder / BIGRAM_FILE).exists(),
-        suffix=not args.no_suffix,
+        bigram=not args.no_bigram and (folder / BIGRAM_FILE).exists(),
+        ngram=not args.no_ngram,
         # vLLM's V2 runner, which serves on GPUs, does not compare speeds, and gives all
         # requests as many rows.
         measured=device == "cpu",
@@ -167,9 +167,9 @@ def run(args: argparse.Namespace) -> int:
     profile = None if args.profile == "none" else LatencyProfile.load(args.profile)
     plan, planned = settings.choose(profile)
     # A plan of the user's own says by itself whether matches are looked for.
-    suffix = plan.num_classes > 1
+    ngram = plan.num_classes > 1
     known = evidence_of(
-        folder, settings.num_prompt_tokens, settings.conditioned, suffix
+        folder, settings.num_prompt_tokens, settings.bigram, ngram
     )
     acceptance = evidence_for(plan, known)
     used = profile or default_profile(settings.device)
@@ -223,7 +223,7 @@ def _sources(
     parts = [f"{count} prompt token{'s' * (count > 1)}"]
     if ept > 1:
         parts[0] += f" of {ept} rows"
-    if settings.conditioned:
+    if settings.bigram:
         parts.append("bigram table")
     if plan.num_classes > 1:
         parts.append("earlier matches")
