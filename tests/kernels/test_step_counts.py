@@ -16,7 +16,7 @@ from vllm_ppd.kernels.tree_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import tree_walk_reference
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import Tier, TreePlan
-from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.verify import TreeWalk
 
 

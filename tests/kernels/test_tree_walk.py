@@ -13,7 +13,7 @@ from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
 from tests.kernels.trees import FIRST_SOFT_ID, random_policy, random_rows, tables_of
 from vllm_ppd.kernels.tree_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import tree_walk_reference
-from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 from vllm_ppd.trees.verify import TreeWalk
 

@@ -6,7 +6,7 @@ import pytest
 from tests.kernels.test_fill_trees_cpu import random_case
 from vllm_ppd.kernels.cpu import load_library, match_ngrams_cpu, walk_greedy_cpu
 from vllm_ppd.trees.ngram import match_ngrams
-from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="no C++ compiler")

@@ -14,7 +14,7 @@ from vllm_ppd.search.policy_iteration import best_policy
 from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import Tier, TreePlan
-from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.verify import TreeWalk
 
 ROWS = (1, 2, 4, 8, 16)

@@ -6,7 +6,7 @@ import pytest
 from tests.unit.test_tree import random_tree
 from vllm_ppd.trees.drafting import fill_drafts
 from vllm_ppd.trees.layout import TreeTables, pack_mask
-from vllm_ppd.trees.step import TreeStep, ranges, spread
+from vllm_ppd.trees.layout import TreeStep, ranges, spread
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
 

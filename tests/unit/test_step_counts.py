@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from vllm_ppd.engine.step_counts import StepCounts, read_counts
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import Tier, TreePlan
-from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 from vllm_ppd.trees.verify import TreeWalk
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from vllm_ppd.adaptive.chain_replay import ReplayedSteps
 from vllm_ppd.search.acceptance import AcceptanceModel
-from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.verify import TreeWalk
 
 __all__ = ["EvidenceLearner", "Places"]

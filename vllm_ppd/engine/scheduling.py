@@ -8,7 +8,6 @@ So V1, V2 and tensor-parallel ranks follow one decision.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +20,11 @@ from vllm_ppd.search.menu_search import prior_lengths
 
 __all__ = [
     "StepObserver",
+    "attach_controller",
     "attach_draft_counts",
+    "fetch_profile",
+    "make_controller",
     "num_other_rows",
-    "with_controller",
-    "with_measured_profile",
-    "with_observation",
 ]
 
 logger = init_logger("vllm.ppd")
@@ -85,25 +84,31 @@ class StepObserver:
         # Draft length for which the drafts of the next step are made.
         self._draft_length = 0
 
-    def after_step(self, scheduled: Any, output: Any, busy: bool) -> None:
-        """Note one step.
+    def before_update(self, scheduled: Any, output: Any) -> None:
+        """Note a step whose output has arrived.
 
         Args:
             scheduled: vLLM's SchedulerOutput.
             output: the workers' ModelRunnerOutput for it.
-            busy: requests remain, so that the next step follows at once.
         """
         now, began, draft_length = self._clock(), self._ended, self._draft_length
-        self._ended = now if busy else None
-        self._draft_length = scheduled.num_spec_tokens_to_schedule
+        self._ended, self._draft_length = now, scheduled.num_spec_tokens_to_schedule
+        drafts = scheduled.scheduled_spec_decode_tokens
+        counts = getattr(output, _DRAFT_COUNTS, None)
+        if counts is not None:
+            scheduled.num_invalid_spec_tokens = num_other_rows(
+                drafts,
+                dict(zip(output.req_ids, counts.tolist(), strict=True)),
+                scheduled.num_invalid_spec_tokens or {},
+            )
         running = len(scheduled.num_scheduled_tokens)
-        drafts = sum(map(len, scheduled.scheduled_spec_decode_tokens.values()))
         if (
             began is None
             or not running
             # Steps that read prompts take longer for reasons of their own.
             or scheduled.scheduled_new_reqs
-            or scheduled.total_num_scheduled_tokens != running + drafts
+            or scheduled.total_num_scheduled_tokens
+            != running + sum(map(len, drafts.values()))
         ):
             return
         num_tokens = sum(map(len, output.sampled_token_ids))
@@ -111,66 +116,32 @@ class StepObserver:
         for change in self.controller.take_changes():
             logger.info("PPD: %s", change)
 
-
-def with_measured_profile(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`EngineCore._initialize_kv_caches`: workers have warmed up and measured; the
-    scheduler is not built yet."""
-
-    @functools.wraps(original)
-    def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
-        kv_cache_config = original(self, vllm_config)
-        settings = serving_settings(vllm_config)
-        if settings is not None and settings.measure:
-            profiles = self.model_executor.collective_rpc("ppd_profile")
-            vllm_config.speculative_config.ppd["profile"] = profiles[0]
-        return kv_cache_config
-
-    return _initialize_kv_caches
+    def after_update(self, busy: bool) -> None:
+        """busy: requests remain, so that the next step follows at once."""
+        if not busy:
+            self._ended = None
 
 
-def with_controller(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Scheduler.__init__`: the controller's schedule becomes vLLM's look-up table."""
-
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self.ppd_observer = None
-        settings = serving_settings(self.vllm_config)
-        if settings is None:
-            return
-        uniform = self.vllm_config.parallel_config.data_parallel_size > 1
-        controller = make_controller(
-            settings, self.scheduler_config.max_num_seqs, uniform
-        )
-        self.dynamic_sd_lookup = controller.schedule
-        self.ppd_observer = StepObserver(controller)
-
-    return __init__
+def fetch_profile(vllm_config: Any, executor: Any) -> None:
+    """Ask the workers, which have warmed up, for the profile that they measured."""
+    settings = serving_settings(vllm_config)
+    if settings is not None and settings.measure:
+        profiles = executor.collective_rpc("ppd_profile")
+        vllm_config.speculative_config.ppd["profile"] = profiles[0]
 
 
-def with_observation(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Scheduler.update_from_output`: counts draft tokens only, then observes."""
-
-    @functools.wraps(original)
-    def update_from_output(
-        self: Any, scheduler_output: Any, model_runner_output: Any
-    ) -> Any:
-        observer = getattr(self, "ppd_observer", None)
-        if observer is None:
-            return original(self, scheduler_output, model_runner_output)
-        counts = getattr(model_runner_output, _DRAFT_COUNTS, None)
-        if counts is not None:
-            request_ids = model_runner_output.req_ids
-            scheduler_output.num_invalid_spec_tokens = num_other_rows(
-                scheduler_output.scheduled_spec_decode_tokens,
-                dict(zip(request_ids, counts.tolist(), strict=True)),
-                scheduler_output.num_invalid_spec_tokens or {},
-            )
-        outputs = original(self, scheduler_output, model_runner_output)
-        observer.after_step(scheduler_output, model_runner_output, bool(self.running))
-        return outputs
-
-    return update_from_output
+def attach_controller(scheduler: Any) -> None:
+    """Make a controller's schedule the scheduler's look-up table."""
+    config = scheduler.vllm_config
+    settings = serving_settings(config)
+    assert settings is not None
+    controller = make_controller(
+        settings,
+        scheduler.scheduler_config.max_num_seqs,
+        uniform=config.parallel_config.data_parallel_size > 1,
+    )
+    scheduler.dynamic_sd_lookup = controller.schedule
+    scheduler.ppd_observer = StepObserver(controller)
 
 
 def attach_draft_counts(output: Any, counts: Any) -> None:

@@ -23,7 +23,7 @@ from vllm.triton_utils import HAS_TRITON
 
 from vllm_ppd.config import PPDConfig, PPDConfigError
 from vllm_ppd.engine.counters import publish_metrics
-from vllm_ppd.engine.known_profile import known_profile, profile_key
+from vllm_ppd.engine.measure import known_profile, profile_key
 from vllm_ppd.engine.refusals import refuse_unsupported, require_supported_vllm
 from vllm_ppd.engine.settings import KEY, PPDSpeculativeConfig, ServingSettings
 from vllm_ppd.hub import resolve_path

@@ -21,9 +21,10 @@ class SoftTokenEmbedding(VocabParallelEmbedding):
 
     def forward(self, input_: torch.Tensor) -> torch.Tensor:
         soft = input_ >= self.first_soft_id
-        words = super().forward(torch.where(soft, 0, input_))
-        guesses = self.soft_table[(input_ - self.first_soft_id).clamp_(min=0)]
-        return torch.where(soft.unsqueeze(-1), guesses.to(words.dtype), words)
+        # vLLM pads with -1; no such row is ever read, but it must not be looked up.
+        words = super().forward(torch.where(soft, 0, input_).clamp_(min=0))
+        prompts = self.soft_table[(input_ - self.first_soft_id).clamp_(min=0)]
+        return torch.where(soft.unsqueeze(-1), prompts.to(words.dtype), words)
 
 
 def add_soft_tokens(
@@ -39,19 +40,19 @@ def add_soft_tokens(
     Raises:
         ValueError: the model has not exactly one plain input embedding.
     """
-    found = [
+    embeddings = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, VocabParallelEmbedding)
         and not isinstance(module, ParallelLMHead)
     ]
-    if len(found) != 1 or type(found[0][1]) is not VocabParallelEmbedding:
-        names = ", ".join(f"{n} ({type(m).__name__})" for n, m in found) or "none"
+    if len(embeddings) != 1 or type(embeddings[0][1]) is not VocabParallelEmbedding:
+        names = ", ".join(f"{n} ({type(m).__name__})" for n, m in embeddings) or "none"
         raise ValueError(
             "speculative method 'ppd' needs a model with one VocabParallelEmbedding "
             f"as its input embedding, and found {names}"
         )
-    embedding = found[0][1]
+    embedding = embeddings[0][1]
     weight = embedding.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     embedding.register_buffer(

@@ -1,13 +1,19 @@
-"""Trees as padded arrays, so that a whole batch is served by indexing.
+"""Trees as padded arrays, and one step of a batch: which row is which node of which tree.
 
-Axis S is the tree (of a policy: the state), Q the row inside a tree, N the node.
+Axis S is the tree id (of a policy: num_prompted), Q the row inside a tree, N the node.
+
+Every request of a batch takes part in a step. One without draft rows (a prefill chunk,
+a plain decode) is a tree cut down to its root, which is the last row scheduled for it,
+so nothing below needs a special case for it.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
-from vllm_ppd.trees.menu import TreePlan
+from vllm_ppd.trees.menu import TreeMenu
 from vllm_ppd.trees.tree import TreePolicy
 
 WORD_BITS = 64
@@ -53,7 +59,7 @@ class TreeTables:
 
     def __init__(
         self,
-        policy: TreePolicy | TreePlan,
+        policy: TreePolicy | TreeMenu,
         first_soft_id: int,
         num_rows: int | None = None,
     ):
@@ -74,7 +80,7 @@ class TreeTables:
         self.prompts = np.zeros((states, n), dtype=np.int64)
         self.first_prompt_rows = np.zeros((states, n), dtype=np.int64)
         self.on_chain = np.zeros((states, n), dtype=bool)
-        chained = policy.chained if isinstance(policy, TreePlan) else (False,) * states
+        chained = policy.chained if isinstance(policy, TreeMenu) else (False,) * states
         mask = np.zeros((states, q, q), dtype=bool)
         mask[:, :, 0] = True
         mask[:, np.arange(q), np.arange(q)] = True
@@ -117,3 +123,96 @@ class TreeTables:
     def max_children(self) -> int:
         """DraftInputs needed per depth: the largest rank in use plus one."""
         return max(1, self.policy.max_rank + 1)
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Concatenated ``arange(start, start + count)`` for each pair.
+
+    >>> ranges(np.array([5, 20]), np.array([2, 3])).tolist()
+    [5, 6, 20, 21, 22]
+    """
+    if len(counts) == 1:
+        # One request decoding alone is where every microsecond shows.
+        start = int(starts[0])
+        return np.arange(start, start + int(counts[0]))
+    total = int(counts.sum())
+    firsts = np.cumsum(counts) - counts
+    return np.arange(total) + np.repeat(starts - firsts, counts)
+
+
+def spread(values: np.ndarray, rows: np.ndarray, total: int) -> np.ndarray:
+    """[total, ...] zeros with `values` at `rows`.
+
+    >>> spread(np.array([7, 8]), np.array([0, 2]), 4).tolist()
+    [7, 0, 8, 0]
+    """
+    wide = np.zeros((total, *values.shape[1:]), dtype=values.dtype)
+    wide[rows] = values
+    return wide
+
+
+class TreeStep:
+    """Where the trees of a batch lie among the step's rows.
+
+    Args:
+        tables: the policy's arrays.
+        tree_ids: [B] id of the tree that each request runs.
+        starts: [B] index of each request's root among all rows of the step.
+        num_rows: [B] rows of the tree that were scheduled, root included.
+    """
+
+    def __init__(
+        self,
+        tables: TreeTables,
+        tree_ids: np.ndarray,
+        starts: np.ndarray,
+        num_rows: np.ndarray,
+    ):
+        self.tables = tables
+        self.tree_ids = tree_ids
+        self.starts = starts
+        self.num_rows = num_rows
+        # vLLM may have cut the rows anywhere; nodes come first.
+        self.num_nodes = np.minimum(num_rows, tables.num_nodes[tree_ids])
+        self.first_nodes = np.cumsum(self.num_nodes) - self.num_nodes
+        # Requests whose rows need tree masks; the caller may add plain decodes.
+        self.tree_requests = np.flatnonzero(num_rows > 1)
+
+    @cached_property
+    def node_rows(self) -> np.ndarray:
+        """[sum of num_nodes] the step's rows that are nodes, request by request."""
+        return ranges(self.starts, self.num_nodes)
+
+    def tree_rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rows of requests that have draft rows.
+
+        Returns:
+            (rows, tree ids, in-tree rows), each [total], to index the tables with.
+        """
+        counts = self.num_rows[self.tree_requests]
+        rows = ranges(self.starts[self.tree_requests], counts)
+        return (
+            rows,
+            np.repeat(self.tree_ids[self.tree_requests], counts),
+            ranges(np.zeros_like(counts), counts),
+        )
+
+    def prompt_rows(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt rows attached to one node of each request.
+
+        A prompt token whose ensemble was cut off does not count.
+
+        Args:
+            nodes: [B] a node of each request.
+
+        Returns:
+            rows [sum of counts * num_ept] of the step, request by request and
+            prompt token major, and counts [B] of complete prompt tokens, which is
+            the request's next num_prompted.
+        """
+        tables, tree_ids, ept = self.tables, self.tree_ids, self.tables.num_ept
+        firsts = tables.first_prompt_rows[tree_ids, nodes]
+        counts = np.clip(
+            (self.num_rows - firsts) // ept, 0, tables.prompts[tree_ids, nodes]
+        )
+        return ranges(self.starts + firsts, counts * ept), counts

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.layout import TreeStep
 
 
 class TreeWalk:
@@ -38,7 +38,7 @@ class TreeWalk:
         present = node < step.num_nodes[:, None]
         index = np.where(present, step.first_nodes[:, None] + node, 0)
         self.tokens = np.where(present & (node > 0), tokens[index], -1)
-        self.parents = tables.parents[step.states]
+        self.parents = tables.parents[step.tree_ids]
         self._start(step)
 
     @classmethod
@@ -49,7 +49,7 @@ class TreeWalk:
         return walk
 
     def _start(self, step: TreeStep) -> None:
-        batch, tables = len(step.states), step.tables
+        batch, tables = len(step.tree_ids), step.tables
         self._first_nodes = step.first_nodes
         self._level = 0
         self.nodes = np.zeros(batch, dtype=np.int64)

@@ -3,8 +3,8 @@
 vLLM asks the worker for its draft tokens in a call of their own, after every step, and
 for the sampled tokens in another. Here drafts come with the step's output, and where no
 grammar has to be waited for, that output is the answer to `execute_model` itself (see
-worker_cpu.py). The executor also sees what is scheduled, so this is where rows that are
-no candidates are reported as such: vLLM's acceptance rate is then one of candidates.
+workers.py). The executor also sees what is scheduled, so this is where rows that are no
+draft tokens are reported as such: vLLM's acceptance rate then counts draft tokens.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import Any
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import DraftTokenIds
-
-from vllm_ppd.engine.select import KEY
 
 __all__ = ["PPDMultiprocExecutor", "attach_drafts", "count_other_rows"]
 
@@ -31,7 +29,7 @@ def attach_drafts(output: Any, drafts: DraftTokenIds | None) -> Any:
 
 
 def count_other_rows(drafts: dict[str, list[int]], vocab_size: int) -> dict[str, int]:
-    """For each request the scheduled rows that are no candidates: not in the
+    """For each request the scheduled rows that are no draft tokens: not in the
     vocabulary, because they are prompt rows, or padding."""
     words = range(vocab_size)
     return {
@@ -49,10 +47,9 @@ class PPDMultiprocExecutor(MultiprocExecutor):
     ) -> Any:
         drafts = scheduler_output.scheduled_spec_decode_tokens
         if drafts:
-            settings: Any = self.vllm_config.additional_config
-            # vLLM's own field for drafts that should not count.
+            # vLLM's own field for draft tokens that should not count.
             scheduler_output.num_invalid_spec_tokens = count_other_rows(
-                drafts, settings[KEY]["vocab_size"]
+                drafts, self.vllm_config.model_config.get_vocab_size()
             )
         self._output = super().execute_model(scheduler_output, non_block)
         return self._output

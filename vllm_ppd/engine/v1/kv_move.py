@@ -39,11 +39,7 @@ class KVMover:
                 for name in group.layer_names
                 if (cache := forward_context[name].kv_cache) is not None
             }
-            self._groups.append(self._make(list(caches.values())))
-
-    def _make(self, caches: list[torch.Tensor]) -> CpuKVCompactor | TorchKVCompactor:
-        on_cpu = caches[0].device.type == "cpu"
-        return CpuKVCompactor(caches) if on_cpu else TorchKVCompactor(caches)
+            self._groups.append(CpuKVCompactor(list(caches.values())))
 
     def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy the KV of row ``sources[i]`` to where row ``targets[i]``'s is, in order.
@@ -56,20 +52,3 @@ class KVMover:
             rows = torch.from_numpy(np.stack([sources, targets])).to(slots.device)
             source, target = slots[rows].to(torch.int64)
             compactor.run(source, target)
-
-
-class TorchKVCompactor:
-    """KV compaction on vLLM's GPU caches [num_blocks, kv_heads, block_size, 2 * D].
-
-    All sources are read before any target is written, which is what copying in order
-    amounts to: no move's target is a later move's source.
-    """
-
-    def __init__(self, caches: list[torch.Tensor]):
-        self._caches = caches
-        self._block_size = caches[0].shape[2]
-
-    def run(self, src: torch.Tensor, dst: torch.Tensor) -> None:
-        size = self._block_size
-        for cache in self._caches:
-            cache[dst // size, :, dst % size] = cache[src // size, :, src % size]

@@ -1,15 +1,8 @@
-"""Measure a machine: whole decode steps of the real model runner, timed.
-
-Runs in the workers when they have started and no request is there yet. Made-up
-requests are prefilled and decoded exactly as the scheduler would have it, with trees
-of a fixed number of rows; a step of one row is vLLM's own. What is timed is all that
-the worker does: layout, forward, verification, KV moves, proposal.
-"""
+"""Made-up requests on the V1 model runner, decoded and timed: see engine/measure.py."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,115 +13,100 @@ from vllm.v1.core.sched.output import (
     SchedulerOutput,
 )
 
-from vllm_ppd.engine.made_up_requests import blocks_of, scheduled, tree_of_rows
-from vllm_ppd.engine.measure import CONTEXT, ROWS, TIMED, UNTIMED, measure_grid
-from vllm_ppd.engine.v1.measure_context import measure_context_cost
-from vllm_ppd.search.latency import LatencyProfile
-from vllm_ppd.trees.menu import Tier, TreePlan
-from vllm_ppd.trees.tree import SparseTree, TreePolicy
+from vllm_ppd.engine.measure import (
+    CONTEXT,
+    TIMED,
+    UNTIMED,
+    blocks_of,
+    scheduled,
+    tree_of_rows,
+)
+from vllm_ppd.trees.menu import MenuEntry, TreeMenu
+from vllm_ppd.trees.tree import TreePolicy
 
-__all__ = ["measure_profile"]
+__all__ = ["MeasuredSteps"]
+
+# Tokens of a prompt that are really read; the others count as found in the prefix
+# cache. Reading takes time that no decode step depends on.
+_READ = 4
 
 
-def measure_profile(
-    runner: Any, max_rows: int, key: dict[str, Any], quiet: bool = False
-) -> LatencyProfile:
-    """The profile of the engine that `runner` belongs to.
+class MeasuredSteps:
+    """A V1 model runner as `measured_profile` sees it.
 
     Args:
-        runner: a V1 model runner with PPD, its KV cache allocated.
-        max_rows: most rows per request.
-        key: of `known_profile.profile_key`.
-        quiet: no progress bar.
+        runner: with PPD, its KV cache allocated.
     """
-    plan = runner.drafter.plan
-    rows = [count for count in ROWS if count <= max_rows]
-    limits = runner.scheduler_config
-    try:
-        profile = measure_grid(
-            lambda requests, counts: _Visit(runner, requests, counts, CONTEXT),
-            rows,
-            limits,
-            key,
-            quiet,
-            bare=_Visit.bare_seconds,
-        )
-        cost = measure_context_cost(
-            lambda *asked: _Visit(runner, *asked), rows, limits.max_num_seqs
-        )
-        return replace(profile, context_cost=cost)
-    finally:
-        runner.drafter.set_plan(plan)
-        runner.ppd_trees.clear()
+
+    row_counts: list[int] | None = None
+
+    def __init__(self, runner: Any):
+        self._runner = runner
+        self._menu = runner.drafter.menu
+        limits = runner.scheduler_config
+        self.max_num_running = limits.max_num_seqs
+        self.max_step_rows = limits.max_num_batched_tokens
+
+    def visit(self, num_running: int, rows: list[int]) -> _Visit:
+        return _Visit(self._runner, num_running, rows)
+
+    def finish(self) -> None:
+        self._runner.drafter.set_menu(self._menu)
+        self._runner.ppd_trees.clear()
 
 
 class _Visit:
-    """So many made-up requests that decode with trees of one size after another.
+    """Requests that decode with trees of one size after another.
 
     Args:
         runner: the model runner.
-        requests: how many.
-        counts: rows per request that will be asked for.
-        context: tokens of each when it begins.
-
-    Attributes:
-        context: the same; fewer where the model's length leaves no room.
+        num_running: how many.
+        rows: per request, all that will be asked for.
     """
 
-    def __init__(self, runner: Any, requests: int, counts: list[int], context: int):
+    def __init__(self, runner: Any, num_running: int, rows: list[int]):
         self._runner = runner
-        drafter = runner.drafter
-        m, e = drafter.prompts.num_prompt_tokens, drafter.prompts.num_ept
-        self._trees = {n: tree_of_rows(n, m, e) for n in counts if n > 1}
-        self._ids = [f"ppd-measure-{index}" for index in range(requests)]
+        prompts = runner.drafter.prompts
+        m, e = prompts.num_prompt_tokens, prompts.num_ept
+        self._trees = {n: tree_of_rows(n, m, e) for n in rows if n > 1}
+        self._ids = [f"ppd-measure-{index}" for index in range(num_running)]
         # Tokens that a visit can write, with room for the rows of its last step.
         steps = UNTIMED + TIMED
-        most = sum(steps * (1 + self._depth(count)) for count in [1, *counts])
+        written = sum(steps * (1 + self._depth(count)) for count in rows)
         length = runner.model_config.max_model_len
-        self.context = max(1, min(context, length - most - max(counts) - 1))
-        self._tokens = min(length, self.context + most + max(counts))
-        # Of the prompt only so many tokens are read; others are as if they were found
-        # in the prefix cache.
-        batched = runner.scheduler_config.max_num_batched_tokens
-        self._read = min(self.context, CONTEXT, batched)
+        self._context = max(1, min(CONTEXT, length - written - max(rows) - 1))
+        self._tokens = min(length, self._context + written + max(rows))
+        self._read = min(self._context, _READ)
         self._computed: dict[str, int] = {}
         self._written: dict[str, int] = {}
 
-    def seconds(self, count: int) -> list[float]:
-        """Seconds of each timed step with `count` rows per request.
+    def seconds(self, rows: int) -> list[float]:
+        """Seconds of each timed step with `rows` rows per request.
 
-        Less than usual, but at least one, where the model's length leaves no room.
+        Fewer than usual, but at least one, where the model's length leaves no room.
         """
-        return self._seconds(count, self._trees.get(count))
-
-    def bare_seconds(self) -> list[float]:
-        """Those of steps in which nobody guesses, though guesses may come."""
-        prompts = self._runner.drafter.prompts
-        return self._seconds(1, SparseTree((), (), (0,), prompts.num_ept))
-
-    def _seconds(self, count: int, tree: SparseTree | None) -> list[float]:
-        """Seconds of each timed step with a tree of `count` rows, or a plain one."""
         runner, drafter = self._runner, self._runner.drafter
-        tier = Tier(None)
-        if tree is not None:
-            policy = TreePolicy((tree,) * drafter.num_states)
-            tier = Tier(None, (policy,) * drafter.num_classes)
-        drafter.set_plan(TreePlan((tier,)))
-        # DraftInputs pending were laid out for trees that are gone.
+        if rows > 1:
+            policy = TreePolicy(
+                (self._trees[rows],) * (drafter.menu.num_prompt_tokens + 1)
+            )
+            entry = MenuEntry((policy,) * drafter.menu.num_classes)
+            drafter.set_menu(TreeMenu((entry,)))
+        # Pending drafts were laid out for trees that are gone.
         runner.ppd_trees.clear()
         drafts: dict[str, list[int]] = {}
         times: list[float] = []
         for _ in range(UNTIMED + TIMED):
-            if not self._has_room(count):
+            if not self._has_room(rows):
                 if times:
                     break
                 self.close()
                 drafts = {}
             if not self._computed:
                 self._prefill()
-            begun = time.perf_counter()
-            drafts = self._step(drafts)
-            times.append(time.perf_counter() - begun)
+            began = time.perf_counter()
+            drafts = self._step(drafts, rows - 1)
+            times.append(time.perf_counter() - began)
         return times[UNTIMED:] or times[-1:]
 
     def close(self) -> None:
@@ -137,12 +115,12 @@ class _Visit:
             self._runner.execute_model(scheduled(finished=set(self._ids)))
         self._computed, self._written = {}, {}
 
-    def _depth(self, count: int) -> int:
-        return self._trees[count].depth if count > 1 else 0
+    def _depth(self, rows: int) -> int:
+        return self._trees[rows].depth if rows > 1 else 0
 
-    def _has_room(self, count: int) -> bool:
+    def _has_room(self, rows: int) -> bool:
         longest = max(self._computed.values(), default=0)
-        return longest + count + 1 <= self._tokens
+        return longest + rows + 1 <= self._tokens
 
     def _prefill(self) -> None:
         runner = self._runner
@@ -155,7 +133,9 @@ class _Visit:
             new = [
                 NewRequestData(
                     req_id=request_id,
-                    prompt_token_ids=rng.integers(2, vocabulary, self.context).tolist(),
+                    prompt_token_ids=rng.integers(
+                        2, vocabulary, self._context
+                    ).tolist(),
                     mm_features=[],
                     # Sampling costs more than argmax, for plain steps too.
                     sampling_params=SamplingParams(temperature=1.0),
@@ -163,18 +143,20 @@ class _Visit:
                     block_ids=blocks_of(
                         runner.kv_cache_config, first + index, self._tokens
                     ),
-                    num_computed_tokens=self.context - self._read,
+                    num_computed_tokens=self._context - self._read,
                     lora_request=None,
                 )
                 for index, request_id in enumerate(ids)
             ]
             self._execute(scheduled(new=new, tokens=dict.fromkeys(ids, self._read)))
             self._runner.take_draft_token_ids()
-            self._computed.update(dict.fromkeys(ids, self.context))
+            self._computed.update(dict.fromkeys(ids, self._context))
             self._written.update(dict.fromkeys(ids, 1))
 
-    def _step(self, drafts: dict[str, list[int]]) -> dict[str, list[int]]:
-        """One whole decode step; the guesses for the next one."""
+    def _step(
+        self, drafts: dict[str, list[int]], next_drafts: int
+    ) -> dict[str, list[int]]:
+        """One whole decode step; the drafts for the next one."""
         cached = CachedRequestData(
             req_ids=self._ids,
             resumed_req_ids=set(),
@@ -190,15 +172,16 @@ class _Visit:
                 cached=cached,
                 tokens=tokens,
                 drafts={i: d for i, d in drafts.items() if d},
+                next_drafts=next_drafts,
             )
         )
-        found = self._runner.take_draft_token_ids()
+        proposed = self._runner.take_draft_token_ids()
         for request_id, emitted in sampled.items():
             self._computed[request_id] += len(emitted)
             self._written[request_id] += len(emitted)
-        if found is None:
+        if proposed is None:
             return {}
-        return dict(zip(found.req_ids, found.draft_token_ids, strict=True))
+        return dict(zip(proposed.req_ids, proposed.draft_token_ids, strict=True))
 
     def _execute(self, output: SchedulerOutput) -> dict[str, list[int]]:
         runner = self._runner

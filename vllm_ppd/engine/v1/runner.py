@@ -1,16 +1,17 @@
-"""PPD in vLLM's V1 model runner, on CPU and GPU: only what V1 does differently.
+"""PPD in vLLM's V1 model runner, on CPU: only what V1 does differently.
 
-Trees, states and acceptance live in the pure core; this mixin says where V1's step
-hands over. In the order of a step:
+Trees and acceptance live in the pure core; this mixin says where V1's step hands over.
+In the order of a step:
 
-``_update_states``            forget finished requests, note who opts out
-``_prepare_inputs``           lay out the trees, move positions, publish the masks
+``_update_states``              forget finished requests, note who opts out
+``_prepare_inputs``             lay out the trees, move positions, publish the masks
 ``_calc_spec_decode_metadata``  logits for nodes only, not for prompt rows
-``_sample``                   walk the trees with vLLM's own sampler; move KV
-``propose_draft_token_ids``   guesses from the prompt rows where the walks ended
+``_sample``                     walk the trees with vLLM's own sampler; move KV
+``propose_draft_token_ids``     draft from the prompt rows where the walks ended
 
-Where nobody guesses and nobody shall, a step is vLLM's own: its runner speculates if it
-has a ``speculative_config``, which is None for that step.
+The scheduler says with each step how many draft rows the next one may have; it names an
+entry of the tree menu. If that is 0 and the step has no drafts, the step runs vLLM's
+own code: its runner speculates if it has a ``speculative_config``, which is None then.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ from vllm.config import SpeculativeConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_ppd.engine.counters import counts_of
-from vllm_ppd.engine.opt_out import opts_out
-from vllm_ppd.engine.v1 import step_context
+from vllm_ppd.engine.attention import set_current_step
+from vllm_ppd.engine.counters import StepLog, counts_of
+from vllm_ppd.engine.measure import measured_profile
+from vllm_ppd.engine.refusals import opts_out
+from vllm_ppd.engine.v1.bigram_learner import BigramLearner
 from vllm_ppd.engine.v1.kv_move import KVMover
-from vllm_ppd.engine.v1.online import OnlineTrees
+from vllm_ppd.engine.v1.measure import MeasuredSteps
 from vllm_ppd.engine.v1.sampling import walk_trees
 from vllm_ppd.engine.v1.served_trees import PPDProposer
-from vllm_ppd.engine.v1.step_log import StepLog
-from vllm_ppd.engine.v1.table_learner import TableLearner
-from vllm_ppd.engine.v1.tree_rows import lay_out_trees, place_trees
+from vllm_ppd.engine.v1.step_trees import StepTrees
 from vllm_ppd.kernels.cpu import match_ngrams_cpu
+from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.drafting import DraftInputs
-from vllm_ppd.trees.menu import TreePlan
+from vllm_ppd.trees.layout import TreeStep, ranges
 from vllm_ppd.trees.ngram import MAX_NGRAM_DRAFTS
-from vllm_ppd.trees.step import TreeStep, ranges
 from vllm_ppd.trees.verify import TreeWalk
 
 # Methods of vLLM's runner that the mixin overrides; their contract is tested.
@@ -53,9 +55,9 @@ OVERRIDDEN = (
     "propose_draft_token_ids",
 )
 
-# Tokens of a request's context in which an earlier match is looked for.
-_MATCHED = 4096
-_NO_CHAINS = np.full((1, MAX_NGRAM_DRAFTS), -1)
+# Tokens of a request's context in which an n-gram match is looked up.
+_NGRAM_CONTEXT = 4096
+_NO_NGRAMS = np.full((1, MAX_NGRAM_DRAFTS), -1)
 
 
 class PPDRunnerMixin:
@@ -68,107 +70,135 @@ class PPDRunnerMixin:
         super().__init__(*args, **kwargs)
         # What vLLM's runner has as its own attribute, while a step speculates.
         self._ppd_speculative = self.speculative_config
-        # The tree that each request's pending guesses were laid out for.
+        # The tree that each request's pending drafts were made for.
         self.ppd_trees: dict[str, int] = {}
         self.ppd_opted_out: set[str] = set()
         # The trees of this step and where their walks went; None in a plain step.
         self._ppd_step: TreeStep | None = None
         self._ppd_walk: TreeWalk | None = None
-        # Rows and new requests of this step.
-        self._ppd_rows = self._ppd_new = 0
+        # Tree id of match class 0, num_prompted 0 for the next step; 0 for a plain one.
+        self._ppd_first_tree = 0
         # Whether prompt rows have logits in this step too, and then where nodes' are.
         self._ppd_all_logits = False
         self._ppd_logit_rows: np.ndarray | None = None
-        self._ppd_online: OnlineTrees | None = None
-        self._ppd_table: TableLearner | None = None
+        self._ppd_learner: BigramLearner | None = None
+        self.ppd_measured: LatencyProfile | None = None
+        first_rank = get_tensor_model_parallel_rank() == 0
+        num_prompted = self.drafter.menu.num_prompt_tokens + 1
         config: Any = self.vllm_config  # type: ignore[attr-defined]
-        first = get_tensor_model_parallel_rank() == 0
-        counts = counts_of(config, self.drafter.num_states, publish=first)
-        self._ppd_log = StepLog(counts)
+        self._ppd_log = StepLog(counts_of(config, num_prompted, publish=first_rank))
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         self._ppd_mover = KVMover(self)
 
-    def start_learning(self) -> None:
-        """Follow the traffic from now on; what ran before was no traffic."""
+    def measure_machine(self) -> None:
+        """Time steps, if this start has to; the engine core asks for the profile."""
+        self.ppd_measured = measured_profile(self.drafter.settings, MeasuredSteps(self))
+
+    def start_serving(self) -> None:
+        """Learn from now on; what ran before was no traffic."""
         if self.drafter.online_bigram is not None:
-            self._ppd_table = TableLearner(self.drafter.online_bigram)
-        if self.drafter.online:
-            config = self.vllm_config.parallel_config  # type: ignore[attr-defined]
-            ranks = config.tensor_parallel_size
-            self._ppd_online = OnlineTrees(self.drafter, ranks)
+            self._ppd_learner = BigramLearner(self.drafter.online_bigram)
 
     def _update_states(self, scheduler_output: Any) -> Any:
-        self._ppd_rows = scheduler_output.total_num_scheduled_tokens
-        self._ppd_new = len(scheduler_output.scheduled_new_reqs)
         for request_id in scheduler_output.finished_req_ids:
             self.ppd_trees.pop(request_id, None)
             self.ppd_opted_out.discard(request_id)
-            if self._ppd_online is not None:
-                self._ppd_online.forget_request(request_id)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             if params is not None and opts_out(params.extra_args):
                 self.ppd_opted_out.add(request.req_id)
-        speculates = self._speculates(scheduler_output)
+        first_tree = self.drafter.menu.first_tree(
+            scheduler_output.num_spec_tokens_to_schedule
+        )
+        if self._all_opted_out(scheduler_output.num_scheduled_tokens):
+            first_tree = 0
+        self._ppd_first_tree = first_tree
+        speculates = first_tree or scheduler_output.scheduled_spec_decode_tokens
         self.speculative_config = self._ppd_speculative if speculates else None
         return super()._update_states(scheduler_output)  # type: ignore[misc]
 
-    def _speculates(self, scheduler_output: Any) -> bool:
-        """Whether the step has guesses, or may be followed by one that has."""
-        if scheduler_output.scheduled_spec_decode_tokens:
-            return True
-        request_ids, online = scheduler_output.num_scheduled_tokens, self._ppd_online
-        running = len(request_ids)
-        if not self.drafter.first_tree(running) or self._all_opted_out(request_ids):
-            return False
-        return online is None or online.guesses(running)
+    def _all_opted_out(self, request_ids: Iterable[str]) -> bool:
+        return bool(self.ppd_opted_out) and self.ppd_opted_out.issuperset(request_ids)
 
     def _prepare_inputs(
         self, scheduler_output: Any, num_scheduled_tokens: np.ndarray
     ) -> Any:
         self._ppd_step = self._ppd_walk = None
+        set_current_step(None)
         if not scheduler_output.scheduled_spec_decode_tokens:
-            step_context.set_current(None)
             return super()._prepare_inputs(  # type: ignore[misc]
                 scheduler_output, num_scheduled_tokens
             )
-        laid_out = lay_out_trees(self, scheduler_output, num_scheduled_tokens)
-        self._ppd_step = laid_out[0]
+        step, contexts = self._lay_out(scheduler_output, num_scheduled_tokens)
+        self._ppd_step = step
         self._ppd_all_logits = scheduler_output.has_structured_output_requests
         prepared = super()._prepare_inputs(  # type: ignore[misc]
             scheduler_output, num_scheduled_tokens
         )
-        place_trees(self, *laid_out, self._ppd_rows)
+        total_rows = scheduler_output.total_num_scheduled_tokens
+        trees = StepTrees.place(
+            step,
+            contexts,
+            total_rows,
+            self.positions,  # type: ignore[attr-defined]
+        )
+        set_current_step(trees)
         return prepared
+
+    def _lay_out(
+        self, scheduler_output: Any, num_scheduled_tokens: np.ndarray
+    ) -> tuple[TreeStep, np.ndarray]:
+        """The step's trees, and [B] KV entries before each request's root."""
+        drafts_of = scheduler_output.scheduled_spec_decode_tokens
+        inputs = self.input_batch  # type: ignore[attr-defined]
+        batch = len(inputs.req_ids)
+        tree_ids = np.zeros(batch, dtype=np.int64)
+        num_rows = np.ones(batch, dtype=np.int64)
+        for index, request_id in enumerate(inputs.req_ids):
+            drafts = drafts_of.get(request_id)
+            if drafts:
+                num_rows[index] += len(drafts)
+                # Rows that vLLM padded with -1 are no draft of ours: the root-only
+                # tree serves them.
+                if drafts[0] >= 0:
+                    tree_ids[index] = self.ppd_trees[request_id]
+        ends = np.cumsum(num_scheduled_tokens, dtype=np.int64)
+        computed = inputs.num_computed_tokens_cpu[:batch]
+        contexts = computed + num_scheduled_tokens - num_rows
+        step = TreeStep(self.drafter.tables, tree_ids, ends - num_rows, num_rows)
+        if (num_rows == num_scheduled_tokens).all():
+            # No request reads a prompt: a plain decode is a tree of one row, and the
+            # stock attention kernel has nothing to do.
+            step.tree_requests = np.arange(batch)
+        return step, contexts
 
     def _calc_spec_decode_metadata(
         self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
     ) -> SpecDecodeMetadata:
         """Logits of nodes only: prompt rows need theirs only where a walk ends."""
         step = self._ppd_step
+        self._ppd_logit_rows = None
         if step is None:
             rows = cu_num_scheduled_tokens[: len(num_draft_tokens)] - 1
-        else:
-            rows = step.node_rows
-        if step is not None and self._ppd_all_logits:
+        elif self._ppd_all_logits:
             # vLLM's grammar masks expect logits for every scheduled draft.
             rows = ranges(step.starts, step.num_rows)
             firsts = np.cumsum(step.num_rows) - step.num_rows
             self._ppd_logit_rows = ranges(firsts, step.num_nodes)
         else:
-            self._ppd_logit_rows = None
-        # Only logits_indices is read: verification and proposal are ours.
-        nothing = torch.empty(0, dtype=torch.int32)
+            rows = step.node_rows
+        # Only logits_indices is read: verification and drafting are ours.
+        empty = torch.empty(0, dtype=torch.int32)
         return SpecDecodeMetadata(
-            draft_token_ids=nothing,
+            draft_token_ids=empty,
             num_draft_tokens=[0],
-            cu_num_draft_tokens=nothing,
-            cu_num_sampled_tokens=nothing,
-            target_logits_indices=nothing,
-            bonus_logits_indices=nothing,
-            logits_indices=self.to_device(rows),
+            cu_num_draft_tokens=empty,
+            cu_num_sampled_tokens=empty,
+            target_logits_indices=empty,
+            bonus_logits_indices=empty,
+            logits_indices=torch.from_numpy(rows),
         )
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
@@ -180,56 +210,24 @@ class PPDRunnerMixin:
     ) -> SamplerOutput:
         step = self._ppd_step
         if step is None:
-            # Nobody guessed: vLLM's own sampling, as if without speculation.
+            # A plain step: vLLM's own sampling, as if without speculation.
             output = super()._sample(logits, None)  # type: ignore[misc]
-            if self.speculative_config is None:
-                # vLLM will not ask for guesses.
-                self._end_step(self.input_batch.num_reqs, None)  # type: ignore
+            batch = self.input_batch.num_reqs  # type: ignore[attr-defined]
+            self._ppd_log.after_plain_step(batch)
             return output
-        step_context.set_current(None)
+        set_current_step(None)
         if self._ppd_logit_rows is not None:
-            logits = logits[self.to_device(self._ppd_logit_rows)]
+            logits = logits[torch.from_numpy(self._ppd_logit_rows)]
         tokens = self.input_ids.np[step.node_rows]  # type: ignore[attr-defined]
-        self._ppd_walk, sources, targets, output = walk_trees(
-            self, step, tokens, logits
-        )
+        walk, sources, targets, output = walk_trees(self, step, tokens, logits)
+        self._ppd_walk = walk
         if sources.size:
             self._ppd_mover.move(sources, targets)
-        if self._ppd_table is not None:
-            self._ppd_table.after_walk(step, self._ppd_walk, tokens, logits)
+        if self._ppd_learner is not None:
+            self._ppd_learner.after_walk(step, walk, tokens, logits)
+        num_prompted = self.drafter.num_prompted_of[step.tree_ids]
+        self._ppd_log.after_step(step, walk, num_prompted)
         return output
-
-    def _end_step(self, batch: int, sampled: list[list[int]] | None) -> int:
-        """Count the step of `batch` requests and return the first tree of the next
-        one, 0 for none. Plain steps end before vLLM has a list of what it sampled."""
-        drafter, step, walk = self.drafter, self._ppd_step, self._ppd_walk
-        online = self._ppd_online
-        lengths = self.input_batch.num_tokens_no_spec  # type: ignore[attr-defined]
-        drafter.note_lengths(lengths[:batch], self._ppd_new)
-        changes = 0 if online is None else online.changes
-        self._ppd_log.after_step(drafter, batch, step, walk, changes)
-        if online is not None and online.after_step(batch, step, walk):
-            # DraftInputs pending elsewhere were laid out for trees that are gone.
-            self.ppd_trees = dict.fromkeys(self.ppd_trees, 0)
-        if online is not None and step is None and online.glances_now:
-            self._glance(batch, online)
-        first_tree = drafter.first_tree(batch)
-        if not first_tree or self._all_opted_out(self.input_batch.req_ids):  # type: ignore
-            return 0
-        if online is None:
-            return first_tree
-        if sampled is not None:
-            emitted = sum(map(len, sampled))
-        else:
-            # What vLLM will drop, because a prompt goes on.
-            dropped = self.discard_request_mask.np[:batch]  # type: ignore[attr-defined]
-            emitted = batch - int(np.count_nonzero(dropped))
-        pays = online.pays(step, batch, emitted, self._ppd_rows, self._ppd_new)
-        return first_tree if pays else 0
-
-    def _all_opted_out(self, request_ids: Iterable[str]) -> bool:
-        out = self.ppd_opted_out
-        return bool(out) and out.issuperset(request_ids)
 
     def propose_draft_token_ids(
         self,
@@ -241,106 +239,58 @@ class PPDRunnerMixin:
         **kwargs: Any,
     ) -> list[list[int]]:
         drafter, batch = self.drafter, len(sampled_token_ids)
-        step = self._ppd_step
-        first_tree = self._end_step(batch, sampled_token_ids)
-        if not first_tree:
+        if not self._ppd_first_tree:
             return [[]] * batch
-        tables = drafter.tables
-        counts = np.zeros(batch, dtype=np.int64)
+        tables, step = drafter.tables, self._ppd_step
+        num_prompted = np.zeros(batch, dtype=np.int64)
         logits = drafter.no_logits
         if step is not None and self._ppd_walk is not None:
-            rows, counts = step.prompt_rows(self._ppd_walk.nodes)
+            rows, num_prompted = step.prompt_rows(self._ppd_walk.nodes)
             if rows.size:
                 logits = self.model.compute_logits(  # type: ignore[attr-defined]
-                    hidden_states[self.to_device(rows)]
+                    hidden_states[torch.from_numpy(rows)]
                 ).float()
                 if tables.num_ept > 1:
                     logits = logits.unflatten(0, (-1, tables.num_ept)).mean(1)
-        classes, chains = self._match(batch)
-        trees = first_tree + classes * drafter.num_states + counts
-        self._learn_matches(classes, chains, tables.tries_ngram[trees])
+        classes, ngrams = self._match_ngrams(batch)
+        per_class = drafter.menu.num_prompt_tokens + 1
+        tree_ids = self._ppd_first_tree + classes * per_class + num_prompted
         request_ids = self.input_batch.req_ids  # type: ignore[attr-defined]
-        self.ppd_trees.update(zip(request_ids, trees.tolist(), strict=True))
-        lengths = tables.num_rows[trees].tolist()
+        self.ppd_trees.update(zip(request_ids, tree_ids.tolist(), strict=True))
+        lengths = tables.num_rows[tree_ids].tolist()
         if max(lengths) == 1:
             return [[]] * batch
         roots = np.array([tokens[-1] if tokens else 0 for tokens in sampled_token_ids])
-        ids = drafter.fill(trees, DraftInputs(counts, logits, roots, chains)).tolist()
+        inputs = DraftInputs(num_prompted, logits, roots, ngrams)
+        ids = drafter.fill(tree_ids, inputs).tolist()
         grammar = scheduler_output.has_structured_output_requests
         drafts = []
         for index, request_id in enumerate(request_ids):
-            silent = (
+            plain = (
                 not sampled_token_ids[index]
                 or request_id in self.ppd_opted_out
                 or (grammar and self._has_grammar(request_id))
             )
-            drafts.append([] if silent else ids[index][: lengths[index] - 1])
+            drafts.append([] if plain else ids[index][: lengths[index] - 1])
         return drafts
 
-    def _match(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """[B] match classes and [B, L] chains of the requests' own contexts."""
-        if self.drafter.num_classes == 1:
-            return np.zeros(batch, dtype=np.int64), _NO_CHAINS.repeat(batch, axis=0)
+    def _match_ngrams(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """[B] match classes and [B, L] n-gram drafts, of the requests' own contexts."""
+        if self.drafter.menu.num_classes == 1:
+            return np.zeros(batch, dtype=np.int64), _NO_NGRAMS.repeat(batch, axis=0)
         inputs = self.input_batch  # type: ignore[attr-defined]
         ends, token_ids = inputs.num_tokens_no_spec[:batch], inputs.token_ids_cpu
-        return match_ngrams_cpu(token_ids, ends, _MATCHED)
-
-    def _glance(self, batch: int, online: OnlineTrees) -> None:
-        inputs = self.input_batch  # type: ignore[attr-defined]
-        online.glance(
-            inputs.req_ids,
-            inputs.token_ids_cpu[:batch],
-            inputs.num_prompt_tokens[:batch],
-            inputs.num_tokens_no_spec[:batch],
-            _MATCHED,
-            match_ngrams_cpu,
-        )
-
-    def _learn_matches(
-        self, classes: np.ndarray, chains: np.ndarray, tried: np.ndarray
-    ) -> None:
-        if self._ppd_online is None or self.drafter.num_classes == 1:
-            return
-        inputs = self.input_batch  # type: ignore[attr-defined]
-        ends = inputs.num_tokens_no_spec[: len(classes)]
-        self._ppd_online.after_match(
-            inputs.req_ids, classes, chains, tried, ends, inputs.token_ids_cpu
-        )
-
-    def ppd_report(self) -> dict[str, Any]:
-        """The plan that is served and what it was found from, how often it changed,
-        and the log's next line."""
-        drafter, online = self.drafter, self._ppd_online
-        evidence = online.evidence if online else drafter.plan_settings.evidence()
-        return {
-            "plan": drafter.plan.to_dict(),
-            "evidence": evidence.to_dict(),
-            "profile": (online.profile if online else drafter.profile).to_dict(),
-            "timings": [t._asdict() for t in online.timings] if online else [],
-            "plan_changes": online.changes if online is not None else 0,
-            "line": self._ppd_log.line(),
-        }
-
-    def ppd_hold(self, plan: dict[str, Any] | None) -> None:
-        """No longer follow the traffic, and serve `plan` if there is one.
-
-        What was learnt stays. While no request runs.
-        """
-        if self._ppd_online is not None:
-            self._ppd_online.close()
-        self._ppd_online = self._ppd_table = None
-        if plan is not None:
-            self.drafter.set_plan(TreePlan.from_dict(plan))
-            self.ppd_trees.clear()
+        return match_ngrams_cpu(token_ids, ends, _NGRAM_CONTEXT)
 
     def _has_grammar(self, request_id: str) -> bool:
         # A grammar is checked along one chain of tokens; a tree's siblings are none.
         params = self.requests[request_id].sampling_params  # type: ignore
         return params is not None and params.structured_outputs is not None
 
-    def to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        device = self.device  # type: ignore[attr-defined]
-        if device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(device, non_blocking=True)
+    def ppd_report(self) -> dict[str, Any]:
+        """The menu that is served, and the log's next line."""
+        return {"menu": self.drafter.menu.to_dict(), "line": self._ppd_log.line()}
+
+
+class PPDCPUModelRunner(PPDRunnerMixin, CPUModelRunner):
+    """The V1 model runner on a CPU, speculating with prompt tokens."""

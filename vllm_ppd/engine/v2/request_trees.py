@@ -26,9 +26,8 @@ from vllm_ppd.kernels.tree_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.kernels.triton.place_tree import place_tree
 from vllm_ppd.trees.drafting import BigramTensors
-from vllm_ppd.trees.layout import TreeTables
+from vllm_ppd.trees.layout import TreeTables, ranges
 from vllm_ppd.trees.menu import TreePlan
-from vllm_ppd.trees.step import ranges
 
 # Far below any tree's id.
 _NO_TREE = -(1 << 30)

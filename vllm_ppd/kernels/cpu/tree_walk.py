@@ -6,7 +6,7 @@ import numpy as np
 
 from vllm_ppd.kernels.cpu.build import load_library
 from vllm_ppd.trees.ngram import LENGTHS, MAX_NGRAM_DRAFTS, match_ngrams
-from vllm_ppd.trees.step import TreeStep
+from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
 __all__ = ["match_ngrams_cpu", "walk_greedy_cpu"]
@@ -32,7 +32,7 @@ def walk_greedy_cpu(
         walk = TreeWalk(step, tokens)
         walk.run_greedy(picked)
         return walk, *kv_moves(step, walk)
-    tables, batch = step.tables, len(step.states)
+    tables, batch = step.tables, len(step.tree_ids)
     depths = tables.max_depth + 1
     walk = TreeWalk.empty(step)
     sources, targets = np.empty((2, batch * depths), dtype=np.int64)
@@ -40,7 +40,7 @@ def walk_greedy_cpu(
         tables.parents.ctypes.data,
         tables.parents.shape[1],
         batch,
-        step.states.ctypes.data,
+        step.tree_ids.ctypes.data,
         step.starts.ctypes.data,
         step.num_nodes.ctypes.data,
         step.first_nodes.ctypes.data,
