@@ -12,11 +12,18 @@ import difflib
 import json
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FormatError", "check_content", "read_json", "write_bytes", "write_json"]
+__all__ = [
+    "FormatError",
+    "check_content",
+    "check_keys",
+    "read_json",
+    "write_bytes",
+    "write_json",
+]
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
@@ -128,6 +135,14 @@ def check_content(
         for key, value in content.items()
         if key not in ("format", "format_version")
     }
+    check_keys(values, keys, optional)
+    return values
+
+
+def check_keys(
+    values: Mapping[str, Any], keys: Collection[str], optional: Collection[str] = ()
+) -> None:
+    """Raise FormatError for an unknown key, and for a missing one of `keys`."""
     allowed = [*keys, *optional]
     for key in values:
         if key not in allowed:
@@ -137,4 +152,3 @@ def check_content(
     for key in keys:
         if key not in values:
             raise FormatError(f"the key {key!r} is missing")
-    return values

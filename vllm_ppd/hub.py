@@ -1,4 +1,4 @@
-"""Turn what a user typed, a folder or a Hugging Face repository id, into a folder."""
+"""Local folders of models and prompt tokens, given by path or Hugging Face hub id."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["PathNotResolvedError", "resolve_model_path", "resolve_path"]
+from vllm_ppd.files import FormatError
+
+__all__ = ["resolve_model_path", "resolve_path"]
 
 # One or two segments, as huggingface_hub accepts them.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -15,10 +17,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PROMPT_FILES = ("*.json", "*.safetensors", "adapter_model.bin")
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _OLD_MODEL_FILES = (*_MODEL_FILES, "pytorch_model*.bin")
-
-
-class PathNotResolvedError(ValueError):
-    """Neither a folder nor a hub repository that could be fetched."""
 
 
 def resolve_path(
@@ -30,7 +28,7 @@ def resolve_path(
     """Return the local folder of `path_or_hub_id`, fetching it from the hub if need be.
 
     An existing folder always wins over a repository of the same name. Only files that
-    match `allow_patterns` are fetched. Raises PathNotResolvedError for a file, for a
+    match `allow_patterns` are fetched. Raises FormatError for a file, for a
     name that can be neither, and for every failure of the hub (offline, no such
     repository or revision, no permission).
     """
@@ -39,19 +37,19 @@ def resolve_path(
         return path
     name = os.fspath(path_or_hub_id)
     if path.exists():
-        raise PathNotResolvedError(
+        raise FormatError(
             f"{name!r} is a file; expected a folder or a hub repository id "
             f"(did you mean its folder, {str(path.parent)!r}?)"
         )
     if not _HUB_ID.fullmatch(name):
-        raise PathNotResolvedError(
+        raise FormatError(
             f"there is no folder {name!r}, and it is no hub repository id "
             "(expected the form 'owner/name'); check the path"
         )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise PathNotResolvedError(
+        raise FormatError(
             f"there is no folder {name!r}, and fetching it as a hub repository needs "
             "the package huggingface_hub: pip install huggingface_hub"
         ) from error
@@ -63,7 +61,7 @@ def resolve_path(
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         at = f" at revision {revision!r}" if revision else ""
-        raise PathNotResolvedError(
+        raise FormatError(
             f"there is no folder {name!r}, and the hub repository of that name{at} "
             f"could not be fetched ({type(error).__name__}: {reason.rstrip('.')}); "
             "check the name and the network, or pass a local folder"

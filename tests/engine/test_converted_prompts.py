@@ -15,7 +15,7 @@ import torch
 
 from tests.authors_checkpoint import write_authors_checkpoint
 from tests.engine.conftest import MODEL, PROMPTS, cpu_only
-from vllm_ppd.prompt_tokens.convert import convert
+from vllm_ppd.cli.convert import convert
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.insertion import Insertion
 from vllm_ppd.train.model import FrozenModel

@@ -16,6 +16,9 @@ from vllm_ppd.cli import main
 from vllm_ppd.cli.engines import EngineFailedError
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
+from vllm_ppd.search.menu_search import build_menu
+from vllm_ppd.trees.menu import MENU_FILE, save_menus
 
 HIDDEN, VOCAB = 8, 50
 
@@ -158,16 +161,15 @@ def test_inspect_reads_the_records(prompts: Path, capsys) -> None:
         "history": [1, 2, 3],
     }
     (prompts / "training.json").write_text(json.dumps(record))
-    table = {
-        "format": "ppd_acceptance",
-        "format_version": 1,
-        "acceptance": [[0.25, 0.125], [0.125, 0.125], [0.0625, 0.0]],
-    }
-    (prompts / "acceptance.json").write_text(json.dumps(table))
+    model = AcceptanceModel.of([[0.25, 0.125], [0.125, 0.125], [0.0625, 0.0]])
+    model.save(prompts / ACCEPTANCE_FILE)
+    menu = build_menu(model, 8, 2)
+    save_menus(prompts / MENU_FILE, menu, menu)
     status, found = inspect_json(capsys, str(prompts))
     assert status == 0
     assert found["training"]["steps"] == 7
     assert "history" not in found["training"]
+    assert found["draft_lengths"] == list(menu.draft_lengths)
     assert found["acceptance"]["top1"] == [0.25, 0.125, 0.0625]
     assert found["acceptance"]["top10"] == [0.375, 0.25, 0.0625]
     assert main.main(["inspect", str(prompts)]) == 0
@@ -187,7 +189,7 @@ def test_inspect_says_what_does_not_fit(prompts: Path, model: Path, capsys) -> N
     assert "problem: these prompt tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["training.json", "acceptance.json"])
+@pytest.mark.parametrize("name", ["training.json", ACCEPTANCE_FILE, MENU_FILE])
 def test_inspect_reports_unreadable_records(prompts: Path, name: str, capsys) -> None:
     (prompts / name).write_text("{")
     status, found = inspect_json(capsys, str(prompts))
@@ -197,6 +199,6 @@ def test_inspect_reports_unreadable_records(prompts: Path, name: str, capsys) ->
 
 def test_inspect_refuses_other_folders(tmp_path: Path, model: Path, capsys) -> None:
     assert main.main(["inspect", str(model)]) == 2
-    assert "describes a model" in capsys.readouterr().err
+    assert "pass a folder that vllm-ppd train" in capsys.readouterr().err
     assert main.main(["inspect", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.authors_checkpoint import write_authors_checkpoint
 from vllm_ppd import files as atomic
 from vllm_ppd.cli import main
-from vllm_ppd.prompt_tokens.convert import ConversionError, convert
+from vllm_ppd.cli.convert import convert
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError, tensor_file
 
@@ -262,7 +262,7 @@ def test_a_model_config_beside_a_checkpoint_is_not_mistaken(theirs: Path) -> Non
 
 def test_conversion_needs_the_model_it_fits(theirs: Path, model: Path, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ConversionError, match=r"'lmsys/vicuna-tiny'.*--model"):
+    with pytest.raises(PromptTokensError, match=r"'lmsys/vicuna-tiny'.*--model"):
         convert(str(theirs), out)
     wide = write_authors_checkpoint(tmp_path / "wide", torch.randn(3, 1, 24))
     with pytest.raises(PromptTokensError, match="hidden size 16 instead of 24"):
@@ -334,7 +334,7 @@ def test_command(theirs: Path, model: Path, tmp_path: Path, capsys) -> None:
 def test_inspect_knows_the_layout(theirs: Path, model: Path, capsys) -> None:
     assert main.main(["inspect", str(theirs), "--model", str(model)]) == 0
     shown = capsys.readouterr().out
-    for word in ("lmsys/vicuna-tiny", "unknown", "2 members"):
+    for word in ("lmsys/vicuna-tiny", "unknown", "with 2 EPT"):
         assert word in shown
     assert main.main(["inspect", "--json", str(theirs)]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -350,4 +350,4 @@ def test_without_safetensors_the_model_is_known_by_its_sizes(
     (bare / "config.json").write_bytes((model / "config.json").read_bytes())
     out = str(tmp_path / "out")
     assert main.main(["convert", str(theirs), out, "--model", str(bare)]) == 0
-    assert "only its sizes" in capsys.readouterr().out
+    assert "holds only its sizes" in capsys.readouterr().out

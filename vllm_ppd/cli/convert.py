@@ -1,49 +1,116 @@
-"""`vllm-ppd convert`: prompt tokens from the authors' PEFT layout, and into it."""
+"""`vllm-ppd convert`: prompt tokens from the authors' layout into ours, and back.
+
+The authors' checkpoints only name their base model, whereas a prompt-token folder holds
+the fingerprint of its weights. Converting from the authors' layout therefore needs the
+model itself.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="folder or hub id of prompt tokens, in this project's layout or in the "
-        "authors' (adapter_config.json)",
+        help="folder or hub id of the prompt tokens to read, in either layout",
     )
     parser.add_argument(
-        "destination", metavar="DST", help="folder to write the other layout into"
+        "destination", metavar="DST", help="folder to write, in the other layout"
     )
     parser.add_argument(
         "--model",
-        help="folder or hub id of the base model; required from the authors' layout, "
-        "which only names it (of a hub id only the JSON files are fetched)",
+        help="folder or hub id of the base model; required if SRC is in the authors' "
+        "layout (for a hub id, only the JSON files are downloaded)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace prompt tokens that DST has"
+        "--overwrite", action="store_true", help="replace prompt tokens in DST"
+    )
+
+
+def convert(
+    source: str,
+    destination: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write the prompt tokens of `source` into `destination`, in the other layout.
+
+    `source` and `model` are folders or hub ids. Into the authors' layout, `model` is
+    checked against `source` and written as the base model's name. Embeddings become
+    float32.
+
+    Returns:
+        what to tell the user, one sentence each.
+
+    Raises:
+        FormatError, PromptTokensError: input that cannot be read, does not fit the
+            model, or would be overwritten.
+    """
+    from vllm_ppd.hub import resolve_path
+    from vllm_ppd.prompt_tokens.peft import is_peft_checkpoint
+    from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError
+
+    target = Path(destination).expanduser()
+    folder = resolve_path(source)
+    prompts = PromptTokens.load(folder)
+    base = None if model is None else _fingerprint(model)
+    if base is not None:
+        prompts.check_against(base)
+    notes = []
+    if not is_peft_checkpoint(folder):
+        prompts.save_peft(target, model or prompts.base.name, overwrite=overwrite)
+        if prompts.num_ept > 1:
+            notes.append("The authors' code decodes with one EPT only.")
+    elif base is None:
+        raise PromptTokensError(
+            f"{source!r} names its base model {prompts.base.name!r} but holds no "
+            "fingerprint of it; name the model's folder or hub id with --model"
+        )
+    else:
+        prompts = PromptTokens(prompts.embeddings, base)
+        prompts.save(target, overwrite=overwrite)
+        if base.embedding_sha256 is None:
+            notes.append(
+                "The model's weights are not here, so the fingerprint holds only its "
+                "sizes; convert with a folder that has its safetensors for the weights."
+            )
+    layout = "this project's" if is_peft_checkpoint(folder) else "the authors'"
+    return [
+        f"{prompts.num_prompt_tokens} prompt tokens of {prompts.num_ept} EPT for "
+        f"{prompts.base.name} are in {destination}, in {layout} layout.",
+        *notes,
+        "Acceptance figures are not converted; measure them with vllm-ppd calibrate.",
+    ]
+
+
+def _fingerprint(model: str) -> BaseModelFingerprint:
+    from vllm_ppd.hub import resolve_path
+    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+
+    is_folder = Path(model).expanduser().is_dir()
+    # Without the weights, unless the hub's cache has them: they are large, and only a
+    # part of one tensor would be read.
+    folder = resolve_path(model, allow_patterns=("*.json",))
+    return BaseModelFingerprint.of_folder(
+        folder,
+        name=None if is_folder else model,
+        revision=None if is_folder else folder.name,
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert as the flags say. Raises ValueError subclasses for unusable input."""
-    from vllm_ppd.prompt_tokens.convert import convert
-
-    done = convert(
+    lines = convert(
         args.source, args.destination, model=args.model, overwrite=args.overwrite
     )
-    prompts = done.prompts
-    layout = "the authors' layout" if done.to_peft else "this project's layout"
-    print(
-        f"{prompts.num_prompt_tokens} prompt tokens of {prompts.num_ept} EPT for "
-        f"{prompts.base.name} are in {args.destination}, in {layout}."
-    )
-    if done.to_peft and prompts.num_ept > 1:
-        print("The authors' code decodes with one EPT only.")
-    if not done.to_peft and prompts.base.embedding_sha256 is None:
-        print(
-            "The model's weights are not at hand, so that only its sizes will tell it "
-            "from others; a folder with its safetensors would do."
-        )
-    print("Acceptance is not carried over: measure it with vllm-ppd calibrate.")
+    print("\n".join(lines))
     return 0

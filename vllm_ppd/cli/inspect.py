@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-TRAINING_FILE = "training.json"
-ACCEPTANCE_FILE = "acceptance.json"
+    from vllm_ppd.prompt_tokens.tokens import PromptTokens
 
-# Accuracies in a training record and what they were measured against.
+TRAINING_FILE = "training.json"
+
+# Accuracies in a training record, and the reference of each.
 _ACCURACIES = (
     ("model", "the model's choice"),
     ("greedy", "... on its own path"),
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="folder or hub id of prompt tokens")
     parser.add_argument(
         "--model",
-        help="also check that they fit this model (a folder; a hub id is downloaded); "
+        help="folder or hub id of a model: also check that the prompt tokens fit it; "
         "the exit status is 1 if they do not",
     )
     parser.add_argument(
@@ -36,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def describe(path: str, model: str | None = None) -> dict[str, Any]:
-    """Everything that `inspect` shows, as JSON.
+    """Everything that `inspect` shows, as JSON values.
 
-    `problems` lists, a sentence each, what keeps the folder from being used with
-    `model` or a file in it from being read. Raises ValueError when there are no
-    readable prompt tokens, or no such model, at all.
+    `problems` has one sentence for each file that cannot be read, and one if the
+    prompt tokens do not fit `model`. Raises ValueError if `path` has no readable prompt
+    tokens, or if there is no such model.
     """
     from vllm_ppd.hub import resolve_path
     from vllm_ppd.prompt_tokens.peft import is_peft_checkpoint
@@ -49,7 +50,7 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
     folder = resolve_path(path)
     prompts = PromptTokens.load(folder)
     problems: list[str] = []
-    found: dict[str, Any] = {
+    return {
         "path": path,
         # The authors' layout has no version of its own.
         "format_version": None if is_peft_checkpoint(folder) else FORMAT_VERSION,
@@ -58,24 +59,24 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
         "hidden_size": prompts.hidden_size,
         "trainable_parameters": prompts.embeddings.numel(),
         "bytes": tensor_file(folder).stat().st_size,
-        # One list per prompt token, one norm per ensemble member.
+        "bigram_bytes": _bigram_bytes(folder),
+        # One list per prompt token, one norm per EPT.
         "norms": prompts.embeddings.norm(dim=-1).tolist(),
         "base_model": dataclasses.asdict(prompts.base),
         "training": _training(folder, problems),
         "acceptance": _acceptance(folder, prompts.num_prompt_tokens, problems),
+        "draft_lengths": _draft_lengths(folder, problems),
         "fits": _fits(prompts, model, problems) if model else None,
         "problems": problems,
     }
-    return found
 
 
-def _fits(prompts: Any, model: str, problems: list[str]) -> dict[str, Any]:
+def _fits(prompts: PromptTokens, model: str, problems: list[str]) -> dict[str, Any]:
     from vllm_ppd.hub import resolve_path
-    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
-    from vllm_ppd.prompt_tokens.tokens import PromptTokensError
+    from vllm_ppd.prompt_tokens.tokens import BaseModelFingerprint, PromptTokensError
 
     fingerprint = BaseModelFingerprint.of_folder(resolve_path(model), name=model)
-    known = prompts.base.embedding_sha256 and fingerprint.embedding_sha256
+    hashes = (prompts.base.embedding_sha256, fingerprint.embedding_sha256)
     try:
         prompts.check_against(fingerprint)
     except PromptTokensError as error:
@@ -83,18 +84,25 @@ def _fits(prompts: Any, model: str, problems: list[str]) -> dict[str, Any]:
     return {
         "model": model,
         "fits": not prompts.base.differences(fingerprint),
-        "weights_compared": bool(known),
+        "weights_compared": None not in hashes,
     }
 
 
+def _bigram_bytes(folder: Path) -> int | None:
+    from vllm_ppd.trees.bigram import BIGRAM_FILE
+
+    path = folder / BIGRAM_FILE
+    return path.stat().st_size if path.is_file() else None
+
+
 def _training(folder: Path, problems: list[str]) -> dict[str, Any] | None:
-    """The training record; its evaluations but the last are left out."""
+    """The training record, with the last of its evaluations only."""
     path = folder / TRAINING_FILE
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         problems.append(f"{path} cannot be read as JSON: {error}")
         return None
     if not isinstance(record, dict):
@@ -106,127 +114,127 @@ def _training(folder: Path, problems: list[str]) -> dict[str, Any] | None:
 def _acceptance(
     folder: Path, num_prompt_tokens: int, problems: list[str]
 ) -> dict[str, Any] | None:
-    from vllm_ppd.search.acceptance_table import AcceptanceError, AcceptanceStats
+    from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
 
     path = folder / ACCEPTANCE_FILE
     if not path.is_file():
         return None
     try:
-        table = AcceptanceStats.load(path)
-    except AcceptanceError as error:
+        table = AcceptanceModel.load(path, num_prompt_tokens).marginal
+    except ValueError as error:
         problems.append(str(error))
         return None
-    if table.num_prompt_tokens != num_prompt_tokens:
-        problems.append(
-            f"{path} is about {table.num_prompt_tokens} prompt tokens, but the folder "
-            f"holds {num_prompt_tokens}; measure it again"
-        )
-    sums = table.acceptance.cumsum(axis=1)
+    sums = table.cumsum(axis=1)
     return {
-        "ranks": table.num_ranks,
+        "ranks": table.shape[1],
         "top1": sums[:, 0].tolist(),
-        "top10": sums[:, min(10, table.num_ranks) - 1].tolist(),
+        "top10": sums[:, min(10, table.shape[1]) - 1].tolist(),
     }
 
 
+def _draft_lengths(folder: Path, problems: list[str]) -> list[int] | None:
+    from vllm_ppd.trees.menu import MENU_FILE, load_menus
+
+    path = folder / MENU_FILE
+    if not path.is_file():
+        return None
+    try:
+        return list(load_menus(path)[0].draft_lengths)
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+
+
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0, or 1 when there is a problem, such as a model that differs."""
-    found = describe(args.path, args.model)
+    """Exit status 0, or 1 if there is a problem, such as a model that differs."""
+    description = describe(args.path, args.model)
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(description, indent=2))
     else:
-        _print(found)
-    return 1 if found["problems"] else 0
+        _print(description)
+    return 1 if description["problems"] else 0
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(description: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    facts = Table(title=f"prompt tokens in {found['path']}", show_header=False)
+    facts = Table(title=f"prompt tokens in {description['path']}", show_header=False)
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")
-    for name, value in _facts(found):
+    for name, value in (*_facts(description), *_training_facts(description)):
         facts.add_row(name, value)
     console.print(facts)
-    training = found["training"] or {}
-    if isinstance(training.get("held_out"), dict):
-        rows = _training_rows(training["held_out"])
+    scores = (description["training"] or {}).get("held_out")
+    if isinstance(scores, dict):
+        rows = [
+            (label, scores[f"{key}_top1"], scores[f"{key}_top10"])
+            for key, label in _ACCURACIES
+            if isinstance(scores.get(f"{key}_top1"), list)
+            and isinstance(scores.get(f"{key}_top10"), list)
+        ]
         console.print(_accuracies("held-out accuracy after training", rows))
-    if found["acceptance"]:
-        table = found["acceptance"]
-        rows = [("measured", table["top1"], table["top10"])]
-        console.print(_accuracies("acceptance statistics", rows))
-    for problem in found["problems"]:
+    if acceptance := description["acceptance"]:
+        rows = [("measured", acceptance["top1"], acceptance["top10"])]
+        console.print(_accuracies("acceptance by distance", rows))
+    for problem in description["problems"]:
         console.print(f"[bold red]problem:[/] {problem}", soft_wrap=True)
-    fits = found["fits"]
+    fits = description["fits"]
     if fits and fits["fits"]:
         how = "sizes and weights agree" if fits["weights_compared"] else "sizes agree"
         console.print(f"[bold green]fits[/] {fits['model']} ({how})", soft_wrap=True)
 
 
-def _facts(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, value) lines of the first table."""
-    base = found["base_model"]
+def _facts(description: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, value) rows about the folder and its base model."""
+    base = description["base_model"]
     revision = f" at {base['revision']}" if base["revision"] else ""
     yield "base model", f"{base['name']}{revision}"
     # The authors' checkpoints say neither.
     yield "architecture", base["architecture"] or "unknown"
     vocabulary = base["vocab_size"]
     yield "vocabulary", "unknown" if vocabulary is None else f"{vocabulary:,}"
-    yield "weights known by", (base["embedding_sha256"] or "nothing (no hash)")[:16]
-    yield "prompt tokens", str(found["num_prompt_tokens"])
-    ensemble = "member" if found["num_ept"] == 1 else "members"
-    yield "ensemble", f"{found['num_ept']} {ensemble} per prompt token"
-    yield "hidden size", f"{found['hidden_size']:,}"
-    yield "trainable parameters", f"{found['trainable_parameters']:,}"
-    yield "size", f"{found['bytes']:,} bytes"
-    for number, norms in enumerate(found["norms"], start=1):
-        values = ", ".join(f"{norm:.3f}" for norm in norms[:6])
-        yield f"norm of token {number}", values + (", ..." if len(norms) > 6 else "")
-    yield from _training_facts(found["training"])
+    yield "embedding hash", (base["embedding_sha256"] or "none")[:16]
+    ept = description["num_ept"]
+    yield "prompt tokens", f"{description['num_prompt_tokens']}, with {ept} EPT each"
+    yield "hidden size", f"{description['hidden_size']:,}"
+    yield "trainable parameters", f"{description['trainable_parameters']:,}"
+    yield "size", f"{description['bytes']:,} bytes"
+    norms = [f"{norm:.3f}" for norms in description["norms"] for norm in norms]
+    yield "norms", ", ".join(norms[:12]) + ", ..." * (len(norms) > 12)
+    bigram_bytes = description["bigram_bytes"]
+    yield "bigram table", f"{bigram_bytes:,} bytes" if bigram_bytes else "none"
+    lengths = description["draft_lengths"]
+    yield "draft lengths", ", ".join(map(str, lengths)) if lengths else "not calibrated"
 
 
-def _training_facts(record: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+def _training_facts(description: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    record = description["training"]
     if record is None:
-        yield "training", "no record (training.json)"
+        yield "training", f"no record ({TRAINING_FILE})"
         return
+    units = (("steps", "steps"), ("seconds", "s"), ("positions", "predictions"))
     counts = [
         f"{record[key]:,.0f} {unit}"
-        for key, unit in (
-            ("steps", "steps"),
-            ("seconds", "s"),
-            ("positions", "predictions"),
-        )
+        for key, unit in units
         if isinstance(record.get(key), int | float)
     ]
     device = f" on {record['device']}" if isinstance(record.get("device"), str) else ""
     yield "training", (", ".join(counts) or "recorded") + device
     settings = record.get("settings")
     if isinstance(settings, dict):
-        shown = (f"{k} {v}" for k, v in settings.items() if v is not None)
-        yield "trained with", ", ".join(shown)
-
-
-def _training_rows(scores: dict[str, Any]) -> list[tuple[str, list, list]]:
-    """The accuracies that a record has, as (against what, top-1, top-10)."""
-    return [
-        (label, scores[f"{key}_top1"], scores[f"{key}_top10"])
-        for key, label in _ACCURACIES
-        if isinstance(scores.get(f"{key}_top1"), list)
-        and isinstance(scores.get(f"{key}_top10"), list)
-    ]
+        pairs = (f"{key} {value}" for key, value in settings.items())
+        yield "trained with", ", ".join(p for p in pairs if not p.endswith(" None"))
 
 
 def _accuracies(title: str, rows: list[tuple[str, list, list]]) -> Table:
-    """Top-1/top-10 per distance."""
+    """Top-1 and top-10 accuracy per distance."""
     from rich.table import Table
 
     table = Table(title=f"{title} (top-1 / top-10)")
     table.add_column("against")
-    distances = max((len(top1) for _, top1, _ in rows), default=0)
-    for distance in range(1, distances + 1):
+    for distance in range(1, 1 + max((len(top1) for _, top1, _ in rows), default=0)):
         table.add_column(f"+{distance}", justify="right")
     for label, top1, top10 in rows:
         pairs = zip(top1, top10, strict=False)

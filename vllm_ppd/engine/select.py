@@ -27,8 +27,8 @@ from vllm_ppd.engine.measure import known_profile, profile_key
 from vllm_ppd.engine.refusals import refuse_unsupported, require_supported_vllm
 from vllm_ppd.engine.settings import KEY, PPDSpeculativeConfig, ServingSettings
 from vllm_ppd.hub import resolve_path
-from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint, FingerprintError
-from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError
 from vllm_ppd.search.menu_search import menu_for
 from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable
 from vllm_ppd.trees.tree import MAX_ROWS
@@ -246,7 +246,7 @@ def _fingerprint(model: Any) -> BaseModelFingerprint:
     architectures = getattr(model.hf_config, "architectures", None) or ["unknown"]
     try:
         return BaseModelFingerprint.of_folder(_resolve_local(model), name=model.model)
-    except (FingerprintError, ValueError) as error:
+    except ValueError as error:
         logger.warning(
             "the base model's embedding could not be compared with the one the "
             "prompt tokens were trained for (%s)",
@@ -271,7 +271,7 @@ def _resolve_local(model: Any) -> str:
             model.model, revision=model.revision, local_files_only=True
         )
     except Exception as error:
-        raise FingerprintError(f"no local copy of {model.model}") from error
+        raise PromptTokensError(f"no local copy of {model.model}") from error
 
 
 def _runs_in_processes(parallel: Any) -> bool:

@@ -1,8 +1,8 @@
-"""What identifies a base model, so that prompt tokens are not used with another one.
+"""The identity of a base model, so that prompt tokens are not used with another one.
 
-Prompt tokens are input embeddings: they mean something to the model they were trained
-on and noise to any other, which would show only as silently lost acceptance. The
-fingerprint is cheap (a few hundred rows of one tensor) and needs no model code.
+Prompt tokens are input embeddings of one model. With another model they would only
+lower the acceptance rate, without any error. The fingerprint is cheap (a few hundred
+rows of one tensor) and needs no model code.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["BaseModelFingerprint", "FingerprintError"]
+__all__ = ["BaseModelFingerprint", "PromptTokensError"]
 
-# Names of the input embedding across Hugging Face model code.
-_EMBEDDING_SUFFIXES = (
+# How names of the input embedding end across Hugging Face model code.
+_EMBEDDING_NAMES = (
     "embed_tokens.weight",
     "wte.weight",
     "word_embeddings.weight",
@@ -33,15 +33,15 @@ _MAX_HASHED_ROWS = 256
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class FingerprintError(ValueError):
-    """A model folder or a stored fingerprint that cannot be understood."""
+class PromptTokensError(ValueError):
+    """Prompt tokens, or a base model, that cannot be read, written or used together."""
 
 
 @dataclass(frozen=True)
 class BaseModelFingerprint:
     """Identity of a base model.
 
-    Raises FingerprintError when a field has the wrong type or range.
+    Raises PromptTokensError when a field has the wrong type or range.
     """
 
     name: str
@@ -59,25 +59,24 @@ class BaseModelFingerprint:
     """See `embedding_sha256`; None when the folder has no readable safetensors."""
 
     def __post_init__(self) -> None:
+        unknown = [
+            f for f in ("architecture", "vocab_size") if getattr(self, f) is None
+        ]
         for field in ("name", "architecture"):
             value = getattr(self, field)
-            if field == "architecture" and value is None:
-                continue
-            if not isinstance(value, str) or not value:
-                raise FingerprintError(
+            if field not in unknown and not (isinstance(value, str) and value):
+                raise PromptTokensError(
                     f"{field} of the base model is {value!r}; expected a name"
                 )
         for field in ("hidden_size", "vocab_size"):
             value = getattr(self, field)
-            if field == "vocab_size" and value is None:
-                continue
-            if type(value) is not int or value < 1:
-                raise FingerprintError(
+            if field not in unknown and (type(value) is not int or value < 1):
+                raise PromptTokensError(
                     f"{field} of the base model is {value!r}; "
                     "expected a positive integer"
                 )
         if self.revision is not None and not isinstance(self.revision, str):
-            raise FingerprintError(
+            raise PromptTokensError(
                 f"revision of the base model is {self.revision!r}; "
                 "expected a string or null"
             )
@@ -85,7 +84,7 @@ class BaseModelFingerprint:
         if digest is not None and not (
             isinstance(digest, str) and _SHA256.fullmatch(digest)
         ):
-            raise FingerprintError(
+            raise PromptTokensError(
                 f"embedding_sha256 of the base model is {digest!r}; "
                 "expected 64 lower-case hexadecimal digits or null"
             )
@@ -100,9 +99,9 @@ class BaseModelFingerprint:
         """Fingerprint of a local Hugging Face model folder.
 
         Reads config.json and, through safetensors, up to 256 rows of the input
-        embedding. `name` defaults to the folder's own name. Raises FingerprintError for
-        a missing folder, an unusable config.json or a corrupt safetensors file; a
-        folder without safetensors gets `embedding_sha256=None`.
+        embedding. `name` defaults to the folder's own name. A folder
+        without safetensors gets `embedding_sha256=None`. Raises PromptTokensError for a
+        missing folder, an unusable config.json or a corrupt safetensors file.
         """
         folder = Path(path)
         config = _read_config(folder)
@@ -115,7 +114,7 @@ class BaseModelFingerprint:
             and architectures
             and isinstance(architectures[0], str)
         ):
-            raise FingerprintError(
+            raise PromptTokensError(
                 f"{folder / 'config.json'} names no architecture "
                 f"(architectures is {architectures!r}); is it a model's folder?"
             )
@@ -129,12 +128,12 @@ class BaseModelFingerprint:
         )
 
     def differences(self, other: BaseModelFingerprint) -> list[str]:
-        """What tells `other` from this model, one phrase each; empty when nothing does.
+        """One phrase for each property in which `other` differs from this model.
 
-        Name and revision may differ between equal copies, so they are not compared;
-        the rest is compared where both sides know it.
+        Name and revision may differ between equal copies, so they are not compared.
+        The other properties are compared if both sides have them.
         """
-        found = [
+        phrases = [
             f"{label} {getattr(other, field)} instead of {getattr(self, field)}"
             for field, label in (
                 ("hidden_size", "hidden size"),
@@ -144,29 +143,29 @@ class BaseModelFingerprint:
             if getattr(other, field) != getattr(self, field)
             and None not in (getattr(other, field), getattr(self, field))
         ]
-        known = self.embedding_sha256 and other.embedding_sha256
-        if known and self.embedding_sha256 != other.embedding_sha256:
-            found.append(
+        hashes = (self.embedding_sha256, other.embedding_sha256)
+        if None not in hashes and hashes[0] != hashes[1]:
+            phrases.append(
                 f"embedding hash {str(other.embedding_sha256)[:12]} instead of "
                 f"{str(self.embedding_sha256)[:12]} (other weights)"
             )
-        return found
+        return phrases
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise FingerprintError(f"there is no model folder {str(folder)!r}")
+        raise PromptTokensError(f"there is no model folder {str(folder)!r}")
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FingerprintError(
+        raise PromptTokensError(
             f"{str(folder)!r} has no config.json; expected a Hugging Face model folder"
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise FingerprintError(f"{path} cannot be read as JSON: {error}") from error
+        raise PromptTokensError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise FingerprintError(f"{path} holds no JSON object")
+        raise PromptTokensError(f"{path} holds no JSON object")
     return config
 
 
@@ -183,7 +182,7 @@ def _first_int(folder: Path, config: dict[str, Any], keys: tuple[str, ...]) -> i
         value = config.get(key)
         if type(value) is int:
             return value
-    raise FingerprintError(
+    raise PromptTokensError(
         f"{folder / 'config.json'} has no integer {' or '.join(keys)}; "
         "is it the folder of a language model?"
     )
@@ -195,7 +194,7 @@ def _hash_embedding(folder: Path, hidden_size: int, vocab_size: int) -> str | No
     Rows are rounded to bfloat16 and hashed as little-endian float32, so that copies of
     one checkpoint in float32 and bfloat16 agree.
     """
-    for file, name in _candidates(folder):
+    for file, name in _embedding_tensors(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 view = tensors.get_slice(name)
@@ -209,7 +208,7 @@ def _hash_embedding(folder: Path, hidden_size: int, vocab_size: int) -> str | No
                 picked = [i * rows // count for i in range(count)]
                 sample = torch.cat([view[row : row + 1] for row in picked])
         except (SafetensorError, OSError) as error:
-            raise FingerprintError(
+            raise PromptTokensError(
                 f"{file} is not a readable safetensors file ({error}); "
                 "download the model again"
             ) from error
@@ -218,7 +217,7 @@ def _hash_embedding(folder: Path, hidden_size: int, vocab_size: int) -> str | No
     return None
 
 
-def _candidates(folder: Path) -> Iterator[tuple[Path, str]]:
+def _embedding_tensors(folder: Path) -> Iterator[tuple[Path, str]]:
     """(file, tensor name) of everything named like an input embedding."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -226,12 +225,12 @@ def _candidates(folder: Path) -> Iterator[tuple[Path, str]]:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             pairs = sorted((str(k), str(v)) for k, v in weight_map.items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FingerprintError(
+            raise PromptTokensError(
                 f"{index} is not a safetensors index (no usable weight_map); "
                 "download the model again"
             ) from error
         for name, file in pairs:
-            if name.endswith(_EMBEDDING_SUFFIXES) and (folder / file).is_file():
+            if name.endswith(_EMBEDDING_NAMES) and (folder / file).is_file():
                 yield folder / file, name
         return
     for path in sorted(folder.glob("*.safetensors")):
@@ -239,10 +238,10 @@ def _candidates(folder: Path) -> Iterator[tuple[Path, str]]:
             with safe_open(path, framework="pt") as tensors:
                 names = sorted(tensors.keys())
         except (SafetensorError, OSError) as error:
-            raise FingerprintError(
+            raise PromptTokensError(
                 f"{path} is not a readable safetensors file ({error}); "
                 "download the model again"
             ) from error
         for name in names:
-            if name.endswith(_EMBEDDING_SUFFIXES):
+            if name.endswith(_EMBEDDING_NAMES):
                 yield path, name

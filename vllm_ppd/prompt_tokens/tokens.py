@@ -1,20 +1,17 @@
-"""Trained prompt tokens (the paper's prompt tokens and EPT) on disk and in memory.
+"""Trained prompt tokens, on disk and in memory.
 
 A prompt-token folder holds `config.json`
 `{"format": "ppd_prompt_tokens", "format_version": 1, "num_prompt_tokens": m,
 "num_ept": e, "hidden_size": h, "base_model": {...}}` and `prompt_tokens.safetensors`
 with one tensor `embeddings` [m, e, h] of any floating dtype. Other files beside them
-(acceptance.json, training.json, README.md) belong to other readers. Folders in the
+(acceptance.json, trees.json, training.json) have readers of their own. Folders in the
 authors' layout (vllm_ppd.prompt_tokens.peft) are read as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import os
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +20,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 
-from vllm_ppd.files import write_bytes, write_json
-from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint, FingerprintError
+from vllm_ppd.files import (
+    FormatError,
+    check_keys,
+    read_json,
+    write_bytes,
+    write_json,
+)
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint, PromptTokensError
 from vllm_ppd.prompt_tokens.peft import (
     ADAPTER_CONFIG,
-    PeftCheckpoint,
-    PeftCheckpointError,
+    WEIGHTS_FILES,
     is_peft_checkpoint,
+    read_checkpoint,
     weights_file,
+    write_checkpoint,
 )
 
 __all__ = [
@@ -48,12 +52,8 @@ TENSOR_FILE = "prompt_tokens.safetensors"
 TENSOR_NAME = "embeddings"
 
 _SIZES = ("num_prompt_tokens", "num_ept", "hidden_size")
-_KEYS = ("format", "format_version", *_SIZES, "base_model")
 _BASE_KEYS = tuple(f.name for f in dataclasses.fields(BaseModelFingerprint))
-
-
-class PromptTokensError(ValueError):
-    """Prompt tokens that cannot be read, written or used; the message says which."""
+_REMEDY = "pass a folder that vllm-ppd train or convert wrote, or restore the file"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class PromptTokens:
     """
 
     embeddings: torch.Tensor
-    """float32 [m, e, hidden]; prompt token i, EPT j is `embeddings[i - 1, j]`."""
+    """float32 [m, e, hidden]; EPT j of prompt token i is `embeddings[i - 1, j]`."""
     base: BaseModelFingerprint
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class PromptTokens:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """m: how many tokens beyond the next one are guessed."""
+        """m: how many tokens beyond the next one are predicted."""
         return self.embeddings.shape[0]
 
     @property
@@ -117,8 +117,8 @@ class PromptTokens:
     def check_against(self, fingerprint: BaseModelFingerprint) -> None:
         """Raise PromptTokensError, naming every mismatch, unless made for that model.
 
-        What either side does not know is not compared: the embeddings' hash, and of
-        the authors' checkpoints all but the hidden size.
+        A property that either side lacks is not compared: the authors' checkpoints
+        have the hidden size alone.
         """
         differences = self.base.differences(fingerprint)
         if differences:
@@ -132,61 +132,33 @@ class PromptTokens:
     def load(cls, path: str | os.PathLike[str]) -> PromptTokens:
         """Read a prompt-token folder, or one in the authors' layout, strictly.
 
-        The latter names its base model and says nothing else about it. Raises
-        PromptTokensError, one sentence with the path, for anything missing, unknown,
-        mistyped, corrupt or inconsistent.
+        The latter has only a name of its base model. Raises PromptTokensError, one
+        sentence with the path, for anything missing, unknown, mistyped, corrupt or
+        inconsistent.
         """
         folder = Path(path)
         if _has_peft_layout(folder):
-            return cls._load_peft(folder)
-        config = _read_config(folder)
-        where = str(folder / CONFIG_FILE)
-        _check_keys(where, config, _KEYS)
-        sizes = tuple(_positive_int(where, config, key) for key in _SIZES)
-        base_config = config["base_model"]
-        if not isinstance(base_config, dict):
-            raise PromptTokensError(
-                f"base_model in {where} is {base_config!r}; expected an object"
+            embeddings, name = read_checkpoint(folder)
+            base = BaseModelFingerprint(
+                name=name or "unknown",
+                revision=None,
+                architecture=None,
+                hidden_size=embeddings.shape[2],
+                vocab_size=None,
+                embedding_sha256=None,
             )
-        _check_keys(f"base_model in {where}", base_config, _BASE_KEYS)
-        for key in ("architecture", "vocab_size"):
-            if base_config[key] is None:
+        else:
+            sizes, base = _read_config(folder)
+            embeddings = _read_embeddings(folder / TENSOR_FILE)
+            if tuple(embeddings.shape) != sizes:
                 raise PromptTokensError(
-                    f"{key} of base_model in {where} is null; write the prompt tokens "
-                    "again, or restore the file"
+                    f"{folder / TENSOR_FILE} holds embeddings "
+                    f"{list(embeddings.shape)}, but {folder / CONFIG_FILE} says "
+                    f"{list(sizes)} ({', '.join(_SIZES)}); the two files do not belong "
+                    "together"
                 )
         try:
-            base = BaseModelFingerprint(**base_config)
-        except FingerprintError as error:
-            raise PromptTokensError(f"{where}: {error}") from error
-        embeddings = _read_embeddings(folder / TENSOR_FILE)
-        if tuple(embeddings.shape) != sizes:
-            raise PromptTokensError(
-                f"{folder / TENSOR_FILE} holds embeddings {list(embeddings.shape)}, "
-                f"but {where} says {list(sizes)} ({', '.join(_SIZES)}); the two files "
-                "do not belong together"
-            )
-        try:
             return cls(embeddings, base)
-        except PromptTokensError as error:
-            raise PromptTokensError(f"{folder}: {error}") from error
-
-    @classmethod
-    def _load_peft(cls, folder: Path) -> PromptTokens:
-        try:
-            found = PeftCheckpoint.load(folder)
-        except PeftCheckpointError as error:
-            raise PromptTokensError(str(error)) from error
-        base = BaseModelFingerprint(
-            name=found.base_model or "unknown",
-            revision=None,
-            architecture=None,
-            hidden_size=found.embeddings.shape[2],
-            vocab_size=None,
-            embedding_sha256=None,
-        )
-        try:
-            return cls(found.embeddings, base)
         except PromptTokensError as error:
             raise PromptTokensError(f"{folder}: {error}") from error
 
@@ -227,6 +199,45 @@ class PromptTokens:
                 f"prompt tokens cannot be written to {folder}: {error}"
             ) from error
 
+    def save_peft(
+        self, path: str | os.PathLike[str], base_model: str, *, overwrite: bool = False
+    ) -> None:
+        """Write a folder in the authors' layout, which names `base_model`.
+
+        Raises PromptTokensError for a folder that holds anything but prompt tokens in
+        that layout, for one that holds those unless `overwrite`, and when it cannot be
+        written.
+        """
+        folder = Path(path)
+        if folder.exists() and not folder.is_dir():
+            raise PromptTokensError(
+                f"{folder} is a file; expected a folder to write into"
+            )
+        if _own_files(folder):
+            raise PromptTokensError(
+                f"{folder} already has {' and '.join(_own_files(folder))}, which no "
+                "PEFT checkpoint has; choose another folder"
+            )
+        existing = [
+            name
+            for name in (ADAPTER_CONFIG, *WEIGHTS_FILES)
+            if (folder / name).exists()
+        ]
+        if existing and not overwrite:
+            raise PromptTokensError(
+                f"{folder} already has {' and '.join(existing)}; choose another "
+                "folder, or replace them with --overwrite"
+            )
+        if existing:
+            # Never another kind of adapter, nor one that this would not read.
+            PromptTokens.load(folder)
+        try:
+            write_checkpoint(folder, self.embeddings, base_model)
+        except OSError as error:
+            raise PromptTokensError(
+                f"prompt tokens cannot be written to {folder}: {error}"
+            ) from error
+
 
 def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Raise PromptTokensError if `PromptTokens.save` would refuse the folder."""
@@ -238,7 +249,7 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False) 
             f"{folder} is a PEFT checkpoint (it has {ADAPTER_CONFIG}); choose another "
             "folder"
         )
-    existing = [n for n in (CONFIG_FILE, TENSOR_FILE) if (folder / n).exists()]
+    existing = _own_files(folder)
     if not existing:
         return
     if not overwrite:
@@ -247,7 +258,7 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False) 
             "choose another folder, or allow overwriting"
         )
     if CONFIG_FILE in existing:
-        # Overwriting means replacing prompt tokens, never a model's config.json.
+        # --overwrite may replace prompt tokens, but never a model's config.json.
         try:
             _read_config(folder)
         except PromptTokensError as error:
@@ -258,6 +269,10 @@ def tensor_file(path: str | os.PathLike[str]) -> Path:
     """The file that a loadable folder's embeddings are in, in either layout."""
     folder = Path(path)
     return weights_file(folder) if _has_peft_layout(folder) else folder / TENSOR_FILE
+
+
+def _own_files(folder: Path) -> list[str]:
+    return [name for name in (CONFIG_FILE, TENSOR_FILE) if (folder / name).exists()]
 
 
 def _has_peft_layout(folder: Path) -> bool:
@@ -272,8 +287,8 @@ def _has_peft_layout(folder: Path) -> bool:
     return True
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder in this format and version."""
+def _read_config(folder: Path) -> tuple[tuple[int, ...], BaseModelFingerprint]:
+    """(m, e, hidden) and the base model, as config.json has them."""
     if not folder.exists():
         raise PromptTokensError(f"there is no prompt-token folder {str(folder)!r}")
     if not folder.is_dir():
@@ -282,57 +297,43 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"and {TENSOR_FILE}"
         )
     path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         state = f"has no {CONFIG_FILE}" if any(folder.iterdir()) else "is empty"
         raise PromptTokensError(
             f"{str(folder)!r} {state}; expected a prompt-token folder with "
             f"{CONFIG_FILE} and {TENSOR_FILE}"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PromptTokensError(f"{path} cannot be read as JSON: {error}") from error
-    kind = config.get("format") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or kind != FORMAT:
-        what = "it says format " + repr(kind) if kind is not None else "no format"
-        if isinstance(config, dict) and ("architectures" in config):
-            what = "it describes a model; pass the folder of its prompt tokens"
-        raise PromptTokensError(
-            f"{path} is not the configuration of prompt tokens "
-            f"(expected format {FORMAT!r}; {what})"
         )
-    version = config.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise PromptTokensError(
-            f"{path} has format_version {version!r}; this release reads version "
-            f"{FORMAT_VERSION}: upgrade vllm-ppd or write the prompt tokens again"
+    try:
+        config = read_json(
+            path,
+            kind="the configuration of prompt tokens",
+            format=FORMAT,
+            version=FORMAT_VERSION,
+            keys=(*_SIZES, "base_model"),
+            remedy=_REMEDY,
         )
-    return config
+    except FormatError as error:
+        raise PromptTokensError(str(error)) from error
+    try:
+        return _checked(config)
+    except ValueError as error:
+        raise PromptTokensError(f"{path}: {error}; {_REMEDY}") from error
 
 
-def _check_keys(
-    where: str, config: Mapping[str, object], keys: Collection[str]
-) -> None:
-    for key in config:
-        if key not in keys:
-            close = difflib.get_close_matches(key, keys, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {list(keys)}"
-            raise PromptTokensError(f"{where} has an unknown key {key!r}; {hint}")
-    missing = [key for key in keys if key not in config]
-    if missing:
-        raise PromptTokensError(
-            f"{where} lacks {', '.join(map(repr, missing))}; write the prompt tokens "
-            "again, or restore the file"
-        )
-
-
-def _positive_int(where: str, config: Mapping[str, Any], key: str) -> int:
-    value = config[key]
-    if type(value) is not int or value < 1:
-        raise PromptTokensError(
-            f"{key} in {where} is {value!r}; expected a positive integer"
-        )
-    return value
+def _checked(config: dict[str, Any]) -> tuple[tuple[int, ...], BaseModelFingerprint]:
+    for key in _SIZES:
+        if type(config[key]) is not int or config[key] < 1:
+            raise PromptTokensError(
+                f"{key} is {config[key]!r}; expected a positive integer"
+            )
+    base = config["base_model"]
+    if not isinstance(base, dict):
+        raise PromptTokensError(f"base_model is {base!r}; expected an object")
+    check_keys(base, _BASE_KEYS)
+    for key in ("architecture", "vocab_size"):
+        if base[key] is None:
+            raise PromptTokensError(f"{key} of the base model is null")
+    return tuple(config[key] for key in _SIZES), BaseModelFingerprint(**base)
 
 
 def _read_embeddings(path: Path) -> torch.Tensor:
