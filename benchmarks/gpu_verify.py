@@ -22,7 +22,7 @@ from gpu_timing import choose_device, finish, microseconds
 from stats import Spread
 
 from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.drafting import POOL, BigramTensors
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree

@@ -19,16 +19,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import vllm_ppd.kernels.triton.fill_tree as guess_module
+import vllm_ppd.kernels.triton.fill_tree as fill_module
 import vllm_ppd.kernels.triton.kv_compact as compact_module
-import vllm_ppd.kernels.triton.ngram as match_module
+import vllm_ppd.kernels.triton.ngram as ngram_module
 import vllm_ppd.kernels.triton.place_tree as place_module
 import vllm_ppd.kernels.triton.tree_attention as attention_module
 import vllm_ppd.kernels.triton.tree_walk as walk_module
 from tests.kernels.trees import random_policy, tables_of
 from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
 from vllm_ppd.kernels.tree_attention import TreeBatch
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.drafting import BigramTensors
 
 TYPES = {
@@ -137,7 +137,7 @@ def launch_small_kernels(cache_dtype):
     trees, longs = ints(4), ints(128, dtype=torch.int64)
     walk = walk_module.tree_walk(tables, trees, trees, trees, ints(128), longs, trees)
     drafts = ints(4, 63, dtype=torch.int64)
-    guesses = DeviceDraftInputs(
+    inputs = DeviceDraftInputs(
         trees, torch.zeros(4, 3, 99, dtype=torch.bfloat16),
         ints(4, 3, 32, dtype=torch.int64), torch.zeros(4, 3, 32), trees, ints(4, 8),
     )  # fmt: skip
@@ -145,9 +145,9 @@ def launch_small_kernels(cache_dtype):
         ints(99, 16, dtype=torch.int64), torch.ones(99, 16), torch.ones(99)
     )
     for kind in (torch.bfloat16, torch.float32, torch.int64):
-        guesses = guesses._replace(scores=guesses.scores.to(kind))
-        guess_module.fill_tree(tables, trees, guesses, table, torch.ones(3), drafts)
-    match_module.match_ngrams(longs.view(2, 64), longs[:2], ints(2), 64)
+        inputs = inputs._replace(scores=inputs.scores.to(kind))
+        fill_module.fill_tree(tables, trees, inputs, table, torch.ones(3), drafts)
+    ngram_module.match_ngrams(longs.view(2, 64), longs[:2], ints(2), 64)
     place_module.place_tree(
         tables, trees, trees, ints(5), trees, longs, ints(128, 1, dtype=torch.int64),
         ints(128), trees, trees,
@@ -160,7 +160,7 @@ def launch_small_kernels(cache_dtype):
 def main() -> None:
     reports: list[dict] = []
     modules = (
-        attention_module, compact_module, guess_module, match_module,
+        attention_module, compact_module, fill_module, ngram_module,
         place_module, walk_module,
     )  # fmt: skip
     kernels = {

@@ -38,8 +38,8 @@ def test_kernels_compile(tmp_path):
         "attend_kernel",
         "join_splits_kernel",
         "_kv_compact_kernel",
-        "_guess_tree_kernel",
-        "_match_chains_kernel",
+        "_fill_tree_kernel",
+        "_match_ngrams_kernel",
         "_place_tree_kernel",
         "_tree_walk_kernel",
     }

@@ -12,7 +12,7 @@ from tests.kernels.implementations import DEVICE
 from tests.kernels.trees import FIRST_SOFT_ID, random_plan, random_rows
 from vllm_ppd.adaptive.learning import EvidenceLearner
 from vllm_ppd.kernels.evidence_counts import count_evidence
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import tree_walk_reference
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.trees.layout import TreeTables

@@ -12,7 +12,7 @@ from tests.kernels.implementations import DEVICE
 from tests.kernels.trees import FIRST_SOFT_ID, random_plan, random_policy, random_rows
 from vllm_ppd.engine.step_counts import Slot, StepCounts
 from vllm_ppd.kernels.step_counts import count_step
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import tree_walk_reference
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import Tier, TreePlan

@@ -11,7 +11,7 @@ import torch
 
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
 from tests.kernels.trees import FIRST_SOFT_ID, random_policy, random_rows, tables_of
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import tree_walk_reference
 from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
@@ -52,7 +52,7 @@ def test_a_walk_by_hand(walk):
     #     another  a whole tree, then two fillers                   a cut one
     ids = [5, 5, *(4, 7, 8, 9, soft, soft, soft + 1, soft, 0, 0), *(4, 7, 8)]
     picked = [0] * len(ids)
-    picked[1] = 3  # the other request has no guesses
+    picked[1] = 3  # the other request has no inputs
     picked[2], picked[4], picked[5] = 8, 9, 6  # down to node 3
     picked[12], picked[14] = 8, 9  # node 2; its child was cut off
     got = run(
@@ -63,7 +63,7 @@ def test_a_walk_by_hand(walk):
     assert got.num_sampled.tolist() == [1, 3, 2, 0]
     assert got.end_nodes.tolist() == [0, 3, 2, 0]
     assert got.paths.tolist() == [[0, 0, 0], [0, 2, 3], [0, 2, 0], [0, 0, 0]]
-    assert got.states.tolist() == [0, 1, 0, 0]
+    assert got.num_prompted.tolist() == [0, 1, 0, 0]
     assert got.prompt_rows.tolist() == [[1, 1], [9, 2], [12, 12], [0, 0]]
 
 
@@ -92,7 +92,7 @@ def test_against_the_pure_walk(walk, batch, ept):
         assert got.num_sampled.tolist() == expected.lengths.tolist()
         assert got.end_nodes.tolist() == expected.nodes.tolist()
         assert got.paths.tolist() == expected.paths.tolist()
-        assert got.states.tolist() == counts.tolist()
+        assert got.num_prompted.tolist() == counts.tolist()
         there = np.arange(got.prompt_rows.shape[1]) < (counts * ept)[:, None]
         assert got.prompt_rows[there].tolist() == rows.tolist()
         roots = np.broadcast_to(starts[:, None], there.shape)
@@ -103,5 +103,5 @@ def test_padded_requests_only(walk):
     tables = DeviceTables.on(DEVICE, tables_of(random_policy()))
     got = run(walk, tables, [1, 0], [8, 8], [0, 0], [0] * 8, [0] * 8, [8, 8])
     assert (got.tokens == -1).all()
-    for name in ("num_sampled", "end_nodes", "paths", "states", "prompt_rows"):
+    for name in ("num_sampled", "end_nodes", "paths", "num_prompted", "prompt_rows"):
         assert (getattr(got, name) == 0).all(), name

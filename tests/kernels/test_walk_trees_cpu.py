@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.kernels.test_fill_trees_cpu import random_case
+from tests.kernels.test_fill_tree_cpu import random_case
 from vllm_ppd.kernels.cpu import load_library, match_ngrams_cpu, walk_greedy_cpu
 from vllm_ppd.trees.ngram import match_ngrams
 from vllm_ppd.trees.layout import TreeStep

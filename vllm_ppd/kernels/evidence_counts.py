@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from vllm_ppd.adaptive.learning import Places
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import Walk
 
 __all__ = ["count_evidence"]

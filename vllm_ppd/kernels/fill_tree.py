@@ -1,4 +1,4 @@
-"""Conditioned guesses on the device, the torch reference.
+"""Conditioned inputs on the device, the torch reference.
 
 The same as ``vllm_ppd.trees.drafting.fill_trees``, which says how candidates are scored,
 without reading a value on the host: each prompt token's best tokens are ranked again
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.drafting import BigramTensors
 
 __all__ = ["DeviceDraftInputs", "fill_tree_reference"]
@@ -24,18 +24,18 @@ class DeviceDraftInputs(NamedTuple):
     Rows of prompt tokens at or past a request's count may hold anything.
     """
 
-    counts: torch.Tensor  # int [B]: prompt tokens whose outputs are at hand
+    num_prompted: torch.Tensor  # int [B]: prompt rows with logits
     logits: torch.Tensor  # float [B, M, V]
     pool: torch.Tensor  # int64 [B, M, P]: best tokens, best first
     scores: torch.Tensor  # float [B, M, P]: their logits
     roots: torch.Tensor  # int [B]: last sampled token
-    chains: torch.Tensor  # int [B, L]: continuation of an earlier match, -1 padded
+    ngrams: torch.Tensor  # int [B, L]: n-gram draft, -1 padded
 
 
 def fill_tree_reference(
     tables: DeviceTables,
     trees: torch.Tensor,  # int [B]: tree id of each request's next step
-    guesses: DeviceDraftInputs,
+    inputs: DeviceDraftInputs,
     bigram: BigramTensors | None,
     weights: torch.Tensor,  # float32 [>= M]: of the bigram' gains, per prompt token
     drafts: torch.Tensor,  # int [B, K]: written; K >= 1 rows after the root
@@ -54,14 +54,14 @@ def fill_tree_reference(
     depths, ranks = tables.node_depths[trees], tables.node_ranks[trees]
     on_chain = tables.on_chain[trees].gather(1, parents) > 0
     tokens = torch.zeros_like(parents)
-    tokens[:, 0] = guesses.roots
+    tokens[:, 0] = inputs.roots
     for depth in range(1, tables.max_depth + 1):
         chain = torch.full_like(parents, -1)
-        if depth <= guesses.chains.shape[1]:
-            given = guesses.chains[:, depth - 1, None].long()
+        if depth <= inputs.ngrams.shape[1]:
+            given = inputs.ngrams[:, depth - 1, None].long()
             chain = torch.where(on_chain, given, chain)
         rank = ranks.long() - (chain >= 0).long()
-        ids, scores = _score(guesses, depth, tokens.gather(1, parents), bigram, weights)
+        ids, scores = _score(inputs, depth, tokens.gather(1, parents), bigram, weights)
         scores = scores.masked_fill(ids == chain[..., None], -torch.inf)
         order = scores.sort(dim=-1, descending=True, stable=True)
         ids = ids.gather(-1, order.indices)
@@ -75,7 +75,7 @@ def fill_tree_reference(
 
 
 def _score(
-    guesses: DeviceDraftInputs,
+    inputs: DeviceDraftInputs,
     depth: int,
     parents: torch.Tensor,  # int64 [B, N]: token of each node's parent
     bigram: BigramTensors | None,
@@ -83,17 +83,17 @@ def _score(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Possible tokens of every node if it were at `depth`: ids and scores [B, N, E]."""
     batch, nodes = parents.shape
-    prompted = depth <= guesses.counts  # [B]
-    row = min(depth, guesses.logits.shape[1]) - 1
-    pool = guesses.pool[:, row, None].long().expand(batch, nodes, -1)
-    scores = guesses.scores[:, row, None].float().expand(batch, nodes, -1)
+    prompted = depth <= inputs.num_prompted  # [B]
+    row = min(depth, inputs.logits.shape[1]) - 1
+    pool = inputs.pool[:, row, None].long().expand(batch, nodes, -1)
+    scores = inputs.scores[:, row, None].float().expand(batch, nodes, -1)
     if bigram is not None:
         own, gains = bigram.ids[parents], bigram.gains[parents]  # [B, N, n]
         same = pool[..., :, None] == own[..., None, :]
         listed = (same * gains[..., None, :]).sum(-1)
         floor = bigram.floor[parents][..., None]
         scores = scores + weights[row] * torch.where(same.any(-1), listed, floor)
-        logits = guesses.logits[:, row].float().gather(1, own.flatten(1))
+        logits = inputs.logits[:, row].float().gather(1, own.flatten(1))
         more = logits.view_as(gains) + weights[row] * gains
         more = more.masked_fill(same.any(-2), -torch.inf)
         # Without a prompt row the table's own order counts.

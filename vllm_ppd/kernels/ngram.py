@@ -21,7 +21,7 @@ def match_ngrams_reference(
     ends: torch.Tensor,  # int [slots]: how many tokens a slot's request has
     context: int,  # most tokens of a request that are looked at, its last ones
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 [B] match classes and int32 [B, MAX_NGRAM_DRAFTS] chains, -1 padded."""
+    """int32 [B] match classes and int32 [B, MAX_NGRAM_DRAFTS] ngrams, -1 padded."""
     slots = slots.long()
     width = min(context, token_ids.shape[1])
     count = ends[slots].long().clamp(max=width)[:, None]  # n tokens are looked at
@@ -45,6 +45,6 @@ def match_ngrams_reference(
         inside = (low <= longest) & (longest <= high)
         classes = torch.where(inside, match_class, classes)
     ahead = found + torch.arange(MAX_NGRAM_DRAFTS, device=token_ids.device)
-    chains = tokens.gather(1, ahead.clamp(max=width - 1))
-    chains = torch.where((classes > 0) & (ahead < count), chains, -1)
-    return classes[:, 0].int(), chains.int()
+    ngrams = tokens.gather(1, ahead.clamp(max=width - 1))
+    ngrams = torch.where((classes > 0) & (ahead < count), ngrams, -1)
+    return classes[:, 0].int(), ngrams.int()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 
 __all__ = ["place_tree_reference"]
 

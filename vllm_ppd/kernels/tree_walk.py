@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 
 __all__ = ["Walk", "tree_walk_reference"]
 
@@ -23,9 +23,9 @@ class Walk(NamedTuple):
     num_sampled: torch.Tensor  # int32 [B]: emitted tokens; 0 for a padded request
     end_nodes: torch.Tensor  # int32 [B]: node where the walk ended
     paths: torch.Tensor  # int32 [B, D + 1]: visited nodes, root first, 0 padded
-    states: torch.Tensor  # int32 [B]: complete prompt tokens on the end node
+    num_prompted: torch.Tensor  # int32 [B]: complete prompt tokens on the end node
     # int32 [B, P]: rows of the step that are the end node's prompt rows (prompt token
-    # major); the row of the root from states * EPTs on.
+    # major); the row of the root from num_prompted * EPTs on.
     prompt_rows: torch.Tensor
 
 
@@ -40,7 +40,7 @@ def tree_walk_reference(
 ) -> Walk:
     """Walk all trees; node ``i``'s entry of `sampled` is ``i`` after its root's.
 
-    A request without guesses (prefill, plain decoding) has ``num_rows`` 1. Rows past
+    A request without draft rows (prefill, plain decoding) has ``num_rows`` 1. Rows past
     the tree's end, which vLLM may schedule, are ignored, and so is a prompt token
     whose ensemble was cut off.
     """
@@ -70,9 +70,9 @@ def tree_walk_reference(
 
     firsts = tables.first_prompt_rows[trees, nodes]
     complete = (num_rows - firsts).div(tables.num_ept, rounding_mode="floor")
-    states = complete.clamp(min=0).minimum(tables.prompts[trees, nodes])
+    num_prompted = complete.clamp(min=0).minimum(tables.prompts[trees, nodes])
     index = torch.arange(tables.num_prompt_tokens * tables.num_ept, device=trees.device)
-    there = index < (states * tables.num_ept)[:, None]
+    there = index < (num_prompted * tables.num_ept)[:, None]
     roots = torch.where(num_rows > 0, starts, 0)[:, None]
     prompt_rows = roots + torch.where(there, firsts[:, None] + index, 0)
     return Walk(
@@ -80,6 +80,6 @@ def tree_walk_reference(
         lengths.int(),
         nodes.int(),
         paths.int(),
-        states.int(),
+        num_prompted.int(),
         prompt_rows.int(),
     )

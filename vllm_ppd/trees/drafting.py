@@ -52,16 +52,16 @@ class DraftInputs:
     """What a batch knows about its next tokens. B requests, V tokens.
 
     Attributes:
-        counts: [B] prompt tokens whose outputs are at hand.
-        logits: float32 [sum of counts, V] their outputs, request by request.
+        num_prompted: [B] how deep the prompt rows of the last step reach.
+        logits: float32 [sum of num_prompted, V] of those rows, request by request.
         roots: [B] last sampled token of each request.
-        chains: [B, L] continuation of an earlier match, -1 padded.
+        ngrams: [B, L] n-gram draft of each request, -1 padded.
     """
 
-    counts: np.ndarray
+    num_prompted: np.ndarray
     logits: torch.Tensor
     roots: np.ndarray
-    chains: np.ndarray
+    ngrams: np.ndarray
 
 
 def rank_children(
@@ -116,7 +116,7 @@ def rank_children(
 def fill_trees(
     tables: TreeTables,
     trees: np.ndarray,
-    guesses: DraftInputs,
+    inputs: DraftInputs,
     bigram: BigramTensors | None,
     weights: np.ndarray,
 ) -> np.ndarray:
@@ -125,7 +125,7 @@ def fill_trees(
     Args:
         tables: the trees.
         trees: [B] tree id of each request's next step.
-        guesses: what is known.
+        inputs: what is known.
         bigram: the bigram table, if there is one.
         weights: [m] how much of its gain to add to prompt token d's logits.
 
@@ -134,13 +134,13 @@ def fill_trees(
         tree's end hold 0. A candidate about which nothing is known gets token 0.
     """
     ids = tables.soft_ids[trees]
-    device = guesses.logits.device
+    device = inputs.logits.device
     width = tables.parents.shape[1]
     tokens = np.zeros((len(trees), width), dtype=np.int64)
-    tokens[:, 0] = guesses.roots
+    tokens[:, 0] = inputs.roots
     depths = tables.node_depths[trees]
     candidates = tables.parents[trees] >= 0
-    firsts = np.cumsum(guesses.counts) - guesses.counts
+    firsts = np.cumsum(inputs.num_prompted) - inputs.num_prompted
     for depth in range(1, tables.max_depth + 1):
         request, node = np.nonzero(candidates & (depths == depth))
         if not len(request):
@@ -149,20 +149,20 @@ def fill_trees(
         parent = tables.parents[tree, node]
         rank = tables.node_ranks[tree, node]
         chain = np.full(len(request), -1)
-        if depth <= guesses.chains.shape[1]:
+        if depth <= inputs.ngrams.shape[1]:
             on = tables.on_chain[tree, parent]
-            chain = np.where(on, guesses.chains[request, depth - 1], -1)
+            chain = np.where(on, inputs.ngrams[request, depth - 1], -1)
         rank = rank - (chain >= 0)
         found = np.where(rank < 0, chain, 0)
         for prompted in (True, False):
             some = np.flatnonzero(
-                (rank >= 0) & ((guesses.counts[request] >= depth) == prompted)
+                (rank >= 0) & ((inputs.num_prompted[request] >= depth) == prompted)
             )
             if not len(some):
                 continue
             rows = torch.from_numpy(firsts[request[some]] + depth - 1).to(device)
             ranked = rank_children(
-                guesses.logits[rows] if prompted else None,
+                inputs.logits[rows] if prompted else None,
                 torch.from_numpy(tokens[request[some], parent[some]]).to(device),
                 bigram,
                 float(weights[depth - 1]) if prompted else 0.0,

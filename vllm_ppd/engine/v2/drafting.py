@@ -8,7 +8,7 @@ import torch
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.triton.fill_tree import fill_tree
 from vllm_ppd.kernels.triton.ngram import match_ngrams
 from vllm_ppd.trees.drafting import POOL, BigramTensors

@@ -22,7 +22,7 @@ from vllm_ppd.engine.v2.drafting import Drafter
 from vllm_ppd.engine.v2.guessing import DraftMode
 from vllm_ppd.engine.v2.lines import with_lines
 from vllm_ppd.kernels.tree_attention import TreeBatch
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.kernels.triton.place_tree import place_tree
 from vllm_ppd.trees.drafting import BigramTensors
@@ -187,7 +187,7 @@ class DeviceTrees:
         Returns:
             int64 [B, K] draft ids, in a buffer that the next call overwrites.
         """
-        states = None if self.walk is None else self.walk.states
+        states = None if self.walk is None else self.walk.num_prompted
         drafts = self._drafts[: batch.num_reqs]
         self._grow(batch.idx_mapping, batch.num_reqs, states, logits, drafts)
         return drafts

@@ -62,7 +62,7 @@ void top_of(const float* row, int64_t size, int64_t count, std::vector<Scored>& 
 extern "C" void ppd_fill_trees(
   const FillTables* t, int64_t batch, const int64_t* trees, const int64_t* counts,
   const float* logits, int64_t vocabulary, const int64_t* roots,
-  const int64_t* chains, int64_t chain_length, int64_t* out) {
+  const int64_t* ngrams, int64_t ngram_length, int64_t* out) {
   std::vector<std::vector<Scored>> best;
   std::vector<Scored> pool;
   std::vector<std::vector<int64_t>> ranked;
@@ -85,8 +85,8 @@ extern "C" void ppd_fill_trees(
       const int64_t parent = parents[node], depth = depths[node];
       const int64_t token = tokens[parent];
       int64_t chain = -1;
-      if (on_chain[parent] && depth <= chain_length)
-        chain = chains[b * chain_length + depth - 1];
+      if (on_chain[parent] && depth <= ngram_length)
+        chain = ngrams[b * ngram_length + depth - 1];
       const int64_t rank = ranks[node] - (chain >= 0);
       if (rank < 0) {
         tokens[node] = row[node - 1] = chain;

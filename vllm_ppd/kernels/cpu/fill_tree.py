@@ -54,7 +54,7 @@ class CpuTreeFiller:
     ) -> None:
         self._tables = tables
         self._weights = np.array(weights, dtype=np.float64)
-        self._successors = bigram
+        self._bigram = bigram
         arrays = [
             np.ascontiguousarray(array, np.int64)
             for array in (
@@ -88,27 +88,27 @@ class CpuTreeFiller:
         library = load_library()
         self._kernel = None if library is None else library.ppd_fill_trees
 
-    def run(self, trees: np.ndarray, guesses: DraftInputs) -> np.ndarray:
+    def run(self, trees: np.ndarray, inputs: DraftInputs) -> np.ndarray:
         """int64 [B, Q - 1], see `candidates.fill_trees`."""
         if self._kernel is None:
             # Made anew, because the table may be learning.
             table = (
-                None if self._successors is None else BigramTensors.of(self._successors)
+                None if self._bigram is None else BigramTensors.of(self._bigram)
             )
-            return fill_trees(self._tables, trees, guesses, table, self._weights)
-        logits = guesses.logits.contiguous()
-        chains = guesses.chains
+            return fill_trees(self._tables, trees, inputs, table, self._weights)
+        logits = inputs.logits.contiguous()
+        ngrams = inputs.ngrams
         out = np.empty((len(trees), self._tables.soft_ids.shape[1] - 1), np.int64)
         self._kernel(
             self._address,
             len(trees),
             trees.ctypes.data,
-            guesses.counts.ctypes.data,
+            inputs.num_prompted.ctypes.data,
             logits.data_ptr(),
             logits.shape[1],
-            guesses.roots.ctypes.data,
-            chains.ctypes.data,
-            chains.shape[1],
+            inputs.roots.ctypes.data,
+            ngrams.ctypes.data,
+            ngrams.shape[1],
             out.ctypes.data,
         )
         return out

@@ -36,7 +36,7 @@ extern "C" int64_t ppd_walk_trees(
 extern "C" void ppd_match_ngrams(
   const int32_t* token_ids, int64_t stride, int64_t batch, const int64_t* ends,
   int64_t context, const int64_t* lows, const int64_t* highs, int64_t num_classes,
-  int64_t* classes, int64_t* chains, int64_t chain_length) {
+  int64_t* classes, int64_t* ngrams, int64_t ngram_length) {
   const int64_t most = highs[num_classes - 1];
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t begin = ends[b] > context ? ends[b] - context : 0;
@@ -59,7 +59,7 @@ extern "C" void ppd_match_ngrams(
     classes[b] = 0;
     for (int64_t c = 0; c < num_classes; ++c)
       if (longest >= lows[c] && longest <= highs[c]) classes[b] = c + 1;
-    for (int64_t i = 0; i < chain_length; ++i)
-      chains[b * chain_length + i] = classes[b] && at + i < n ? text[at + i] : -1;
+    for (int64_t i = 0; i < ngram_length; ++i)
+      ngrams[b * ngram_length + i] = classes[b] && at + i < n ? text[at + i] : -1;
   }
 }

@@ -66,7 +66,7 @@ def match_ngrams_cpu(
         return match_ngrams(token_ids, ends, context)
     batch = len(ends)
     classes = np.empty(batch, dtype=np.int64)
-    chains = np.empty((batch, MAX_NGRAM_DRAFTS), dtype=np.int64)
+    ngrams = np.empty((batch, MAX_NGRAM_DRAFTS), dtype=np.int64)
     ends = ends.astype(np.int64)
     library.ppd_match_ngrams(
         token_ids.ctypes.data,
@@ -78,7 +78,7 @@ def match_ngrams_cpu(
         _HIGHS.ctypes.data,
         len(_LOWS),
         classes.ctypes.data,
-        chains.ctypes.data,
+        ngrams.ctypes.data,
         MAX_NGRAM_DRAFTS,
     )
-    return classes, chains
+    return classes, ngrams

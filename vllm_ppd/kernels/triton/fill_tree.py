@@ -1,4 +1,4 @@
-"""Conditioned guesses: one program per node, one for the other rows of the tree.
+"""Conditioned inputs: one program per node, one for the other rows of the tree.
 
 A node's token depends on its parent's. A program does not wait for another one: it
 finds the tokens on the way from the root to its node again, which is a few levels.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.drafting import BigramTensors
 
 __all__ = ["fill_tree"]
@@ -28,10 +28,10 @@ def _ranked_child(
     scores_ptr,
     logits_ptr,
     pool_size,
-    successor_ids_ptr,  # int64 [V, n]
+    bigram_ids_ptr,  # int64 [V, n]
     gains_ptr,  # float32 [V, n]
     floor_ptr,  # float32 [V]
-    num_successors,  # n
+    num_listed,  # n
     TABLE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -46,16 +46,16 @@ def _ranked_child(
     own = tl.full([BLOCK_S], -2, dtype=tl.int64)
     more = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
     if TABLE:
-        listed = index < num_successors
-        at = parent * num_successors + index
-        own = tl.load(successor_ids_ptr + at, mask=listed, other=-2)
+        listed = index < num_listed
+        at = parent * num_listed + index
+        own = tl.load(bigram_ids_ptr + at, mask=listed, other=-2)
         gains = tl.load(gains_ptr + at, mask=listed, other=0.0)
         floor = tl.load(floor_ptr + parent)
         same = (ids[:, None] == own[None, :]).to(tl.int32)
         gain = tl.sum(tl.where(same != 0, gains[None, :], 0.0), axis=1)
         gain = tl.where(tl.max(same, axis=1) > 0, gain, floor)
         scores = scores + weight * gain
-        given = index < tl.where(prompted, num_successors, 0)
+        given = index < tl.where(prompted, num_listed, 0)
         logits = tl.load(logits_ptr + own, mask=given, other=0.0).to(tl.float32)
         more = tl.where(given, logits + weight * gains, -index.to(tl.float32))
         more = tl.where(listed & (tl.max(same, axis=0) == 0), more, float("-inf"))
@@ -80,15 +80,15 @@ def _ranked_child(
 
 
 @triton.jit
-def _guess_tree_kernel(
+def _fill_tree_kernel(
     trees_ptr,  # [B]
-    counts_ptr,  # [B]
+    num_prompted_ptr,  # [B]
     logits_ptr,  # [B, M, V]
     pool_ptr,  # int64 [B, M, P]
     scores_ptr,  # [B, M, P]
     roots_ptr,  # [B]
-    chains_ptr,  # [B, L]
-    successor_ids_ptr,  # int64 [V, n], or None
+    ngrams_ptr,  # [B, L]
+    bigram_ids_ptr,  # int64 [V, n], or None
     gains_ptr,  # float32 [V, n], or None
     floor_ptr,  # float32 [V], or None
     weights_ptr,  # float32 [>= M]
@@ -108,8 +108,8 @@ def _guess_tree_kernel(
     num_prompts,  # M
     logits_stride,  # of a prompt token's row
     pool_size,  # P
-    num_successors,  # n
-    chain_length,  # L
+    num_listed,  # n
+    ngram_length,  # L
     TABLE: tl.constexpr,
     WORDS: tl.constexpr,
     BLOCK_K: tl.constexpr,  # powers of two, at least K, N, P, n
@@ -145,16 +145,16 @@ def _guess_tree_kernel(
     ranks = tl.load(ranks_ptr + at, mask=is_node, other=0)
     on_chain = tl.load(on_chain_ptr + at, mask=is_node, other=0)
     depth = tl.sum(tl.where(index == node, depths, 0), axis=0)
-    count = tl.load(counts_ptr + request)
+    count = tl.load(num_prompted_ptr + request)
     token = tl.load(roots_ptr + request).to(tl.int64)
     parent = node * 0
     for level in range(1, depth + 1):
         here = on_path & (depths == level)
         rank = tl.sum(tl.where(here, ranks, 0), axis=0)
         follows = tl.sum(tl.where(index == parent, on_chain, 0), axis=0)
-        follows = (follows > 0) & (level <= chain_length)
-        chain_at = chains_ptr + request * chain_length + level - 1
-        chain = tl.load(chain_at, mask=follows, other=-1).to(tl.int64)
+        follows = (follows > 0) & (level <= ngram_length)
+        ngram_at = ngrams_ptr + request * ngram_length + level - 1
+        chain = tl.load(ngram_at, mask=follows, other=-1).to(tl.int64)
         rank -= (chain >= 0).to(tl.int32)
         prompted = level <= count
         row = request * num_prompts + tl.minimum(level, num_prompts) - 1
@@ -169,10 +169,10 @@ def _guess_tree_kernel(
             scores_ptr + row * pool_size,
             logits_ptr + row * logits_stride,
             pool_size,
-            successor_ids_ptr,
+            bigram_ids_ptr,
             gains_ptr,
             floor_ptr,
-            num_successors,
+            num_listed,
             TABLE,
             BLOCK_P,
             BLOCK_S,
@@ -185,7 +185,7 @@ def _guess_tree_kernel(
 def fill_tree(
     tables: DeviceTables,
     trees: torch.Tensor,
-    guesses: DeviceDraftInputs,
+    inputs: DeviceDraftInputs,
     bigram: BigramTensors | None,
     weights: torch.Tensor,
     drafts: torch.Tensor,
@@ -196,13 +196,13 @@ def fill_tree(
     batch, num_drafts = drafts.shape
     if batch == 0:
         return
-    num_prompts = guesses.logits.shape[1]
-    pool_size = guesses.pool.shape[2]
-    num_successors = 1 if bigram is None else bigram.ids.shape[1]
+    num_prompts = inputs.logits.shape[1]
+    pool_size = inputs.pool.shape[2]
+    num_listed = 1 if bigram is None else bigram.ids.shape[1]
     nodes = tables.parents.shape[1]
-    _guess_tree_kernel[(batch, nodes)](
+    _fill_tree_kernel[(batch, nodes)](
         trees,
-        *guesses,
+        *inputs,
         *(bigram or (None, None, None)),
         weights,
         tables.num_nodes,
@@ -219,15 +219,15 @@ def fill_tree(
         tables.soft_ids.shape[1],
         nodes,
         num_prompts,
-        guesses.logits.stride(1),
+        inputs.logits.stride(1),
         pool_size,
-        num_successors,
-        guesses.chains.shape[1],
+        num_listed,
+        inputs.ngrams.shape[1],
         TABLE=bigram is not None,
         WORDS=tables.ancestors.shape[2],
         BLOCK_K=triton.next_power_of_2(num_drafts),
         BLOCK_N=triton.next_power_of_2(nodes),
         BLOCK_P=triton.next_power_of_2(pool_size),
-        BLOCK_S=triton.next_power_of_2(num_successors),
+        BLOCK_S=triton.next_power_of_2(num_listed),
         num_warps=2,
     )

@@ -20,13 +20,13 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _match_chains_kernel(
+def _match_ngrams_kernel(
     tokens_ptr,  # [slots, length]
     tokens_stride,
     slots_ptr,  # [B]
     ends_ptr,  # [slots]
     classes_ptr,  # int32 [B]
-    chains_ptr,  # int32 [B, CHAIN]
+    ngrams_ptr,  # int32 [B, CHAIN]
     context,
     LOW: tl.constexpr,  # tuples: lengths of each class
     HIGH: tl.constexpr,
@@ -66,8 +66,8 @@ def _match_chains_kernel(
     ahead = found + tl.arange(0, CHAIN)
     there = ahead < tl.where(match_class > 0, count, 0)
     chain = tl.load(tokens + ahead, mask=there, other=-1)
-    at_chain = chains_ptr + request * CHAIN + tl.arange(0, CHAIN)
-    tl.store(at_chain, tl.where(there, chain, -1))
+    ngram_at = ngrams_ptr + request * CHAIN + tl.arange(0, CHAIN)
+    tl.store(ngram_at, tl.where(there, chain, -1))
 
 
 def match_ngrams(
@@ -79,15 +79,15 @@ def match_ngrams(
     """As :func:`vllm_ppd.kernels.ngram.match_ngrams_reference`."""
     batch = len(slots)
     classes = torch.empty(batch, dtype=torch.int32, device=slots.device)
-    chains = classes.new_empty((batch, MAX_NGRAM_DRAFTS))
+    ngrams = classes.new_empty((batch, MAX_NGRAM_DRAFTS))
     if batch:
-        _match_chains_kernel[(batch,)](
+        _match_ngrams_kernel[(batch,)](
             token_ids,
             token_ids.stride(0),
             slots,
             ends,
             classes,
-            chains,
+            ngrams,
             context,
             LOW=tuple(low for low, _ in LENGTHS),
             HIGH=tuple(high for _, high in LENGTHS),
@@ -96,4 +96,4 @@ def match_ngrams(
             BLOCK=_BLOCK,
             num_warps=4,
         )
-    return classes, chains
+    return classes, ngrams

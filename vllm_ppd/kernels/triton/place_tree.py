@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 
 __all__ = ["place_tree"]
 

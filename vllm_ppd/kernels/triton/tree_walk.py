@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_ppd.kernels.tree_tables import DeviceTables
+from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import Walk
 
 __all__ = ["tree_walk"]
@@ -28,7 +28,7 @@ def _tree_walk_kernel(
     num_sampled_ptr,  # [B]
     end_nodes_ptr,  # [B]
     paths_ptr,  # [B, DEPTH + 1]
-    states_ptr,  # [B]
+    num_prompted_ptr,  # [B]
     prompt_rows_ptr,  # [B, P]
     table_width,  # N
     prompt_width,  # P
@@ -72,13 +72,13 @@ def _tree_walk_kernel(
     first = tl.load(first_prompt_rows_ptr + table + current)
     prompts = tl.load(prompts_ptr + table + current)
     # At least 0 first: division rounds towards zero.
-    state = tl.minimum(tl.maximum(num_rows - first, 0) // num_ept, prompts)
+    prompted = tl.minimum(tl.maximum(num_rows - first, 0) // num_ept, prompts)
     tl.store(num_sampled_ptr + request, length)
     tl.store(end_nodes_ptr + request, current)
-    tl.store(states_ptr + request, state)
+    tl.store(num_prompted_ptr + request, prompted)
     index = tl.arange(0, BLOCK_P)
     root = tl.where(num_rows > 0, start, 0)
-    rows = root + tl.where(index < state * num_ept, first + index, 0)
+    rows = root + tl.where(index < prompted * num_ept, first + index, 0)
     at = prompt_rows_ptr + request * prompt_width + index
     tl.store(at, rows, mask=index < prompt_width)
 
@@ -99,13 +99,13 @@ def tree_walk(
     tokens = sampled.new_empty((batch, depth), dtype=torch.int64)
     sizes = [batch, batch, batch * depth, batch, batch * prompt_width]
     flat = sampled.new_empty(sum(sizes), dtype=torch.int32)
-    num_sampled, end_nodes, paths, states, prompt_rows = flat.split(sizes)
+    num_sampled, end_nodes, paths, num_prompted, prompt_rows = flat.split(sizes)
     walk = Walk(
         tokens,
         num_sampled,
         end_nodes,
         paths.view(batch, depth),
-        states,
+        num_prompted,
         prompt_rows.view(batch, prompt_width),
     )
     if batch:

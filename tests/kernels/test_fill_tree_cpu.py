@@ -47,14 +47,14 @@ def test_the_chain_comes_first_and_only_once():
     policy = TreePolicy((SMALL, SMALL))
     plan = TreePlan((Tier(None, (policy, policy)),))
     tables = TreeTables(plan, 100)
-    guesses = DraftInputs(
+    inputs = DraftInputs(
         counts=np.array([1, 1]),
         logits=torch.tensor([[0.0, 2.5, 0.0, 1.0, 0.5, -1.0]] * 2),
         roots=np.array([2, 2]),
-        chains=np.array([[1, 4], [1, 4]]),
+        ngrams=np.array([[1, 4], [1, 4]]),
     )
     # Trees 1 + 1 (class 0, state 1) and 1 + 2 + 1 (class 1, state 1).
-    ids = fill_trees(tables, np.array([2, 4]), guesses, None, np.ones(1))
+    ids = fill_trees(tables, np.array([2, 4]), inputs, None, np.ones(1))
     # Without a chain: the row's best two; below a nothing is known.
     assert ids[0].tolist() == [1, 3, 0]
     # With it: 1 from the chain, 3 the best of the rest, and 4 follows 1 on the chain.
@@ -85,39 +85,39 @@ def random_case(seed, with_table=True):
     batch = int(rng.integers(1, 6))
     trees = rng.integers(0, len(tables.num_rows), batch)
     counts = rng.integers(0, m + 1, batch)
-    chains = rng.integers(0, vocabulary, (batch, 4))
-    chains[np.arange(4) >= rng.integers(0, 5, batch)[:, None]] = -1
-    guesses = DraftInputs(
+    ngrams = rng.integers(0, vocabulary, (batch, 4))
+    ngrams[np.arange(4) >= rng.integers(0, 5, batch)[:, None]] = -1
+    inputs = DraftInputs(
         counts,
         torch.from_numpy(rng.normal(size=(counts.sum(), vocabulary)) * 3).float(),
         rng.integers(0, vocabulary, batch),
-        chains,
+        ngrams,
     )
-    return tables, table, trees, guesses
+    return tables, table, trees, inputs
 
 
 @pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("with_table", [True, False])
 def test_the_kernel_equals_the_reference(with_table):
     for seed in range(40):
-        tables, table, trees, guesses = random_case(seed, with_table)
+        tables, table, trees, inputs = random_case(seed, with_table)
         weights = table.weights if table else (1.0, 1.0, 1.0)
-        found = CpuTreeFiller(tables, table, weights).run(trees, guesses)
+        found = CpuTreeFiller(tables, table, weights).run(trees, inputs)
         on_device = BigramTensors.of(table) if table else None
-        expected = fill_trees(tables, trees, guesses, on_device, np.array(weights))
+        expected = fill_trees(tables, trees, inputs, on_device, np.array(weights))
         np.testing.assert_array_equal(found, expected)
 
 
 def test_siblings_differ():
     """A second child with its sibling's token could never be accepted."""
     for seed in range(20):
-        tables, table, trees, guesses = random_case(seed)
-        if (guesses.counts == 0).any():
+        tables, table, trees, inputs = random_case(seed)
+        if (inputs.num_prompted == 0).any():
             continue
         ids = fill_trees(
-            tables, trees, guesses, BigramTensors.of(table), np.array(table.weights)
+            tables, trees, inputs, BigramTensors.of(table), np.array(table.weights)
         )
-        for tree, row, count in zip(trees, ids, guesses.counts, strict=True):
+        for tree, row, count in zip(trees, ids, inputs.num_prompted, strict=True):
             tokens = np.append(0, row)
             seen = set()
             for node in range(1, tables.num_nodes[tree]):
