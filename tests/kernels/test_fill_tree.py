@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
-from tests.kernels.test_fill_tree_cpu import random_case
+from tests.kernels.trees import random_drafting
 from vllm_ppd.kernels.fill_tree import DeviceDraftInputs, fill_tree_reference
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.drafting import POOL, BigramTensors, fill_trees
@@ -53,7 +53,7 @@ def on_device(inputs, num_prompts, pool):
 @pytest.mark.parametrize("with_table", [True, False])
 def test_against_the_core(fill, with_table):
     for seed in range(3):
-        pure, table, trees, inputs = random_case(seed, with_table)
+        pure, table, trees, inputs = random_drafting(seed, with_table)
         weights = np.array(table.weights if table else (1.0, 1.0, 1.0))
         host = BigramTensors.of(table) if table else None
         want = fill_trees(pure, trees, inputs, host, weights)
@@ -78,7 +78,7 @@ def test_against_the_core(fill, with_table):
 
 
 def test_without_ngrams_and_cut_short(fill):
-    pure, table, trees, inputs = random_case(3)
+    pure, table, trees, inputs = random_drafting(3)
     weights = torch.tensor(table.weights)
     on = on_device(inputs, 3, POOL)
     tables = DeviceTables.on(DEVICE, pure)

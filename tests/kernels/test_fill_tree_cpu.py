@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.test_tree import random_tree
+from tests.kernels.trees import random_drafting
 from vllm_ppd.kernels.cpu import CpuTreeFiller, load_library
 from vllm_ppd.trees.bigram import BigramTable
 from vllm_ppd.trees.drafting import (
@@ -14,8 +14,8 @@ from vllm_ppd.trees.drafting import (
     rank_children,
 )
 from vllm_ppd.trees.layout import TreeTables
-from vllm_ppd.trees.menu import Tier, TreePlan
-from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.trees.menu import MenuEntry, TreeMenu
+from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
 # root -> a, b; a -> c; no prompt rows, to look at candidates only.
 SMALL = SparseTree((0, 0, 1), (0, 1, 0), (0, 0, 0, 0))
@@ -43,64 +43,28 @@ def test_children_follow_the_prompt_row_and_the_parent():
     assert alone.tolist() == [[5, 2, -1]]
 
 
-def test_the_chain_comes_first_and_only_once():
+def test_the_ngram_comes_first_and_only_once():
     policy = TreePolicy((SMALL, SMALL))
-    plan = TreePlan((Tier(None, (policy, policy)),))
-    tables = TreeTables(plan, 100)
+    tables = TreeTables(TreeMenu((MenuEntry((policy, policy)),)), 100)
     inputs = DraftInputs(
-        counts=np.array([1, 1]),
+        num_prompted=np.array([1, 1]),
         logits=torch.tensor([[0.0, 2.5, 0.0, 1.0, 0.5, -1.0]] * 2),
         roots=np.array([2, 2]),
         ngrams=np.array([[1, 4], [1, 4]]),
     )
     # Trees 1 + 1 (class 0, state 1) and 1 + 2 + 1 (class 1, state 1).
     ids = fill_trees(tables, np.array([2, 4]), inputs, None, np.ones(1))
-    # Without a chain: the row's best two; below a nothing is known.
+    # Without an n-gram draft: the row's best two; below a nothing is known.
     assert ids[0].tolist() == [1, 3, 0]
-    # With it: 1 from the chain, 3 the best of the rest, and 4 follows 1 on the chain.
+    # With it: 1 from the n-gram, 3 the best of the rest, and 4 follows 1 in the n-gram.
     assert ids[1].tolist() == [1, 3, 4]
-
-
-def random_case(seed, with_table=True):
-    rng = np.random.default_rng(seed)
-    vocabulary, m, classes = 200, 3, int(rng.integers(1, 4))
-    tiers = []
-    for limit in (2, None):
-        policies = []
-        for _ in range(classes):
-            trees = [random_tree(rng) for _ in range(m)]
-            policies.append(TreePolicy((chain_tree(0, (m,)), *trees)))
-        tiers.append(Tier(limit, tuple(policies)))
-    tables = TreeTables(TreePlan(tuple(tiers)), vocabulary)
-    table = None
-    if with_table:
-        ids = np.stack([rng.permutation(vocabulary)[:8] for _ in range(vocabulary)])
-        table = BigramTable(
-            ids,
-            rng.normal(size=(vocabulary, 8)) * 2,
-            rng.normal(size=vocabulary) - 3,
-            tuple(rng.random(m)),
-            np.full(vocabulary, 1 / vocabulary),
-        )
-    batch = int(rng.integers(1, 6))
-    trees = rng.integers(0, len(tables.num_rows), batch)
-    counts = rng.integers(0, m + 1, batch)
-    ngrams = rng.integers(0, vocabulary, (batch, 4))
-    ngrams[np.arange(4) >= rng.integers(0, 5, batch)[:, None]] = -1
-    inputs = DraftInputs(
-        counts,
-        torch.from_numpy(rng.normal(size=(counts.sum(), vocabulary)) * 3).float(),
-        rng.integers(0, vocabulary, batch),
-        ngrams,
-    )
-    return tables, table, trees, inputs
 
 
 @pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("with_table", [True, False])
 def test_the_kernel_equals_the_reference(with_table):
     for seed in range(40):
-        tables, table, trees, inputs = random_case(seed, with_table)
+        tables, table, trees, inputs = random_drafting(seed, with_table)
         weights = table.weights if table else (1.0, 1.0, 1.0)
         found = CpuTreeFiller(tables, table, weights).run(trees, inputs)
         on_device = BigramTensors.of(table) if table else None
@@ -111,7 +75,7 @@ def test_the_kernel_equals_the_reference(with_table):
 def test_siblings_differ():
     """A second child with its sibling's token could never be accepted."""
     for seed in range(20):
-        tables, table, trees, inputs = random_case(seed)
+        tables, table, trees, inputs = random_drafting(seed)
         if (inputs.num_prompted == 0).any():
             continue
         ids = fill_trees(

@@ -82,7 +82,7 @@ def test_against_the_pure_layout(place, num_rows):
     contexts = rng.integers(0, 1000, 11)
     ends = np.cumsum(rows + before)
     step = TreeStep(pure, states, ends - rows, rows)
-    step.trees = np.arange(11)  # trees of one row, too
+    step.tree_requests = np.arange(11)  # trees of one row too
 
     got = run(place, tables, states, rows, [0, *ends], contexts)
     where, trees, inner = step.tree_rows()

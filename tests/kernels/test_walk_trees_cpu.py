@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.kernels.test_fill_tree_cpu import random_case
+from tests.kernels.trees import random_drafting
 from vllm_ppd.kernels.cpu import load_library, match_ngrams_cpu, walk_greedy_cpu
 from vllm_ppd.trees.ngram import match_ngrams
 from vllm_ppd.trees.layout import TreeStep
@@ -16,7 +16,7 @@ def test_walks():
     rng = np.random.default_rng(0)
     moved = 0
     for seed in range(60):
-        tables, _, trees, _ = random_case(seed)
+        tables, _, trees, _ = random_drafting(seed)
         # Trees may be cut anywhere, and lie anywhere among the step's rows.
         rows = np.array([rng.integers(1, tables.num_rows[t] + 1) for t in trees])
         starts = np.cumsum(rows + rng.integers(0, 5, len(rows))) - rows

@@ -54,7 +54,7 @@ def stream(truth: AcceptanceModel, learner: EvidenceLearner, steps: int) -> None
             for b in np.flatnonzero(walk.active):
                 node = int(walk.nodes[b])
                 parents = tables.parents[trees[b], : step.num_nodes[b]]
-                on = bool(tables.on_chain[trees[b], node])
+                on = bool(tables.on_ngram[trees[b], node])
                 depth = int(tables.node_depths[trees[b], node]) + 1
                 chances = truth.chances(states[b], classes[b], depth, on)
                 draw = rng.random()

@@ -26,8 +26,8 @@ def test_a_chain_is_the_first_child_of_the_first_child():
     plan = TreePlan((Tier(None, (FORK, FORK)),))
     tables = TreeTables(plan, first_soft_id=100)
     # Tree 2 is class 0, state 1; tree 4 the same of class 1. Node 3 is below node 1.
-    assert tables.on_chain[2].tolist() == [False] * 4
-    assert tables.on_chain[4].tolist() == [True, True, False, True]
+    assert tables.on_ngram[2].tolist() == [False] * 4
+    assert tables.on_ngram[4].tolist() == [True, True, False, True]
 
 
 def test_files(tmp_path):

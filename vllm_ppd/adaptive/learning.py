@@ -106,7 +106,7 @@ class EvidenceLearner:
         rank = tables.node_ranks[tree, node]
         hit = visited[request, node]
         match = classes[request] - 1
-        on = tables.on_chain[tree, parent] & (match >= 0)
+        on = tables.on_ngram[tree, parent] & (match >= 0)
         prompted = depth < states[request]
         first = on & (rank == 0)
         # Beside a chain's token that was right, nothing else was put to the test.

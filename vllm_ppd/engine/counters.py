@@ -149,7 +149,7 @@ class StepCounts:
         values[Slot.DRAFT_TOKENS] += step.num_nodes.sum() - len(speculates)
         level = np.arange(walk.paths.shape[1])
         accepted = (level > 0) & (level < walk.lengths[:, None])
-        ngram = accepted & step.tables.on_chain[step.tree_ids[:, None], walk.paths]
+        ngram = accepted & step.tables.on_ngram[step.tree_ids[:, None], walk.paths]
         prompted = accepted & ~ngram & (level <= num_prompted[:, None])
         ngrams, prompts = int(ngram.sum()), int(prompted.sum())
         values[Slot.FIRST_SOURCE : Slot.FIRST_PROMPTED] += (

@@ -23,7 +23,7 @@ class DeviceTables:
         num_nodes, num_rows: int32 [S].
         parents: int32 [S, N] parent node; -1 for the root and for padding.
         node_depths, node_ranks: int32 [S, N]; 0 for root and padding.
-        on_chain: int32 [S, N] 1 where children follow an earlier match first.
+        on_ngram: int32 [S, N] 1 where children follow an earlier match first.
         prompts: int32 [S, N] prompt tokens per node; 0 padded.
         first_prompt_rows: int32 [S, N] first prompt row of each node.
         depths: int32 [S, Q] row position minus root position.
@@ -39,7 +39,7 @@ class DeviceTables:
     parents: torch.Tensor
     node_depths: torch.Tensor
     node_ranks: torch.Tensor
-    on_chain: torch.Tensor
+    on_ngram: torch.Tensor
     prompts: torch.Tensor
     first_prompt_rows: torch.Tensor
     depths: torch.Tensor
@@ -62,7 +62,7 @@ class DeviceTables:
             parents=copy("parents"),
             node_depths=copy("node_depths"),
             node_ranks=copy("node_ranks"),
-            on_chain=copy("on_chain"),
+            on_ngram=copy("on_ngram"),
             prompts=copy("prompts"),
             first_prompt_rows=copy("first_prompt_rows"),
             depths=copy("depths"),

@@ -52,14 +52,14 @@ def fill_tree_reference(
     candidate = parents >= 0
     parents = parents.clamp(min=0)
     depths, ranks = tables.node_depths[trees], tables.node_ranks[trees]
-    on_chain = tables.on_chain[trees].gather(1, parents) > 0
+    on_ngram = tables.on_ngram[trees].gather(1, parents) > 0
     tokens = torch.zeros_like(parents)
     tokens[:, 0] = inputs.roots
     for depth in range(1, tables.max_depth + 1):
         chain = torch.full_like(parents, -1)
         if depth <= inputs.ngrams.shape[1]:
             given = inputs.ngrams[:, depth - 1, None].long()
-            chain = torch.where(on_chain, given, chain)
+            chain = torch.where(on_ngram, given, chain)
         rank = ranks.long() - (chain >= 0).long()
         ids, scores = _score(inputs, depth, tokens.gather(1, parents), bigram, weights)
         scores = scores.masked_fill(ids == chain[..., None], -torch.inf)

@@ -150,7 +150,7 @@ def fill_trees(
         rank = tables.node_ranks[tree, node]
         chain = np.full(len(request), -1)
         if depth <= inputs.ngrams.shape[1]:
-            on = tables.on_chain[tree, parent]
+            on = tables.on_ngram[tree, parent]
             chain = np.where(on, inputs.ngrams[request, depth - 1], -1)
         rank = rank - (chain >= 0)
         found = np.where(rank < 0, chain, 0)

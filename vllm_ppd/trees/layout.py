@@ -48,9 +48,8 @@ class TreeTables:
         num_nodes, num_rows: [S].
         parents: [S, N] parent node, -1 for the root and for padding.
         node_depths, node_ranks: [S, N] of each candidate node, 0 padded.
-        on_chain: [S, N] whether a node is on the chain of an earlier match, the root
-            included.
-        tries_ngram: [S] whether the chain's first token is a candidate.
+        on_ngram: [S, N] whether a node's path follows the n-gram draft, the root included.
+        tries_ngram: [S] whether the n-gram draft's first token is a draft token.
         prompts: [S, N] prompt tokens per node.
         first_prompt_rows: [S, N] first prompt row of each node.
         soft_ids: [S, Q] id of a prompt row's embedding, 0 for other rows. Ids start
@@ -79,7 +78,7 @@ class TreeTables:
         self.node_ranks = np.zeros((states, n), dtype=np.int64)
         self.prompts = np.zeros((states, n), dtype=np.int64)
         self.first_prompt_rows = np.zeros((states, n), dtype=np.int64)
-        self.on_chain = np.zeros((states, n), dtype=bool)
+        self.on_ngram = np.zeros((states, n), dtype=bool)
         chained = policy.chained if isinstance(policy, TreeMenu) else (False,) * states
         mask = np.zeros((states, q, q), dtype=bool)
         mask[:, :, 0] = True
@@ -93,17 +92,17 @@ class TreeTables:
             self.node_ranks[state, 1:nodes] = tree.ranks
             self.prompts[state, :nodes] = tree.prompts
             if chained[state]:
-                self.on_chain[state, 0] = True
+                self.on_ngram[state, 0] = True
                 for node, (parent, rank) in enumerate(
                     zip(tree.parents, tree.ranks, strict=True), start=1
                 ):
-                    on = self.on_chain[state, parent] and rank == 0
-                    self.on_chain[state, node] = on
+                    on = self.on_ngram[state, parent] and rank == 0
+                    self.on_ngram[state, node] = on
             counts = np.array(tree.prompts) * tree.num_ept
             self.first_prompt_rows[state, :nodes] = nodes + np.cumsum(counts) - counts
             for row, (_, index, ept) in enumerate(tree.prompt_rows, nodes):
                 self.soft_ids[state, row] = first_soft_id + index * tree.num_ept + ept
-        self.tries_ngram = np.any(self.on_chain[:, 1:], axis=1)
+        self.tries_ngram = np.any(self.on_ngram[:, 1:], axis=1)
         self.ancestors = pack_mask(mask)
         self._layouts: dict[
             tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]

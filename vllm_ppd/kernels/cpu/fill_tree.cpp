@@ -9,7 +9,7 @@ struct FillTables {  // mirrored in fill_trees.py
   const int64_t* parents;      // [S, N]
   const int64_t* ranks;        // [S, N]
   const int64_t* depths;       // [S, N]
-  const uint8_t* on_chain;     // [S, N]
+  const uint8_t* on_ngram;     // [S, N]
   const int64_t* num_nodes;    // [S]
   const int64_t* soft_ids;     // [S, Q]
   int64_t nodes, rows, max_rank;
@@ -73,7 +73,7 @@ extern "C" void ppd_fill_trees(
     const int64_t* parents = t->parents + tree * t->nodes;
     const int64_t* ranks = t->ranks + tree * t->nodes;
     const int64_t* depths = t->depths + tree * t->nodes;
-    const uint8_t* on_chain = t->on_chain + tree * t->nodes;
+    const uint8_t* on_ngram = t->on_ngram + tree * t->nodes;
     int64_t* row = out + b * (t->rows - 1);
     const int64_t* soft = t->soft_ids + tree * t->rows + 1;
     std::copy(soft, soft + t->rows - 1, row);
@@ -85,7 +85,7 @@ extern "C" void ppd_fill_trees(
       const int64_t parent = parents[node], depth = depths[node];
       const int64_t token = tokens[parent];
       int64_t chain = -1;
-      if (on_chain[parent] && depth <= ngram_length)
+      if (on_ngram[parent] && depth <= ngram_length)
         chain = ngrams[b * ngram_length + depth - 1];
       const int64_t rank = ranks[node] - (chain >= 0);
       if (rank < 0) {

@@ -22,7 +22,7 @@ class _FillTables(ctypes.Structure):
         ("parents", ctypes.c_void_p),
         ("ranks", ctypes.c_void_p),
         ("depths", ctypes.c_void_p),
-        ("on_chain", ctypes.c_void_p),
+        ("on_ngram", ctypes.c_void_p),
         ("num_nodes", ctypes.c_void_p),
         ("soft_ids", ctypes.c_void_p),
         ("nodes", ctypes.c_int64),
@@ -65,7 +65,7 @@ class CpuTreeFiller:
                 tables.soft_ids,
             )
         ]
-        chain = np.ascontiguousarray(tables.on_chain, np.uint8)
+        chain = np.ascontiguousarray(tables.on_ngram, np.uint8)
         self._kept = arrays, chain  # what the addresses below point into
         parents, ranks, depths, num_nodes, soft_ids = arrays
         table = (0, 0, 0, 0)

@@ -96,7 +96,7 @@ def _fill_tree_kernel(
     num_rows_ptr,  # [S]
     depths_ptr,  # [S, N]
     ranks_ptr,  # [S, N]
-    on_chain_ptr,  # [S, N]
+    on_ngram_ptr,  # [S, N]
     soft_ids_ptr,  # [S, Q]
     ancestors_ptr,  # int64 [S, Q, WORDS]
     drafts_ptr,  # [B, K]
@@ -143,7 +143,7 @@ def _fill_tree_kernel(
     at = tree * node_width + index
     depths = tl.load(depths_ptr + at, mask=is_node, other=0)
     ranks = tl.load(ranks_ptr + at, mask=is_node, other=0)
-    on_chain = tl.load(on_chain_ptr + at, mask=is_node, other=0)
+    on_ngram = tl.load(on_ngram_ptr + at, mask=is_node, other=0)
     depth = tl.sum(tl.where(index == node, depths, 0), axis=0)
     count = tl.load(num_prompted_ptr + request)
     token = tl.load(roots_ptr + request).to(tl.int64)
@@ -151,7 +151,7 @@ def _fill_tree_kernel(
     for level in range(1, depth + 1):
         here = on_path & (depths == level)
         rank = tl.sum(tl.where(here, ranks, 0), axis=0)
-        follows = tl.sum(tl.where(index == parent, on_chain, 0), axis=0)
+        follows = tl.sum(tl.where(index == parent, on_ngram, 0), axis=0)
         follows = (follows > 0) & (level <= ngram_length)
         ngram_at = ngrams_ptr + request * ngram_length + level - 1
         chain = tl.load(ngram_at, mask=follows, other=-1).to(tl.int64)
@@ -209,7 +209,7 @@ def fill_tree(
         tables.num_rows,
         tables.node_depths,
         tables.node_ranks,
-        tables.on_chain,
+        tables.on_ngram,
         tables.soft_ids,
         tables.ancestors,
         drafts,
