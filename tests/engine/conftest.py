@@ -12,6 +12,7 @@ import torch
 
 from tests.engine.engine_process import GPU_MEMORY, ON_GPU, EngineProcess
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.trees.menu import TreeMenu, save_menus
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 ROOT = Path(__file__).parents[2]
@@ -44,15 +45,15 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Tree policies by name, as files: one row, chain, wide, deep and bushy."""
+    """Tree menus of one policy by name, as files."""
     wide = SparseTree(
         (0, 0, 0, 0, 1, 1, 2, 5), (0, 1, 2, 3, 0, 1, 0, 0), (3, 3, 2, 1, 1, 3, 3, 2, 3)
     )
     wide2 = SparseTree((0, 0, 1, 1, 2), (0, 1, 0, 2, 1), (3, 3, 2, 2, 0, 3))
     wide1 = SparseTree((0, 0, 0), (0, 1, 2), (3, 2, 2, 1))
-    root = chain_tree(0, (0,))
+    root = chain_tree(0, (3,))
     policies = {
-        "one_row": TreePolicy((root, root, root, root)),
+        "prompt_rows_only": TreePolicy((root, root, root, root)),
         "chain": TreePolicy(
             (
                 chain_tree(0, (3,)),
@@ -65,13 +66,14 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
     folder = tmp_path_factory.mktemp("trees")
     for name, policy in policies.items():
-        policy.save(folder / f"{name}.json")
+        menu = TreeMenu.of(policy)
+        save_menus(folder / f"{name}.json", menu, menu)
     return {name: str(folder / f"{name}.json") for name in policies}
 
 
 @pytest.fixture(scope="session")
 def noise_prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Prompt tokens that guess nothing: random noise."""
+    """Prompt tokens that predict nothing: random noise."""
     trained = PromptTokens.load(PROMPTS)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(trained.embeddings.shape, generator=generator)

@@ -89,10 +89,32 @@ def _serve(pipe: Any) -> None:
                 current = None
                 gc.collect()
                 current = (engine, LLM(**engine))
+                draft_as_much_as_possible(current[1])
             pipe.send((True, globals()[function](current[1], **arguments)))
         except Exception as error:
             text = "".join(traceback.format_exception(error)[-3:])
             pipe.send((False, f"{type(error).__name__}: {error}\n{text}"))
+
+
+def draft_as_much_as_possible(llm: Any) -> None:
+    """Decode every load with the menu's largest entry: without a profile an engine
+    starts plainly, and a busy machine may find that drafting does not pay."""
+    controller = controller_of(llm)
+    if controller is not None:
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        hold(llm, worker.model_runner.drafter.menu.draft_lengths[-1])
+
+
+def controller_of(llm: Any) -> Any:
+    """PPD's controller; None in a plain engine."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    observer = scheduler.ppd_observer
+    return None if observer is None else observer.controller
+
+
+def hold(llm: Any, draft_length: int) -> None:
+    """Decode every load with this draft length from now on."""
+    controller_of(llm).hold(draft_length)
 
 
 def _sampling_params(params: Any) -> Any:
@@ -212,64 +234,31 @@ def report(llm: Any) -> dict[str, Any]:
     return llm.llm_engine.model_executor.driver_worker.worker.ppd_report()
 
 
-def await_search(llm: Any) -> None:
-    """Until a search for better trees has ended, if one goes on.
-
-    It runs when nobody else wants the machine, and other tests may want it for long.
-    """
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    process = runner._ppd_online._replanner._process
-    if process is not None:
-        process.wait()
-
-
-def hold(llm: Any, plan: dict[str, Any] | None = None) -> None:
-    """No longer follow the traffic, and serve a plan's trees if there is one."""
-    llm.llm_engine.model_executor.driver_worker.worker.ppd_hold(plan)
-
-
-class _Turns:
-    """A load guard that allows guesses for some steps and forbids them for as many."""
-
-    timings, looking = (), False
-
-    def __init__(self, period: int):
-        self._period, self._steps = period, 0
-
-    def guesses(self, running: int) -> bool:
-        return self._steps // self._period % 2 == 0
-
-    def next_step(self, running: int, tokens: int, *rows: int) -> bool:
-        assert running <= tokens + rows[1]
-        self._steps += 1
-        return self.guesses(running)
-
-    def renew(self) -> None:
-        pass
-
-
 def generate_by_turns(
     llm: Any, prompts: list[Any], params: Any, period: int
 ) -> tuple[list[dict[str, Any]], list[tuple[bool, bool]]]:
-    """Generate with guesses in turn allowed and forbidden.
+    """Generate with the menu's draft lengths and plain steps in turn.
 
-    Also whether each step had guesses, and whether vLLM's runner could know of any.
+    Also whether each step had drafts, and whether vLLM's runner could know of any.
     """
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    lengths = [0, *runner.drafter.menu.draft_lengths]
     steps: list[tuple[bool, bool]] = []
-    prepare, guard = runner._prepare_inputs, runner._ppd_online._guard
+    prepare = runner._prepare_inputs
 
     def noting(scheduler_output: Any, *args: Any) -> Any:
-        guessed = bool(scheduler_output.scheduled_spec_decode_tokens)
-        steps.append((guessed, runner.speculative_config is not None))
+        drafted = bool(scheduler_output.scheduled_spec_decode_tokens)
+        steps.append((drafted, runner.speculative_config is not None))
+        turn = len(steps) // period
+        hold(llm, 0 if turn % 2 else lengths[turn // 2 % len(lengths)])
         return prepare(scheduler_output, *args)
 
-    runner._prepare_inputs, runner._ppd_online._guard = noting, _Turns(period)
+    runner._prepare_inputs = noting
     try:
         return generate(llm, prompts, params), steps
     finally:
         del runner._prepare_inputs
-        runner._ppd_online._guard = guard
+        draft_as_much_as_possible(llm)
 
 
 def compilations(llm: Any) -> dict[str, int]:

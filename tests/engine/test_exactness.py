@@ -165,7 +165,7 @@ def test_preemption_and_no_prefix_cache(plain, ppd, plain_engine, ppd_engine, te
     assert ppd.call("preemptions", {**ppd_engine, **tiny}) > 0
 
 
-@pytest.mark.parametrize("name", ["one_row", "chain", "wide"])
+@pytest.mark.parametrize("name", ["prompt_rows_only", "chain", "wide"])
 def test_any_tree(plain, ppd, plain_engine, ppd_engine, texts, trees, name):
     engine = {
         **ppd_engine,
@@ -188,12 +188,16 @@ def test_any_tree(plain, ppd, plain_engine, ppd_engine, texts, trees, name):
     )
 
 
-def test_guesses_that_are_noise(
+def test_drafts_that_are_noise(
     plain, ppd, plain_engine, ppd_engine, texts, noise_prompts
 ):
     engine = {
         **ppd_engine,
-        "speculative_config": {"method": "ppd", "model": noise_prompts},
+        "speculative_config": {
+            "method": "ppd",
+            "model": noise_prompts,
+            "profile": "none",
+        },
     }
     prompts = mixed(texts, 8, first=60)
     params = {**GREEDY, "max_tokens": 80}
