@@ -234,6 +234,27 @@ def report(llm: Any) -> dict[str, Any]:
     return llm.llm_engine.model_executor.driver_worker.worker.ppd_report()
 
 
+def set_schedule(llm: Any, lengths: dict[int, int]) -> None:
+    """Draft lengths by the largest number of running requests; they stay."""
+    controller = controller_of(llm)
+    hold(llm, 0)
+    for running in range(1, len(controller.schedule)):
+        end = next(end for end in sorted(lengths) if running <= end)
+        controller.schedule[running] = lengths[end]
+
+
+def fresh_controller(llm: Any) -> None:
+    """A controller that has seen nothing, in the place of one that is held."""
+    from vllm_ppd.engine.scheduling import attach_controller
+
+    attach_controller(llm.llm_engine.engine_core.engine_core.scheduler)
+
+
+def controller_snapshot(llm: Any) -> dict[str, Any]:
+    """What the controller has seen."""
+    return controller_of(llm).snapshot()
+
+
 def generate_by_turns(
     llm: Any, prompts: list[Any], params: Any, period: int
 ) -> tuple[list[dict[str, Any]], list[tuple[bool, bool]]]:

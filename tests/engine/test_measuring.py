@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from vllm_ppd.engine.made_up_requests import blocks_of, scheduled, tree_of_rows
 
 from vllm_ppd.engine import measure as grid
-from vllm_ppd.engine.made_up_requests import blocks_of, scheduled, tree_of_rows
 from vllm_ppd.engine.v1 import measure_context
 
 

@@ -21,8 +21,11 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ppd.engine import patches
-from vllm_ppd.engine.v1.runner import OVERRIDDEN, PPDRunnerMixin
-from vllm_ppd.engine.v1.worker import PPDCPUModelRunner
+from vllm_ppd.engine.v1.runner import (
+    OVERRIDDEN,
+    PPDCPUModelRunner,
+    PPDRunnerMixin,
+)
 from vllm_ppd.plugin import register
 
 
@@ -52,6 +55,34 @@ def test_create_speculative_config():
 def test_add_cli_args():
     assert isinstance(vars(EngineArgs)["add_cli_args"], staticmethod)
     assert parameters(EngineArgs.add_cli_args) == ["parser"]
+
+
+def test_scheduler_seams():
+    """The draft length controller is the scheduler's own look-up table."""
+    register()
+    assert parameters(EngineCore._initialize_kv_caches) == ["self", "vllm_config"]
+    assert parameters(Scheduler.update_from_output) == [
+        "self",
+        "scheduler_output",
+        "model_runner_output",
+    ]
+    # Plugins are loaded, workers warm up, then the scheduler is built.
+    source = inspect.getsource(EngineCore.__init__)
+    order = [
+        source.index(call)
+        for call in (
+            "load_general_plugins()",
+            "self._initialize_kv_caches(",
+            "get_scheduler_cls()",
+        )
+    ]
+    assert order == sorted(order)
+    source = inspect.getsource(original(Scheduler.__init__))
+    assert "self.dynamic_sd_lookup" in source
+    # The table is read at each step, and its answer sent to the workers.
+    source = inspect.getsource(Scheduler.schedule)
+    assert "self.dynamic_sd_lookup[" in source
+    assert "num_spec_tokens_to_schedule" in SchedulerOutput.__dataclass_fields__
 
 
 def test_the_executor_sees_every_step():

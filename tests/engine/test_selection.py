@@ -18,9 +18,9 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.engine.conftest import MODEL, PROMPTS
-from vllm_ppd.engine.select import KEY, WORKERS
-from vllm_ppd.search.latency import default_profile
-from vllm_ppd.trees.tree import TreePolicy, chain_tree
+from vllm_ppd.engine.select import V1_WORKER, V2_WORKERS
+from vllm_ppd.engine.settings import KEY, serving_settings
+from vllm_ppd.search.latency import LatencyProfile
 
 PPD = {"method": "ppd", "model": str(PROMPTS)}
 
@@ -38,17 +38,18 @@ def from_cli(*flags: str) -> Any:
 
 def test_a_profiles_key_holds_plain_values():
     """It travels in messages between vLLM's processes, which take nothing else."""
-    key = configure(PPD).additional_config[KEY]["profile_key"]
+    key = serving_settings(configure(PPD)).profile_key
     assert {type(value) for value in key.values()} <= {str, int, bool, type(None)}
 
 
 def is_ppd(config: Any) -> bool:
-    settings = (config.additional_config or {}).get(KEY, {"plan": {}})
+    settings = serving_settings(config)
     return (
-        config.parallel_config.worker_cls in WORKERS.values()
-        and settings["plan"].get("path") == str(PROMPTS.resolve())
+        settings is not None
+        and config.parallel_config.worker_cls in (V1_WORKER, *V2_WORKERS.values())
+        and settings.path == str(PROMPTS.resolve())
         and config.speculative_config.num_speculative_tokens
-        == settings["plan"]["max_rows"] - 1
+        == settings.tree_menu().max_rows - 1
     )
 
 
@@ -126,16 +127,11 @@ def test_bad_speculative_settings(speculative, message):
 
 
 def test_a_profile_of_another_machine(tmp_path):
-    default_profile("cpu").save(tmp_path / "profile.json")
+    LatencyProfile((1,), (1, 8), ((1.0, 1.1),), {"other": 1}).save(
+        tmp_path / "profile.json"
+    )
     with pytest.raises(ValueError, match="was measured with attention_backend None"):
         configure({**PPD, "profile": str(tmp_path / "profile.json")})
-
-
-def test_settled_trees_need_no_more_rows_than_they_have(tmp_path):
-    policy = TreePolicy(tuple(chain_tree(0, (1,)) for _ in range(4)))
-    policy.save(tmp_path / "tree.json")
-    config = configure({**PPD, "tree": str(tmp_path / "tree.json")})
-    assert config.speculative_config.num_speculative_tokens == 1
 
 
 def test_a_flag_and_a_key_for_the_same_thing_conflict():
@@ -216,10 +212,10 @@ def test_folders_that_hold_no_prompt_tokens(tmp_path):
         configure({"method": "ppd", "model": str(folder)})
 
 
-def test_tree_policies_that_do_not_fit(tmp_path, trees):
+def test_tree_menus_that_do_not_fit(tmp_path, trees):
     with pytest.raises(ValueError, match="num_speculative_tokens is 5, too small"):
         configure({**PPD, "tree": trees["wide"], "num_speculative_tokens": 5})
-    with pytest.raises(ValueError, match="cannot read the tree policy"):
+    with pytest.raises(ValueError, match=r"tree menu .*none\.json cannot be read"):
         configure({**PPD, "tree": str(tmp_path / "none.json")})
 
 

@@ -45,3 +45,6 @@ class DraftLengthController:
     def hold(self, draft_length: int) -> None:
         """Decode every load with this draft length from now on; for measurements."""
         self.schedule[1:] = [draft_length] * (len(self.schedule) - 1)
+
+    def snapshot(self) -> dict:
+        return {"observed_steps": 100}
