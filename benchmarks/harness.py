@@ -1,52 +1,53 @@
-"""Runs decoders in turn on the same prompts, counted by the same counter.
+"""Decoders in turn on the same prompts, counted by the same counter.
 
-Every decoder is a vLLM engine in a process of its own (`vllm_ppd.cli.engines`)
-that sleeps while another is measured. Tokens are the token ids in vLLM's own outputs,
-for all decoders alike; steps are the engine's steps that brought output.
+Tokens are the token ids in vLLM's own outputs, for all decoders alike; steps are the
+engine's steps that brought output.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import random
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from stats import Sameness, summarise
+import numpy as np
+from engines import Batch, Generation, settle
+from results import Sameness, summarise
 
-from vllm_ppd.cli.demo_prompts import read_texts
-from vllm_ppd.cli.engines import (
-    EngineProcess,
-    engine_processes,
-    settle,
-    start_all,
-)
-from vllm_ppd.cli.generation import Batch, Generation
+__all__ = [
+    "DECODERS",
+    "Cell",
+    "Measured",
+    "decoder_settings",
+    "encode_prompts",
+    "figures",
+    "measure_cell",
+    "report_cell",
+    "text_lengths",
+]
 
-# "fixed" is PPD that keeps to the trees it starts with.
-DECODERS = ("plain", "ppd", "ngram", "fixed")
+# "fixed" is PPD that adapts nothing; "other" is the PPD of another checkout.
+DECODERS = ("plain", "ppd", "ngram", "fixed", "other")
 NGRAM = {
     "method": "ngram",
     "num_speculative_tokens": 3,
     "prompt_lookup_max": 4,
     "prompt_lookup_min": 2,
 }
-
-
-# A text that gives several passages is cut into parts so many times as long.
+# A text that gives several prompts is cut into parts so many times as long.
 PART = 10
 
 
 class Decoder(Protocol):
-    """What is measured; an EngineProcess, or a fake in tests."""
+    """What is measured; an engine, or a fake in tests."""
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        params: dict[str, Any],
+        params: Mapping[str, Any],
         *,
         at_once: int | None = None,
         lengths: Sequence[int] | None = None,
@@ -66,8 +67,8 @@ class Measured:
     """One decoder in one cell."""
 
     rounds: list[dict[str, float]] = field(default_factory=list)
-    texts: list[Generation] = field(default_factory=list)
-    """Of the first round, request by request."""
+    requests: list[Generation] = field(default_factory=list)
+    """Of the first round."""
 
 
 def decoder_settings(
@@ -80,8 +81,10 @@ def decoder_settings(
     """Arguments of `vllm.LLM` for a decoder; raises ValueError for an unknown one."""
     if name == "plain":
         return dict(base)
-    if name in ("ppd", "fixed"):
-        speculative = {"method": "ppd", "model": prompt_tokens, **ppd}
+    if name in ("ppd", "fixed", "other"):
+        speculative = {"method": "ppd", "model": prompt_tokens}
+        # Another checkout may have other keys.
+        speculative.update({} if name == "other" else ppd)
         if name == "fixed":
             speculative["online"] = False
     elif name == "ngram":
@@ -91,25 +94,39 @@ def decoder_settings(
     return {**base, "speculative_config": speculative}
 
 
-@contextlib.contextmanager
-def running(
-    settings: Mapping[str, Mapping[str, Any]], in_process: bool, say: Any
-) -> Iterator[dict[str, EngineProcess]]:
-    """All engines, started one after the other; logs stay only if one fails."""
-    with engine_processes(settings, "bench", in_process) as engines:
-        start_all(list(engines.values()), say)
-        yield engines
+def read_texts(path: Path) -> list[tuple[str, bool]]:
+    """(text, whether it is a whole prompt) of lines {"text": ...} or {"prompt": ...}.
+
+    Raises ValueError, one sentence with the file and line, for anything else.
+    """
+    texts = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the texts in {path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+            whole = "prompt" in content
+            texts.append((content["prompt" if whole else "text"] + "", whole))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'line {number} of {path} is no JSON object {{"text": "..."}} or '
+                '{"prompt": "..."}'
+            ) from error
+    return texts
 
 
-def pick_texts(path: Path, count: int, characters: int, seed: int = 0) -> list[str]:
-    """Passages of `characters` from inside held-out texts, the same at every call.
+def pick_texts(texts: Sequence[str], count: int, characters: int) -> list[str]:
+    """Passages of `characters` from inside texts, the same at every call.
 
     Passages begin at any line, as a file's start is often a licence. One per text;
     where that is not enough, one per part of `PART` times as many characters. Raises
     ValueError when there are too few of that length.
     """
-    texts = list(read_texts(path))
-    chosen = random.Random(seed)
+    chosen = random.Random(0)
     passages = [p for text in texts if (p := _passage(text, characters, chosen))]
     if len(passages) < count:
         size = PART * characters
@@ -117,9 +134,9 @@ def pick_texts(path: Path, count: int, characters: int, seed: int = 0) -> list[s
         passages = [p for part in parts if (p := _passage(part, characters, chosen))]
     if len(passages) < count:
         raise ValueError(
-            f"{path} has {len(passages)} texts or parts of texts of {characters} "
+            f"the data has {len(passages)} texts or parts of texts of {characters} "
             f"characters or more, and {count} are asked for; "
-            "lower --num-prompts or --prompt-tokens"
+            "lower --num-prompts, --waves or --prompt-tokens"
         )
     return chosen.sample(passages, count)
 
@@ -133,13 +150,18 @@ def _passage(text: str, characters: int, chosen: random.Random) -> str | None:
     return text[start : start + characters]
 
 
-def encode_prompts(
-    engine: EngineProcess, path: Path, count: int, length: int
-) -> list[list[int]]:
-    """`count` prompts of exactly `length` tokens from a file of held-out texts."""
+def encode_prompts(tokenizer: Any, path: Path, count: int, length: int) -> list[Any]:
+    """Token ids of `count` prompts: passages of `length` tokens, or whole prompts.
+
+    Raises ValueError for too few or too short texts.
+    """
+    texts = read_texts(path)
+    if texts and all(whole for _, whole in texts):
+        # A file of prompts is used as it is, again from its start if it is short.
+        return [tokenizer.encode(texts[i % len(texts)][0]) for i in range(count)]
     # Text has hardly ever more than eight characters per token.
-    texts = pick_texts(path, count, 8 * length)
-    prompts = [ids[:length] for ids in engine.encode(texts)]
+    passages = pick_texts([text for text, _ in texts], count, 8 * length)
+    prompts = [tokenizer.encode(passage)[:length] for passage in passages]
     short = sum(len(ids) < length for ids in prompts)
     if short:
         raise ValueError(
@@ -149,46 +171,51 @@ def encode_prompts(
     return prompts
 
 
-def text_lengths(count: int, tokens: int, spread: float, seed: int = 0) -> list[int]:
+def text_lengths(count: int, tokens: int, spread: float) -> list[int]:
     """Tokens of `count` texts, drawn evenly from `tokens` less or more `spread` times
     as many, the same at every call."""
-    least, most = round((1 - spread) * tokens), round((1 + spread) * tokens)
-    chosen = random.Random(seed)
-    return [chosen.randint(max(1, least), most) for _ in range(count)]
+    shortest, longest = round((1 - spread) * tokens), round((1 + spread) * tokens)
+    chosen = random.Random(0)
+    return [chosen.randint(max(1, shortest), longest) for _ in range(count)]
 
 
-def figures(batches: Sequence[Batch]) -> dict[str, float]:
-    """The figures of one round."""
-    requests = [request for batch in batches for request in batch.requests]
-    wall = sum(batch.wall_s for batch in batches)
-    decoded = sum(len(r.ids) - len(r.steps[0].ids) for r in requests)
+def figures(batch: Batch, menu: Sequence[Sequence[float]] | None) -> dict[str, float]:
+    """The figures of one round.
+
+    menu: [mean rows, expected acceptance length] of PPD's trees; without one nothing
+        is promised.
+    """
+    requests = batch.requests
+    decoded = sum(len(r.ids) - len(r.steps[0][1]) for r in requests)
     decode_steps = sum(len(r.steps) - 1 for r in requests)
     # As a server under load sees it: the end, when ever fewer requests are running,
     # says more of how unequal texts are than of how fast they are written.
-    full = [batch.full or (batch.wall_s, batch.tokens) for batch in batches]
-    return {
-        "tokens_per_s": sum(tokens for _, tokens in full) / sum(s for s, _ in full),
-        "tokens_per_s_to_the_end": sum(batch.tokens for batch in batches) / wall,
-        "wall_s": wall,
-        "tokens": sum(batch.tokens for batch in batches),
-        "engine_steps": sum(batch.engine_steps for batch in batches),
-        # Acceptance length; a request's first step reads the prompt and is left out.
-        "tokens_per_step": decoded / decode_steps if decode_steps else 1.0,
-        "ms_per_step": 1000 * wall / max(1, sum(b.engine_steps for b in batches)),
-        "first_token_s": sum(r.steps[0].at_s for r in requests) / len(requests),
+    seconds, tokens = batch.full
+    found = {
+        "tokens_per_s": tokens / seconds,
+        "tokens_per_s_to_the_end": batch.tokens / batch.wall_s,
+        "wall_s": batch.wall_s,
+        "tokens": batch.tokens,
+        "engine_steps": batch.engine_steps,
+        # A request's first step reads the prompt and is left out.
+        "acceptance_length": decoded / decode_steps if decode_steps else 1.0,
+        "ms_per_step": 1000 * batch.wall_s / max(1, batch.engine_steps),
+        "first_token_s": sum(r.steps[0][0] for r in requests) / len(requests),
     }
+    counted = batch.counters.get("request_steps", 0.0)
+    if menu and counted:
+        found["rows"] = batch.counters["rows"] / counted
+        found["promised_length"] = promised_length(menu, found["rows"])
+    return found
 
 
-def run_prompts(
-    engine: Decoder,
-    prompts: Sequence[Sequence[int]],
-    cell: Cell,
-    lengths: Sequence[int],
-) -> list[Batch]:
-    """All prompts once, `cell.batch` in flight until none is left to start; every
-    request to its full length."""
-    params = {"temperature": cell.temperature, "ignore_eos": True}
-    return [engine.generate(prompts, params, at_once=cell.batch, lengths=lengths)]
+def promised_length(menu: Sequence[Sequence[float]], rows: float) -> float:
+    """The acceptance length that a menu's search expects of steps with so many rows.
+
+    Between two entries, and between plain steps and the first, it is that of a mixture.
+    """
+    points = sorted([(1.0, 1.0), *((float(x), float(y)) for x, y in menu)])
+    return float(np.interp(rows, *zip(*points, strict=True)))
 
 
 def measure_cell(
@@ -197,56 +224,60 @@ def measure_cell(
     cell: Cell,
     lengths: Sequence[int],
     rounds: int,
+    menus: Mapping[str, Any] | None = None,
     pause: Any = settle,
 ) -> dict[str, Measured]:
     """Warm every decoder up, then measure them in alternation.
 
-    lengths: tokens that are written for each prompt.
-    pause: called before each turn, so that the engine that ran last is asleep.
+    Args:
+        engines: by decoder.
+        prompts: token ids; `cell.batch` requests are in flight until none is left.
+        cell: the condition.
+        lengths: tokens to write for each prompt; end of text is ignored.
+        rounds: turns of each decoder.
+        menus: the engines' tree menus, see `figures`.
+        pause: called before each turn, so that the engine that ran last is asleep.
     """
-    found = {name: Measured() for name in engines}
-    for engine in engines.values():
-        pause()
-        # A whole batch, so that nothing is compiled or allocated while measured.
-        run_prompts(engine, prompts[: cell.batch], cell, lengths[: cell.batch])
-    for number in range(rounds):
+    measured = {name: Measured() for name in engines}
+    params = {"temperature": cell.temperature, "ignore_eos": True}
+    for number in range(rounds + 1):
+        # First a whole batch, so that nothing is compiled or allocated while measured.
+        count = len(prompts) if number else cell.batch
         for name, engine in engines.items():
             pause()
-            batches = run_prompts(engine, prompts, cell, lengths)
-            found[name].rounds.append(figures(batches))
-            if number == 0:
-                found[name].texts = [r for b in batches for r in b.requests]
-    return found
+            batch = engine.generate(
+                prompts[:count], params, at_once=cell.batch, lengths=lengths[:count]
+            )
+            if number:
+                menu = (menus or {}).get(name)
+                measured[name].rounds.append(figures(batch, menu))
+            if number == 1:
+                measured[name].requests = list(batch.requests)
+    return measured
 
 
-def report(cell: Cell, starts: Sequence[Mapping[str, Measured]]) -> dict[str, Any]:
+def report_cell(cell: Cell, starts: Sequence[Mapping[str, Measured]]) -> dict[str, Any]:
     """A cell's part of the results file.
 
     starts: what was measured each time that the engines were started.
     """
-    by_start = [
-        summarise({name: measured.rounds for name, measured in found.items()})
-        for found in starts
-    ]
     rounds = {
-        name: [one for f in starts for one in f[name].rounds] for name in starts[0]
+        name: [one for start in starts for one in start[name].rounds]
+        for name in starts[0]
     }
     summary = summarise(rounds)
+    first = starts[0]
     decoders = {}
-    found = starts[0]
-    for name, measured in found.items():
+    for name, measured in first.items():
         same = None
         # Sampled texts differ by chance, greedy ones must not.
-        if cell.temperature == 0 and "plain" in found:
-            plain_ids = [text.ids for text in found["plain"].texts]
-            same = vars(Sameness.of([t.ids for t in measured.texts], plain_ids))
-        repeated = [text.repeated for text in measured.texts]
-        ratios = [
-            one[name]["ratio"]["median"] for one in by_start if "ratio" in one[name]
-        ]
+        if cell.temperature == 0 and "plain" in first:
+            plain_ids = [request.ids for request in first["plain"].requests]
+            ours = [request.ids for request in measured.requests]
+            same = vars(Sameness.of(ours, plain_ids))
+        repeated = [request.repeated for request in measured.requests]
         decoders[name] = {
             **summary[name],
-            "ratio_by_start": ratios,
             "same_ids_as_plain": same,
             "repeated_4grams": round(sum(repeated) / len(repeated), 4),
             "rounds": [
@@ -254,28 +285,4 @@ def report(cell: Cell, starts: Sequence[Mapping[str, Measured]]) -> dict[str, An
                 for one in rounds[name]
             ],
         }
-    return {
-        "batch": cell.batch,
-        "temperature": cell.temperature,
-        "decoders": decoders,
-    }
-
-
-def document(
-    script: str,
-    environment: Mapping[str, Any],
-    engines: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    cells: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """A results file."""
-    return {
-        "format": "ppd_benchmark",
-        "format_version": 1,
-        "script": script,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "environment": dict(environment),
-        "engines": dict(engines),
-        "settings": dict(settings),
-        "cells": list(cells),
-    }
+    return {"batch": cell.batch, "temperature": cell.temperature, "decoders": decoders}

