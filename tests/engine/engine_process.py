@@ -99,10 +99,17 @@ def _serve(pipe: Any) -> None:
 def draft_as_much_as_possible(llm: Any) -> None:
     """Decode every load with the menu's largest entry: without a profile an engine
     starts plainly, and a busy machine may find that drafting does not pay."""
-    controller = controller_of(llm)
-    if controller is not None:
-        worker = llm.llm_engine.model_executor.driver_worker.worker
-        hold(llm, worker.model_runner.drafter.menu.draft_lengths[-1])
+    if controller_of(llm) is not None:
+        hold(llm, draft_lengths(llm)[-1])
+
+
+def draft_lengths(llm: Any) -> list[int]:
+    """Of the menu that is served."""
+    from vllm_ppd.engine.settings import serving_settings
+
+    settings = serving_settings(llm.llm_engine.vllm_config)
+    assert settings is not None
+    return list(settings.tree_menu().draft_lengths)
 
 
 def controller_of(llm: Any) -> Any:
@@ -263,7 +270,7 @@ def generate_by_turns(
     Also whether each step had drafts, and whether vLLM's runner could know of any.
     """
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    lengths = [0, *runner.drafter.menu.draft_lengths]
+    lengths = [0, *draft_lengths(llm)]
     steps: list[tuple[bool, bool]] = []
     prepare = runner._prepare_inputs
 

@@ -13,6 +13,7 @@ from tests.engine.engine_process import GPU_MEMORY, ON_GPU, EngineProcess
 from tests.engine.v2.engine import HAS_TRITON, V2EngineProcess
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.trees.menu import MenuEntry, TreeMenu, save_menus
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 VOCABULARY = 24
@@ -66,14 +67,20 @@ def tiny_prompts(tiny_model: str) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_trees(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Small bushy trees: with so few words some guess is right every few steps."""
+    """Small bushy trees: with so few words a draft token is right every few steps. A
+    shorter entry has chains."""
     wide = SparseTree((0, 0, 0, 1, 1, 4), (0, 1, 2, 0, 1, 0), (3, 2, 1, 0, 1, 3, 1), 2)
     middle = SparseTree(
         (0, 0, 0, 1, 1, 2), (0, 1, 2, 0, 1, 2), (3, 2, 2, 1, 1, 1, 1), 2
     )
     narrow = SparseTree((0,) * 6, tuple(range(6)), (3, 2, 2, 2, 1, 1, 1), 2)
-    path = tmp_path_factory.mktemp("trees") / "bushy.json"
-    TreePolicy((chain_tree(0, (3,), 2), narrow, middle, wide)).save(path)
+    bushy = TreePolicy((chain_tree(0, (3,), 2), narrow, middle, wide))
+    chains = TreePolicy(
+        tuple(chain_tree(min(s, 1), (1,) * (min(s, 1) + 1), 2) for s in range(4))
+    )
+    menu = TreeMenu((MenuEntry((chains,)), MenuEntry((bushy,))))
+    path = tmp_path_factory.mktemp("trees") / "trees.json"
+    save_menus(path, menu, menu)
     return str(path)
 
 
@@ -104,7 +111,8 @@ def tiny_ppd(
             "method": "ppd",
             "model": tiny_prompts,
             "tree": tiny_trees,
-            # V1 would learn which tokens follow which, and guess better than V2.
+            "profile": "none",
+            # V1 would learn which tokens follow which, and draft better than V2.
             "online": False,
         },
     }

@@ -10,6 +10,7 @@ import inspect
 import multiprocessing
 import os
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tests.engine.engine_process import (
     _sampling_params,
 )
 from tests.engine.v2.graph_use import graph_use
-from tests.engine.v2.host_reads import host_reads, looking_at_every_step
+from tests.engine.v2.host_reads import host_reads, learning_from_every_step
 
 STUB = Path(__file__).parents[2] / "triton_cpu_stub"
 RAY_STUB = Path(__file__).parents[2] / "ray_cpu_stub"
@@ -133,9 +134,9 @@ def _schedule_ahead() -> None:
     stock = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
 
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
-        wanted = vllm_config.scheduler_config.async_scheduling
+        chosen = vllm_config.scheduler_config.async_scheduling
         stock(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = wanted
+        vllm_config.scheduler_config.async_scheduling = chosen
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
@@ -147,49 +148,71 @@ def async_scheduling(llm: Any) -> bool:
     return ahead and core.batch_queue is not None
 
 
-def num_drafts(llm: Any) -> int:
-    return llm.llm_engine.vllm_config.num_speculative_tokens
+def generate_and_watch(
+    llm: Any, prompts: Any, params: Any, lengths: Any = None, period: int = 1
+) -> dict[str, Any]:
+    """Generate, while the schedule names one draft length after another.
 
+    Args:
+        lengths: of the steps in turn; None leaves the schedule alone.
+        period: steps between two of them.
 
-def first_steps(llm: Any, prompt: Any, params: Any) -> list[dict[str, int]]:
-    """For each step of a request: rows of its tree, and the tree's state."""
+    Returns:
+        "outputs"; "steps", for each step (requests, most rows of one, num_prompted of
+        the first one's tree, -1 in a plain step); "calls", how often each function that
+        only steps with trees need was called.
+    """
+    from vllm_ppd.engine.v2 import drafting, sampling, step_trees
+
     runner = _runner(llm)
-    trees = runner.speculator.trees
-    stock, seen = trees.place, []
+    speculator = runner.speculator
+    buffers, num_prompted = speculator.buffers, speculator.requests.num_prompted
+    place = buffers.place
+    steps: list[tuple[int, int, int]] = []
+    calls: Counter[str] = Counter()
 
-    def place(batch: Any) -> None:
-        stock(batch)
-        if batch.num_draft_tokens:
-            rows, tree = int(trees.num_rows[0]), int(trees.trees[0])
-            seen.append({"rows": rows, "state": tree - trees.plan.first_trees[0]})
-        else:
-            seen.append({"rows": 1, "state": -1})
+    def watched_place(batch: Any) -> None:
+        place(batch)
+        step = step_trees.step_of(batch)
+        prompted = -1 if step is None else int(num_prompted[step.tree_ids[0]])
+        rows = int(batch.num_scheduled_tokens.max())
+        if step is not None:
+            rows = int(step.num_rows.max())
+        steps.append((batch.num_reqs, rows, prompted))
+        if lengths is not None:
+            turn = len(steps) // period
+            engine_process.hold(llm, lengths[turn % len(lengths)])
 
-    trees.place = place
-    llm.generate([prompt], _sampling_params(params), use_tqdm=False)
-    del trees.place
-    return seen
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[function.__name__] += 1
+            return function(*args, **kwargs)
 
+        return call
 
-def rows_per_step(llm: Any, prompts: Any, params: Any) -> list[tuple[int, int]]:
-    """(requests, most rows of one of them) for each step that decodes only."""
-    trees = _runner(llm).speculator.trees
-    stock, seen = trees.place, []
-
-    def place(batch: Any) -> None:
-        stock(batch)
-        if not batch.has_prefill:
-            seen.append((batch.num_reqs, int(batch.num_scheduled_tokens.max())))
-
-    trees.place = place
-    llm.generate(prompts, _sampling_params(params), use_tqdm=False)
-    del trees.place
-    return seen
+    names = [
+        *((step_trees, "place_tree"), (sampling, "tree_walk")),
+        *((drafting, "fill_tree"), (drafting, "match_ngrams")),
+        *((runner._ppd_mover, "move"), (speculator.requests, "grow")),
+    ]
+    stock = [getattr(owner, name) for owner, name in names]
+    buffers.place = watched_place
+    for (owner, name), function in zip(names, stock, strict=True):
+        setattr(owner, name, counted(function))
+    try:
+        outputs = engine_process.generate(llm, prompts, params)
+    finally:
+        del buffers.place
+        for (owner, name), function in zip(names, stock, strict=True):
+            setattr(owner, name, function)
+        if lengths is not None:
+            engine_process.draft_as_much_as_possible(llm)
+    return {"outputs": outputs, "steps": steps, "calls": dict(calls)}
 
 
 def count_every_step(llm: Any, prompts: Any, params: Any) -> dict[str, float]:
     """What requests add to PPD's and vLLM's counts if PPD's miss no step."""
-    from vllm_ppd.engine.v2 import counters as step_log
+    from vllm_ppd.engine.v2 import counters
 
     def counts() -> dict[str, float]:
         return engine_process.metrics(llm, "vllm:ppd_") | {
@@ -197,87 +220,19 @@ def count_every_step(llm: Any, prompts: Any, params: Any) -> dict[str, float]:
             for name, value in engine_process.spec_counters(llm).items()
         }
 
-    usual, step_log.EVERY = step_log.EVERY, 1
+    usual, counters.EVERY = counters.EVERY, 1
     try:
-        before = counts()
+        first = counts()
         llm.generate(prompts, _sampling_params(params), use_tqdm=False)
-        return {name: value - before[name] for name, value in counts().items()}
+        return {name: value - first[name] for name, value in counts().items()}
     finally:
-        step_log.EVERY = usual
-
-
-def in_turn(llm: Any, plans: Any, every: int, prompts: Any, params: Any) -> Any:
-    """Generate while the trees are exchanged every so many steps."""
-    from vllm_ppd.trees.menu import TreePlan
-
-    runner = _runner(llm)
-    trees, stock = runner.speculator.trees, runner.sample_tokens
-    served, steps = trees.served_plan, 0
-    found = [TreePlan.from_dict(plan) for plan in plans]
-
-    def sample_tokens(grammar: Any) -> Any:
-        nonlocal steps
-        output = stock(grammar)
-        steps += 1
-        if steps % every == 0:
-            trees.set_plan(found[steps // every % len(found)])
-        return output
-
-    runner.sample_tokens = sample_tokens
-    try:
-        return engine_process.generate(llm, prompts, params), steps // every
-    finally:
-        del runner.sample_tokens
-        trees.set_plan(served)
-
-
-def learn(llm: Any, prompts: Any, params: Any, rounds: int) -> Any:
-    """Generate until the traffic has changed the trees, each time the same.
-
-    It begins with trees that guess nothing, than which others are better by any
-    evidence.
-
-    Returns what was generated each time, changes, and (observations, tries, moves).
-    """
-    from vllm_ppd.engine.v2 import online
-    from vllm_ppd.trees.menu import Tier, TreePlan
-    from vllm_ppd.trees.tree import SparseTree, TreePolicy
-
-    runner, outputs = _runner(llm), []
-    trees = runner.speculator.trees
-    served = trees.served_plan
-    bare = SparseTree((), (), (1,), served.num_ept)
-    policy = TreePolicy((bare,) * (served.num_prompt_tokens + 1))
-    trees.set_plan(
-        TreePlan(
-            tuple(
-                Tier(tier.max_requests, (policy,) * len(tier.policies))
-                for tier in served.tiers
-            )
-        )
-    )
-    learning = runner._ppd_online
-    usual = online.COUNT_EVERY, online.ASK_EVERY
-    online.COUNT_EVERY, online.ASK_EVERY = 2, 4
-    learning._pace._enough, learning._pace._rest = 20.0, 0.0
-    try:
-        while len(outputs) < rounds and not learning.changes:
-            outputs.append(engine_process.generate(llm, prompts, params))
-            engine_process.await_search(llm)
-    finally:
-        online.COUNT_EVERY, online.ASK_EVERY = usual
-    moves = learning._sums.parts(learning._seen).moves
-    return outputs, learning.changes, moves.tolist()
+        counters.EVERY = usual
 
 
 def generate_and_learn(llm: Any, prompts: Any, params: Any) -> list[dict[str, Any]]:
     """Generate while every step is learnt from."""
-    with looking_at_every_step():
+    with learning_from_every_step():
         return engine_process.generate(llm, prompts, params)
-
-
-def learns(llm: Any) -> bool:
-    return _runner(llm)._ppd_online is not None
 
 
 def _runner(llm: Any) -> Any:
@@ -287,14 +242,9 @@ def _runner(llm: Any) -> Any:
 # Functions that tests may call by name in the engine's process.
 OURS = (
     async_scheduling,
-    num_drafts,
-    first_steps,
-    rows_per_step,
+    generate_and_watch,
     count_every_step,
     host_reads,
-    in_turn,
-    learn,
-    learns,
     generate_and_learn,
     graph_use,
 )

@@ -12,16 +12,15 @@ from tests.engine.engine_process import _sampling_params
 
 
 @contextlib.contextmanager
-def looking_at_every_step() -> Iterator[None]:
-    """Learn bigram and chances from all steps, not from some."""
-    from vllm_ppd.engine.v2 import online, table_learner
+def learning_from_every_step() -> Iterator[None]:
+    """Learn bigrams from all steps, not from one in eight."""
+    from vllm_ppd.engine.v2 import bigram_learner
 
-    usual = table_learner.EVERY, online.COUNT_EVERY
-    table_learner.EVERY = online.COUNT_EVERY = 1
+    usual, bigram_learner.EVERY = bigram_learner.EVERY, 1
     try:
         yield
     finally:
-        table_learner.EVERY, online.COUNT_EVERY = usual
+        bigram_learner.EVERY = usual
 
 
 def host_reads(llm: Any, prompts: Any, params: Any) -> list[str]:
@@ -86,7 +85,7 @@ def host_reads(llm: Any, prompts: Any, params: Any) -> list[str]:
     for name, (_, method) in methods.items():
         setattr(torch.Tensor, name, method)
     try:
-        with Watch(), looking_at_every_step():
+        with Watch(), learning_from_every_step():
             llm.generate(prompts, _sampling_params(params), use_tqdm=False)
     finally:
         for name, (stock, _) in methods.items():

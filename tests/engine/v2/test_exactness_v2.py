@@ -1,7 +1,7 @@
 """The V2 runner with PPD decodes what plain vLLM decodes, token for token, in float32.
 
 Prompts are random token ids of a tiny random model, so that texts wander; its trees
-are wide enough to be right every few steps by chance.
+are wide enough that a draft token is right every few steps.
 """
 
 from __future__ import annotations
@@ -68,25 +68,21 @@ def test_requests_come_and_go(plain, ppd, tiny_engine, tiny_ppd):
     )
 
 
-def test_a_padded_first_step_speculates(plain, ppd, tiny_engine, tiny_ppd):
-    """A prompt that is cached but for one token starts with guesses nobody made.
+def test_a_cached_prompt_begins_with_a_plain_step(plain, ppd, tiny_engine, tiny_ppd):
+    """vLLM has no drafts for a prompt that is cached but for one token, and pads none.
 
-    Its first step runs state 0's tree, so that the second one has candidates.
+    The next step's tree is grown from that one, whose root has no prompt rows.
     """
     requests = prompts(2, seed=9, length=65)
     params = {**GREEDY, "max_tokens": 8}
     expected = plain.generate(tiny_engine, requests, params)
     for _ in range(2):
         same(expected, ppd.generate(tiny_ppd, requests, params))
-    first = ppd.call("first_steps", tiny_ppd, prompt=requests[0], params=params)
-    rows = tiny_ppd_rows(ppd, tiny_ppd)
-    # The last prompt token and K guesses, then trees of the state that step reached.
-    assert first[0] == {"rows": rows, "state": 0}
-    assert first[1] == {"rows": rows, "state": 3}
-
-
-def tiny_ppd_rows(process: Any, engine: dict[str, Any]) -> int:
-    return 1 + process.call("num_drafts", engine)
+    watched = ppd.call(
+        "generate_and_watch", tiny_ppd, prompts=requests[:1], params=params
+    )
+    same(expected[:1], watched["outputs"])
+    assert watched["steps"][:3] == [(1, 1, -1), (1, 31, 0), (1, 31, 3)]
 
 
 def test_continuing_own_output_from_the_prefix_cache(plain, ppd, tiny_engine, tiny_ppd):
@@ -167,3 +163,40 @@ def test_without_scheduling_ahead(plain, tiny_engine, tiny_ppd):
         assert process.accepted(tiny_ppd) > 1
     finally:
         process.stop()
+
+
+@pytest.mark.parametrize("period", [1, 3])
+def test_the_schedule_changes_between_steps(plain, ppd, tiny_engine, tiny_ppd, period):
+    """Every draft length follows every other, while requests come and go."""
+    requests = prompts(11, seed=23)
+    params = [{**GREEDY, "max_tokens": 8 + 3 * (i % 5)} for i in range(11)]
+    params[2] |= {"temperature": 1.0, "seed": 4}
+    params[3] |= {"repetition_penalty": 1.3}
+    expected = plain.generate(tiny_engine, requests, params)
+    accepted = ppd.accepted(tiny_ppd)
+    watched = ppd.call(
+        "generate_and_watch",
+        tiny_ppd,
+        prompts=requests,
+        params=params,
+        lengths=[0, 30, 5, 30, 0, 5],
+        period=period,
+    )
+    same(expected, watched["outputs"])
+    assert {rows for _, rows, _ in watched["steps"]} >= {1, 6, 31}
+    assert ppd.accepted(tiny_ppd) > accepted
+
+
+def test_steps_that_draft_nothing_are_vllms_own(plain, ppd, tiny_engine, tiny_ppd):
+    requests = prompts(3, seed=25)
+    params = {**GREEDY, "max_tokens": 8}
+    expected = plain.generate(tiny_engine, requests, params)
+    arguments = {"prompts": requests, "params": params}
+    # The first step has the draft length from before the schedule is all zeros.
+    ppd.call("hold", tiny_ppd, draft_length=0)
+    watched = ppd.call("generate_and_watch", tiny_ppd, **arguments, lengths=[0])
+    same(expected, watched["outputs"])
+    assert {prompted for _, _, prompted in watched["steps"]} == {-1}
+    assert watched["calls"] == {}
+    watched = ppd.call("generate_and_watch", tiny_ppd, **arguments)
+    assert watched["calls"].keys() >= {"place_tree", "tree_walk", "fill_tree", "move"}

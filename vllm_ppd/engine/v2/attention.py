@@ -1,4 +1,8 @@
-"""Attention metadata with the device's trees, and the kernel that reads them."""
+"""vLLM's attention backends with the tree kernel for the rows that need it.
+
+On a GPU FlashAttention where it can, which is everywhere but for float32, else Triton.
+On a CPU vLLM's own backend, to test without a GPU what GPUs run.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,37 @@ from typing import Any
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+)
 
-from vllm_ppd.engine.v2 import request_trees as trees
+from vllm_ppd.engine.attention import TreeImplMixin, current_step
 from vllm_ppd.kernels.cpu.layout import key_view, value_view
 from vllm_ppd.kernels.tree_attention import TreeBatch
 from vllm_ppd.kernels.triton.tree_attention import tree_attention
 
+__all__ = ["PPDCPUAttentionBackendV2", "gpu_backend_path"]
 
-class DevicePlan:
+
+def gpu_backend_path(dtype: torch.dtype) -> str:
+    """What to register for vLLM's CUSTOM backend, for a model of this type."""
+    name = "Triton" if dtype == torch.float32 else "Flash"
+    return f"{__name__}.Tree{name}AttentionBackend"
+
+
+class DeviceTreeAttention:
     """One step's tree attention, all of it read from device memory."""
 
     def __init__(self, batch: TreeBatch) -> None:
@@ -36,7 +63,7 @@ class DevicePlan:
 
 
 class DeviceTreeMetadataMixin:
-    """Goes before a metadata builder; its metadata carry the step's tree plan."""
+    """Goes before a metadata builder; its metadata carry the step's tree attention."""
 
     def build(
         self,
@@ -49,8 +76,72 @@ class DeviceTreeMetadataMixin:
             common_prefix_len, common_attn_metadata, *args, **kwargs
         )
         metadata.ppd_plan, metadata.ppd_only_trees = None, False
-        if trees.current is not None:
-            table = common_attn_metadata.block_table_tensor
-            batch, metadata.ppd_only_trees = trees.current.batch(table)
-            metadata.ppd_plan = DevicePlan(batch)
+        step = current_step()
+        if step is not None:
+            batch = step.attention_batch(common_attn_metadata.block_table_tensor)
+            metadata.ppd_plan = DeviceTreeAttention(batch)
+            metadata.ppd_only_trees = step.only_trees
         return metadata
+
+
+class _FlashMetadataBuilder(DeviceTreeMetadataMixin, FlashAttentionMetadataBuilder):
+    pass
+
+
+class _FlashImpl(TreeImplMixin, FlashAttentionImpl):
+    pass
+
+
+class TreeFlashAttentionBackend(FlashAttentionBackend):
+    @staticmethod
+    def get_name() -> str:
+        # vLLM looks names up in its enum of backends.
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        return _FlashImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        return _FlashMetadataBuilder
+
+
+class _TritonMetadataBuilder(DeviceTreeMetadataMixin, TritonAttentionMetadataBuilder):
+    pass
+
+
+class _TritonImpl(TreeImplMixin, TritonAttentionImpl):
+    pass
+
+
+class TreeTritonAttentionBackend(TritonAttentionBackend):
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        return _TritonImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        return _TritonMetadataBuilder
+
+
+class _CPUMetadataBuilder(DeviceTreeMetadataMixin, CPUAttentionMetadataBuilder):
+    pass
+
+
+class _CPUImpl(TreeImplMixin, CPUAttentionBackendImpl):
+    pass
+
+
+class PPDCPUAttentionBackendV2(CPUAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        return _CPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        return _CPUMetadataBuilder

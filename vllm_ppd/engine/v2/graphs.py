@@ -1,8 +1,8 @@
-"""Which CUDA graphs are captured: those of the steps that a plan makes, and no others.
+"""Which full CUDA graphs are captured: those of the steps that a menu makes.
 
-vLLM captures every row count of its schedule at every one of its sizes, and looks a
-step up by its number of tokens alone: a load between two sizes of its own row count
-finds the graphs of another one, which do not fit, and runs in pieces.
+vLLM knows one row count per request, and looks a step up by its number of tokens alone:
+a load between two sizes of its own row count finds the graphs of another one, which do
+not fit, and runs in pieces.
 """
 
 from __future__ import annotations
@@ -20,44 +20,40 @@ from vllm.v1.worker.gpu.cudagraph_utils import (
     ModelCudaGraphManager,
 )
 
-__all__ = ["graphs_of", "measured_graphs", "served_graphs"]
+__all__ = ["graphs_of", "served_graphs"]
 
-# Most padding of a load, as a part of it: an eighth costs next to nothing.
+# Most padding of a load of plain steps, as a part of it: an eighth costs next to
+# nothing. Other steps are padded by half at most, which leaves few enough graphs.
 _PARTS = 8
 # Rows of a step, above which a graph saves nothing that could be measured.
-_MOST_ROWS = 1024
+_MAX_STEP_ROWS = 1024
 
 
-def served_graphs(
-    schedule: list[tuple[int, int, int]] | None, drafts: int, max_requests: int
-) -> list[tuple[int, int]]:
-    """(requests, rows per request) of the steps that tiers of load make.
+def served_graphs(row_bounds: list[int], max_requests: int) -> list[tuple[int, int]]:
+    """(requests, rows per request) of the steps that an engine makes.
+
+    The scheduler may choose any entry of the menu at any load.
 
     Args:
-        schedule: vLLM's (from, to, rows besides the root); None for one tier.
-        drafts: rows besides the root in that case.
+        row_bounds: rows per request of the menu's entries.
         max_requests: most that run at once.
     """
-    found = []
-    for first, last, more in schedule or [(1, max_requests, drafts)]:
-        # A step with fewer requests than its tier, some having ended, is padded.
-        found += [
-            (requests, more + 1)
-            for requests in range(first, last + 1)
-            if requests == last or requests % _step(requests) == 0
-        ]
-    return found
+    sizes = [
+        (requests, 1)
+        for requests in range(1, max_requests + 1)
+        if requests == max_requests or requests % _step(requests) == 0
+    ]
+    for rows in row_bounds:
+        limit = min(max_requests, _MAX_STEP_ROWS // rows)
+        bits = range(limit.bit_length())
+        loads = {1 << bit for bit in bits} | {3 << bit for bit in bits} | {limit}
+        sizes += [(load, rows) for load in sorted(loads) if 1 <= load <= limit]
+    return sizes
 
 
 def _step(requests: int) -> int:
     """Distance of the loads that are captured around this one, a power of two."""
     return 1 << max(0, (requests // _PARTS).bit_length() - 1)
-
-
-def measured_graphs(rows: list[int], max_requests: int) -> list[tuple[int, int]]:
-    """The same for measuring a machine: powers of two of requests."""
-    loads = [1 << bit for bit in range(max_requests.bit_length())]
-    return [(load, count) for load in loads for count in rows]
 
 
 @contextmanager
@@ -67,12 +63,12 @@ def graphs_of(sizes: Iterable[tuple[int, int]]) -> Iterator[None]:
     Args:
         sizes: (requests, rows per request); those of too many rows are left out.
     """
-    wanted = sorted(set(sizes))
+    listed = sorted(set(sizes))
 
     class TreeGraphManager(ModelCudaGraphManager):
         def _init_candidates(self) -> None:
             super()._init_candidates()
-            _replace_full_graphs(self, wanted)
+            _replace_full_graphs(self, listed)
 
     stock = model_runner.ModelCudaGraphManager
     model_runner.ModelCudaGraphManager = TreeGraphManager
@@ -88,10 +84,10 @@ def _replace_full_graphs(manager: Any, sizes: list[tuple[int, int]]) -> None:
         # The user wants none, or graphs of two halves, which vLLM lists itself.
         return
     scheduler = manager.vllm_config.scheduler_config
-    most = min(_MOST_ROWS, scheduler.max_num_batched_tokens)
+    max_rows = min(_MAX_STEP_ROWS, scheduler.max_num_batched_tokens)
     by_rows = defaultdict(list)
     for requests, rows in sizes:
-        if requests <= manager.max_num_reqs and requests * rows <= most:
+        if requests <= manager.max_num_reqs and requests * rows <= max_rows:
             by_rows[rows].append(
                 BatchExecutionDescriptor(
                     cg_mode=full,
@@ -100,16 +96,16 @@ def _replace_full_graphs(manager: Any, sizes: list[tuple[int, int]]) -> None:
                     uniform_token_count=rows,
                 )
             )
-    found = [desc for descs in by_rows.values() for desc in descs]
-    # The largest comes first: the others find its memory.
-    found.sort(key=lambda desc: desc.num_tokens, reverse=True)
-    manager._capture_descs[full] = found
+    captured = [desc for descs in by_rows.values() for desc in descs]
+    # The largest comes first: the others reuse its memory.
+    captured.sort(key=lambda desc: desc.num_tokens, reverse=True)
+    manager._capture_descs[full] = captured
     pieces = {
         key: [desc for desc in descs if desc.cg_mode != full]
         for key, descs in manager._candidates.items()
     }
     manager._candidates = pieces
-    largest = found[0].num_tokens if found else 0
+    largest = captured[0].num_tokens if captured else 0
     ends = {rows: [d.num_tokens for d in descs] for rows, descs in by_rows.items()}
     for tokens in range(largest + 1):
         # Of each row count the smallest that has room.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_ppd.engine.v2.guessing import DraftMode
-from vllm_ppd.engine.v2.request_trees import DeviceTrees
+from vllm_ppd.engine.attention import set_current_step
+from vllm_ppd.engine.v2.request_trees import DraftMode, RequestTrees
+from vllm_ppd.engine.v2.step_trees import StepBuffers, step_of
+
+__all__ = ["OVERRIDDEN", "TreeStateMixin", "with_trees"]
 
 # Methods of vLLM's model state that the mixin overrides; their contract is tested.
 OVERRIDDEN = ("add_request", "apply_staged_writes", "preprocess_state", "prepare_attn")
@@ -17,40 +19,42 @@ OVERRIDDEN = ("add_request", "apply_staged_writes", "preprocess_state", "prepare
 class TreeStateMixin:
     """Goes before the class of a model state that vLLM has built."""
 
-    ppd: DeviceTrees
-    ppd_new: list[tuple[int, Guessing]]
+    ppd_requests: RequestTrees
+    ppd_buffers: StepBuffers
+    ppd_new: list[tuple[int, DraftMode]]
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)  # type: ignore[misc]
-        params = new_req_data.sampling_params
-        kind = DraftMode.NOTHING if params is None else DraftMode.of(params)
-        self.ppd_new.append((req_index, kind))
+        mode = DraftMode.of(new_req_data.sampling_params)
+        self.ppd_new.append((req_index, mode))
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()  # type: ignore[misc]
         if self.ppd_new:
-            slots, kinds = zip(*self.ppd_new, strict=True)
-            self.ppd.admit(list(slots), list(kinds))
+            slots, modes = zip(*self.ppd_new, strict=True)
+            self.ppd_requests.admit(list(slots), list(modes))
             self.ppd_new.clear()
 
     def preprocess_state(self, input_batch: InputBatch, *args: Any) -> None:
         super().preprocess_state(input_batch, *args)  # type: ignore[misc]
-        self.ppd.place(input_batch)
+        self.ppd_buffers.place(input_batch)
 
     def prepare_attn(
         self, input_batch: InputBatch, *args: Any, for_capture: bool = False, **kw: Any
     ) -> dict[str, Any]:
-        rows = 0
-        if for_capture and len(np.unique(input_batch.num_scheduled_tokens)) == 1:
-            rows = int(input_batch.num_scheduled_tokens[0])
-        with self.ppd.published(rows):
+        if for_capture:
+            self.ppd_buffers.place_for_capture(input_batch)
+        set_current_step(step_of(input_batch))
+        try:
             return super().prepare_attn(  # type: ignore[misc]
                 input_batch, *args, for_capture=for_capture, **kw
             )
+        finally:
+            set_current_step(None)
 
 
-def with_trees(model_state: Any, trees: DeviceTrees) -> Any:
-    """A model state, of whichever class vLLM chose, that serves ``trees``.
+def with_trees(model_state: Any, requests: RequestTrees, buffers: StepBuffers) -> Any:
+    """A model state, of whichever class vLLM chose, that serves trees.
 
     It takes the place of ``model_state`` and shares all that it holds.
     """
@@ -59,5 +63,5 @@ def with_trees(model_state: Any, trees: DeviceTrees) -> Any:
         type(f"PPD{stock.__name__}", (TreeStateMixin, stock), {})
     )
     served.__dict__ = model_state.__dict__
-    served.ppd, served.ppd_new = trees, []
+    served.ppd_requests, served.ppd_buffers, served.ppd_new = requests, buffers, []
     return served

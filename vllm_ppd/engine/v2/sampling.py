@@ -20,8 +20,8 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 
-from vllm_ppd.engine.v2.request_trees import DeviceTrees
-from vllm_ppd.engine.v2.table_learner import DeviceTableLearner
+from vllm_ppd.engine.v2.bigram_learner import BigramLearner
+from vllm_ppd.engine.v2.step_trees import step_of
 from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.kernels.triton.tree_walk import tree_walk
 
@@ -30,17 +30,16 @@ class TreeSampler:
     """Takes the place of vLLM's ``RejectionSampler`` in steps that have trees.
 
     Attributes:
-        learner: told of every walk, once there is traffic; None if nobody learns.
+        learner: told of every walk, once there is traffic; None if nothing is learnt.
     """
 
     # vLLM's warm-up asks.
     enable_adaptive_verification = False
 
-    def __init__(self, sampler: Sampler, trees: DeviceTrees, vocab_size: int):
+    def __init__(self, sampler: Sampler, vocab_size: int):
         self.sampler = sampler
-        self._trees = trees
         self._vocab_size = vocab_size
-        self.learner: DeviceTableLearner | None = None
+        self.learner: BigramLearner | None = None
 
     def __call__(
         self,
@@ -49,26 +48,26 @@ class TreeSampler:
         draft_logits: torch.Tensor | None = None,
         invalid_drafts: torch.Tensor | None = None,  # bool [L]
     ) -> SamplerOutput:
-        trees = self._trees
-        requests = input_batch.num_reqs
+        step = step_of(input_batch)
+        assert step is not None, "a step with drafts has trees"
         sampled, processed = self._sample(logits, input_batch)
         walk = tree_walk(
-            trees.tables,
-            trees.trees[:requests],
-            trees.starts[:requests],
-            trees.num_rows[:requests],
+            step.tables,
+            step.tree_ids,
+            step.starts,
+            step.num_rows,
             _without(invalid_drafts, input_batch),
             sampled,
             input_batch.cu_num_logits[:-1],
         )
-        trees.walk = walk
+        step.walk = walk
         if self.learner is not None:
             self.learner.after_walk(walk, logits, input_batch)
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             walk.num_sampled,
             input_batch.seq_lens,
             # Every scheduled row counts, whether it had logits or not.
-            trees.row_ends,
+            step.row_ends,
             input_batch.idx_mapping,
             self.sampler.req_states.prefill_len.gpu,
         )
@@ -143,7 +142,7 @@ class TreeSampler:
 
 
 def _without(invalid: torch.Tensor | None, batch: InputBatch) -> torch.Tensor:
-    """The step's tokens; guesses that a grammar has not checked become -1."""
+    """The step's tokens; draft tokens that a grammar has not checked become -1."""
     if invalid is None:
         return batch.input_ids
     ids = batch.input_ids.clone()
@@ -154,9 +153,9 @@ def _without(invalid: torch.Tensor | None, batch: InputBatch) -> torch.Tensor:
 
 def _chunks(ends: np.ndarray, limit: int) -> Iterator[tuple[int, int]]:
     """Ranges of whole requests with at most ``limit`` rows each, or one request."""
-    first, requests = 0, len(ends) - 1
-    while first < requests:
+    first, num_reqs = 0, len(ends) - 1
+    while first < num_reqs:
         end = int(np.searchsorted(ends, ends[first] + limit, side="right")) - 1
-        end = min(requests, max(first + 1, end))
+        end = min(num_reqs, max(first + 1, end))
         yield first, end
         first = end

@@ -12,26 +12,28 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.trees.bigram_learning import OnlineBigram, learn_bigrams
 
-# Steps between looks, and about how many nodes one takes in. As many small kernels are
-# launched for few nodes as for many: more nodes seldom, then.
+__all__ = ["EVERY", "BigramLearner"]
+
+# Steps between observations, and about how many nodes one takes in. As many small
+# kernels are launched for few nodes as for many: more nodes seldom, then.
 EVERY, _NODES = 8, 32
 
 
-class DeviceTableLearner:
+class BigramLearner:
     """The learning of one worker.
 
     Args:
-        live: the table, which changes in place.
-        most_rows: of any request in a step.
+        online: the table, which changes in place.
+        max_rows: of any request in a step.
     """
 
-    def __init__(self, live: OnlineBigram, most_rows: int):
-        self._live = live
-        self._levels = torch.arange(most_rows, device=live.base.device)
+    def __init__(self, online: OnlineBigram, max_rows: int):
+        self._online = online
+        self._levels = torch.arange(max_rows, device=online.base.device)
         self._steps = 0
 
     def after_walk(self, walk: Walk, logits: torch.Tensor, batch: InputBatch) -> None:
-        """Learn from visited nodes: what stands there, and what the target says next.
+        """Learn from visited nodes: their token, and the target's next tokens.
 
         Args:
             walk: where verification ended.
@@ -41,16 +43,16 @@ class DeviceTableLearner:
         self._steps += 1
         if self._steps % EVERY:
             return
-        requests, length = walk.paths.shape
+        num_reqs, length = walk.paths.shape
         # In turn, if there are more.
-        most = max(1, _NODES // length)
-        first = self._steps // EVERY * most % requests
-        some = slice(first, first + most)
+        share = max(1, _NODES // length)
+        first = self._steps // EVERY * share % num_reqs
+        turn = slice(first, first + share)
         # As many nodes of each request: a short path once more from its root. Such
-        # nodes count twice for base rates, and as one for what follows them.
-        visited = walk.num_sampled[some, None].clamp(min=1)
+        # nodes count twice for base rates, and once for what follows them.
+        visited = walk.num_sampled[turn, None].clamp(min=1)
         levels = self._levels[:length] % visited
-        nodes = walk.paths[some].gather(1, levels)
-        rows = (batch.cu_num_logits[:-1][some, None] + nodes).flatten()
+        nodes = walk.paths[turn].gather(1, levels)
+        rows = (batch.cu_num_logits[:-1][turn, None] + nodes).flatten()
         tokens = batch.input_ids[batch.logits_indices[rows]]
-        learn_bigrams(self._live, tokens, logits[rows].float())
+        learn_bigrams(self._online, tokens, logits[rows].float())
