@@ -26,9 +26,9 @@ import vllm_ppd.kernels.triton.place_tree as place_module
 import vllm_ppd.kernels.triton.tree_attention as attention_module
 import vllm_ppd.kernels.triton.tree_walk as walk_module
 from tests.kernels.trees import random_policy, tables_of
+from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
 from vllm_ppd.kernels.tree_attention import TreeBatch
-from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.drafting import BigramTensors
 
 TYPES = {

@@ -8,8 +8,8 @@ import torch
 
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
 from tests.kernels.trees import random_drafting
-from vllm_ppd.kernels.fill_tree import DeviceDraftInputs, fill_tree_reference
 from vllm_ppd.kernels.device_tables import DeviceTables
+from vllm_ppd.kernels.fill_tree import DeviceDraftInputs, fill_tree_reference
 from vllm_ppd.trees.drafting import POOL, BigramTensors, fill_trees
 
 UNTOUCHED = -7
@@ -30,9 +30,9 @@ def on_device(inputs, num_prompts, pool):
     # vLLM pads vocabularies: rows may be cut out of longer ones.
     logits = torch.full((batch, num_prompts, vocabulary + 3), torch.nan)
     logits = logits[..., :vocabulary]
-    logits[torch.arange(num_prompts) < torch.from_numpy(inputs.num_prompted)[:, None]] = (
-        inputs.logits
-    )
+    logits[
+        torch.arange(num_prompts) < torch.from_numpy(inputs.num_prompted)[:, None]
+    ] = inputs.logits
     top = logits.topk(pool)
     ids = torch.where(top.values.isnan(), 12345, top.indices)
     return DeviceDraftInputs(

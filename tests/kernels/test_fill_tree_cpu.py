@@ -8,8 +8,8 @@ from tests.kernels.trees import random_drafting
 from vllm_ppd.kernels.cpu import CpuTreeFiller, load_library
 from vllm_ppd.trees.bigram import BigramTable
 from vllm_ppd.trees.drafting import (
-    DraftInputs,
     BigramTensors,
+    DraftInputs,
     fill_trees,
     rank_children,
 )

@@ -8,27 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_ppd.kernels.cpu import CpuKVCompactor, key_view, load_library, value_view
+from vllm_ppd.kernels.cpu import (
+    CpuKVCompactor,
+    key_view,
+    kv_compact,
+    load_library,
+    value_view,
+)
 from vllm_ppd.kernels.kv_compact import kv_compact_reference
 
 
 @pytest.fixture(params=["reference", "compiled"])
-def compact(request):
-    """Either implementation, called as compact(kv_caches, src, dst)."""
-
-    def reference(caches, src, dst):
-        keys, values = map(key_view, caches), map(value_view, caches)
-        src, dst = torch.as_tensor(src), torch.as_tensor(dst)
-        kv_compact_reference(list(keys), list(values), src, dst)
-
-    def compiled(caches, src, dst):
-        CpuKVCompactor(caches).run(src, dst)
-
+def compact(request, monkeypatch):
+    """The compactor with either implementation, as compact(kv_caches, src, dst)."""
     if request.param == "reference":
-        return reference
-    if load_library() is None:
+        monkeypatch.setattr(kv_compact, "load_library", lambda: None)
+    elif load_library() is None:
         pytest.skip("no C++ compiler")
-    return compiled
+    return lambda caches, src, dst: CpuKVCompactor(caches).run(src, dst)
 
 
 def random_caches(layers, blocks, heads, block_size, dim, dtype=torch.float32):
@@ -62,13 +59,6 @@ def test_path_moves_next_to_the_context(compact):
     assert cache.view(3, 4).tolist() == want
 
 
-def test_moves_happen_in_order(compact):
-    cache = random_caches(1, 1, 1, 4, 2)[0]
-    last = key_view(cache)[0, 0, 3].clone()
-    compact([cache], torch.tensor([3, 1]), torch.tensor([1, 0]))
-    assert torch.equal(key_view(cache)[0, 0, 0], last)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize(
     ("heads", "block_size", "dim"), [(1, 16, 16), (3, 32, 20), (2, 128, 8)]
@@ -97,8 +87,8 @@ def test_many_moves_over_many_layers_in_parallel(compact):
     caches.append(buffer[:, 1])
     src, dst = torch.arange(16, 160), torch.arange(0, 144)
     want = [cache.clone() for cache in caches]
-    keys, values = map(key_view, want), map(value_view, want)
-    kv_compact_reference(list(keys), list(values), src, dst)
+    views = [view(cache) for cache in want for view in (key_view, value_view)]
+    kv_compact_reference(views, src, dst)
     compact(caches, src, dst)
     assert all(torch.equal(a, b) for a, b in zip(caches, want, strict=True))
 
@@ -116,8 +106,7 @@ def test_a_slot_outside_the_cache_is_an_error(compact, src, dst):
     want = caches[0].clone()
     with pytest.raises(IndexError, match=f"{src} -> {dst}"):
         compact(caches, np.array([3, src]), np.array([2, dst]))
-    if load_library() is not None:
-        assert torch.equal(caches[0], want)
+    assert torch.equal(caches[0], want)
 
 
 def test_slots_must_be_contiguous_int64():

@@ -11,8 +11,8 @@ import torch
 
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
 from tests.kernels.trees import random_policy, random_rows, tables_of
-from vllm_ppd.kernels.place_tree import place_tree_reference
 from vllm_ppd.kernels.device_tables import DeviceTables
+from vllm_ppd.kernels.place_tree import place_tree_reference
 from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 

@@ -5,8 +5,8 @@ import pytest
 
 from tests.kernels.trees import random_drafting
 from vllm_ppd.kernels.cpu import load_library, match_ngrams_cpu, walk_greedy_cpu
-from vllm_ppd.trees.ngram import match_ngrams
 from vllm_ppd.trees.layout import TreeStep
+from vllm_ppd.trees.ngram import match_ngrams
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="no C++ compiler")

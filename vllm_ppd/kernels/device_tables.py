@@ -1,8 +1,4 @@
-"""Trees as tensors: what the kernels look up about a request's tree.
-
-A *tree id* is an index on the tree axis S of the tables that this copies; for the
-tables of a single policy it is the state.
-"""
+"""Tree tables on the device: what the kernels read about a request's tree."""
 
 from __future__ import annotations
 
@@ -14,58 +10,43 @@ from vllm_ppd.trees.layout import TreeTables
 
 __all__ = ["DeviceTables"]
 
+_TENSORS = [
+    *("num_nodes", "num_rows", "parents", "node_depths", "node_ranks", "on_ngram"),
+    *("prompts", "first_prompt_rows", "depths"),
+]
+
 
 @dataclass(frozen=True)
 class DeviceTables:
-    """Axes: S trees, N nodes, Q rows, W = ceil(Q / 64) mask words.
+    """`TreeTables` as tensors. S trees, N nodes, Q rows, W = ceil(Q / 64) mask words.
 
-    Attributes:
-        num_nodes, num_rows: int32 [S].
-        parents: int32 [S, N] parent node; -1 for the root and for padding.
-        node_depths, node_ranks: int32 [S, N]; 0 for root and padding.
-        on_ngram: int32 [S, N] 1 where children follow an earlier match first.
-        prompts: int32 [S, N] prompt tokens per node; 0 padded.
-        first_prompt_rows: int32 [S, N] first prompt row of each node.
-        depths: int32 [S, Q] row position minus root position.
-        soft_ids: int64 [S, Q] id of a prompt row's embedding, 0 for other rows.
-        ancestors: int64 [S, Q, W] in-tree rows that a row sees, itself included.
-        num_ept: rows per prompt token.
-        max_depth: depth D of the deepest tree.
-        num_prompt_tokens: prompt tokens M that any node can have.
+    A *tree id* is an index on axis S; for the tables of one policy it is num_prompted.
     """
 
-    num_nodes: torch.Tensor
-    num_rows: torch.Tensor
-    parents: torch.Tensor
-    node_depths: torch.Tensor
-    node_ranks: torch.Tensor
-    on_ngram: torch.Tensor
-    prompts: torch.Tensor
-    first_prompt_rows: torch.Tensor
-    depths: torch.Tensor
-    soft_ids: torch.Tensor
-    ancestors: torch.Tensor
-    num_ept: int
-    max_depth: int
-    num_prompt_tokens: int
+    num_nodes: torch.Tensor  # int32 [S]
+    num_rows: torch.Tensor  # int32 [S]
+    parents: torch.Tensor  # int32 [S, N]: -1 for the root and for padding
+    node_depths: torch.Tensor  # int32 [S, N]: 0 for the root and for padding
+    node_ranks: torch.Tensor  # int32 [S, N]: likewise
+    on_ngram: torch.Tensor  # int32 [S, N]: 1 where the first child is the n-gram draft
+    prompts: torch.Tensor  # int32 [S, N]: prompt tokens per node, 0 padded
+    first_prompt_rows: torch.Tensor  # int32 [S, N]: first prompt row of each node
+    depths: torch.Tensor  # int32 [S, Q]: row position minus root position
+    soft_ids: torch.Tensor  # int64 [S, Q]: embedding id of prompt rows, else 0
+    ancestors: torch.Tensor  # int64 [S, Q, W]: in-tree rows that a row sees, and itself
+    num_ept: int  # rows per prompt token
+    max_depth: int  # depth D of the deepest tree
+    num_prompt_tokens: int  # prompt tokens M that any node can have
 
     @classmethod
     def on(cls, device: torch.device | str, tables: TreeTables) -> DeviceTables:
-        """Copy a policy's or a plan's tables to a device."""
+        """Copy the tables of a policy or a menu to a device."""
 
-        def copy(name: str, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        def copy(name: str, dtype: torch.dtype) -> torch.Tensor:
             return torch.from_numpy(getattr(tables, name)).to(device, dtype)
 
         return cls(
-            num_nodes=copy("num_nodes"),
-            num_rows=copy("num_rows"),
-            parents=copy("parents"),
-            node_depths=copy("node_depths"),
-            node_ranks=copy("node_ranks"),
-            on_ngram=copy("on_ngram"),
-            prompts=copy("prompts"),
-            first_prompt_rows=copy("first_prompt_rows"),
-            depths=copy("depths"),
+            **{name: copy(name, torch.int32) for name in _TENSORS},
             soft_ids=copy("soft_ids", torch.int64),
             ancestors=copy("ancestors", torch.int64),
             num_ept=tables.num_ept,

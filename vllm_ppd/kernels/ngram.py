@@ -1,7 +1,7 @@
-"""Earlier matches on the device, the torch reference: what came after them.
+"""N-gram matches on the device: the torch reference.
 
-The same as ``vllm_ppd.trees.ngram.match_ngrams`` for requests whose tokens lie in vLLM's
-table of slots. No value is read on the host.
+The matches are those of `vllm_ppd.trees.ngram.match_ngrams`, for requests whose tokens
+lie in vLLM's table of slots. Nothing is read on the host.
 """
 
 from __future__ import annotations
@@ -18,33 +18,35 @@ _LONGEST = LENGTHS[-1][1]
 def match_ngrams_reference(
     token_ids: torch.Tensor,  # int [slots, length]: tokens of each slot's request
     slots: torch.Tensor,  # int [B]: slot of each request
-    ends: torch.Tensor,  # int [slots]: how many tokens a slot's request has
-    context: int,  # most tokens of a request that are looked at, its last ones
+    ends: torch.Tensor,  # int [slots]: number of tokens of a slot's request
+    context: int,  # number of last tokens of a request that are searched
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 [B] match classes and int32 [B, MAX_NGRAM_DRAFTS] ngrams, -1 padded."""
+    """int32 [B] match classes and int32 [B, MAX_NGRAM_DRAFTS] drafts, -1 padded."""
     slots = slots.long()
     width = min(context, token_ids.shape[1])
-    count = ends[slots].long().clamp(max=width)[:, None]  # n tokens are looked at
-    at = torch.arange(width, device=token_ids.device)
+    count = ends[slots].long().clamp(max=width)[:, None]
+    position = torch.arange(width, device=token_ids.device)
     first = ends[slots].long()[:, None] - count
-    tokens = token_ids[slots[:, None], (first + at).clamp(max=token_ids.shape[1] - 1)]
+    columns = (first + position).clamp(max=token_ids.shape[1] - 1)
+    tokens = token_ids[slots[:, None], columns]
 
-    # Position e is alive while the tokens before it match those before the end.
-    alive = (at >= 1) & (at < count)
-    longest, found = torch.zeros_like(count), torch.zeros_like(count)
+    # A position matches while the tokens before it equal those before the end.
+    matches = (position >= 1) & (position < count)
+    longest, match_end = torch.zeros_like(count), torch.zeros_like(count)
     for length in range(1, _LONGEST + 1):
-        before = torch.nn.functional.pad(tokens, (length, 0))[:, :width]
+        earlier = torch.nn.functional.pad(tokens, (length, 0))[:, :width]
         last = tokens.gather(1, (count - length).clamp(min=0))
-        alive = alive & (at >= length) & (count > length) & (before == last)
-        some = alive.any(1, keepdim=True)
-        longest = torch.where(some, length, longest)
-        found = torch.where(some, alive.int().argmax(1, keepdim=True), found)
+        matches = matches & (position >= length) & (count > length) & (earlier == last)
+        any_match = matches.any(1, keepdim=True)
+        longest = torch.where(any_match, length, longest)
+        earliest = matches.int().argmax(1, keepdim=True)
+        match_end = torch.where(any_match, earliest, match_end)
 
     classes = torch.zeros_like(longest)
     for match_class, (low, high) in enumerate(LENGTHS, start=1):
         inside = (low <= longest) & (longest <= high)
         classes = torch.where(inside, match_class, classes)
-    ahead = found + torch.arange(MAX_NGRAM_DRAFTS, device=token_ids.device)
-    ngrams = tokens.gather(1, ahead.clamp(max=width - 1))
-    ngrams = torch.where((classes > 0) & (ahead < count), ngrams, -1)
-    return classes[:, 0].int(), ngrams.int()
+    ahead = match_end + torch.arange(MAX_NGRAM_DRAFTS, device=token_ids.device)
+    drafts = tokens.gather(1, ahead.clamp(max=width - 1))
+    drafts = torch.where((classes > 0) & (ahead < count), drafts, -1)
+    return classes[:, 0].int(), drafts.int()

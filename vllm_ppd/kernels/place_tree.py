@@ -1,7 +1,7 @@
-"""A step's trees on the device, the torch reference: positions, masks, depths.
+"""A step's trees in the persistent buffers on the device: the torch reference.
 
-vLLM lays a request's rows out as a line. This turns those of requests that have a
-tree into one, in the persistent buffers that the model and its attention read.
+vLLM lays the rows of a request out as a sequence. For requests with a tree this
+writes the positions, masks and depths that the model and its attention read.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ def place_tree_reference(
     starts: torch.Tensor,  # int32 [B]: written, row of each root
     context_lens: torch.Tensor,  # int32 [B]: written, cached tokens before the root
 ) -> None:
-    """Write what ``TreeBatch`` needs, and each tree row's position.
+    """Write what `TreeBatch` needs, and each tree row's position.
 
-    A tree is the last ``num_rows`` rows of its request; the root's position is right
-    already and the others follow from it. `num_rows` must not be more than the
-    tables' rows; those past the tree's end see the root and themselves.
+    A tree is the last ``num_rows`` rows of its request. The root's position is right
+    already, and the others follow from it. `num_rows` must not exceed the tables'
+    rows; rows past the tree's end see the root and themselves.
     """
     trees, num_rows = trees.long(), num_rows.long()
     ends = query_starts[1:].long()
-    first = ends - num_rows
-    starts.copy_(first)
+    roots = ends - num_rows
+    starts.copy_(roots)
     context_lens.copy_(torch.where(num_rows > 0, seq_lens - num_rows, 0))
-    # Which request every row belongs to; the last one's, past the step's end.
+    # The request of every row; the last one for rows past the step's end.
     row = torch.arange(len(depths), device=trees.device)
     request = torch.searchsorted(ends, row, right=True).clamp(max=len(trees) - 1)
-    inner = row - first[request]
-    there = (inner >= 0) & (inner < num_rows[request])
-    at = trees[request], inner.clamp(0, tables.depths.shape[1] - 1)
-    depth = tables.depths[at]
-    root = positions[first[request].clamp(0, len(row) - 1)]
-    positions[: len(row)] = torch.where(there, root + depth, positions[: len(row)])
-    depths.copy_(torch.where(there, depth, depths))
-    ancestors.copy_(torch.where(there[:, None], tables.ancestors[at], ancestors))
+    inner = row - roots[request]
+    in_tree = (inner >= 0) & (inner < num_rows[request])
+    cell = trees[request], inner.clamp(0, tables.depths.shape[1] - 1)
+    depth = tables.depths[cell]
+    root_position = positions[roots[request].clamp(0, len(row) - 1)]
+    sequence = positions[: len(row)]
+    sequence.copy_(torch.where(in_tree, root_position + depth, sequence))
+    depths.copy_(torch.where(in_tree, depth, depths))
+    ancestors.copy_(torch.where(in_tree[:, None], tables.ancestors[cell], ancestors))

@@ -9,8 +9,8 @@ from vllm_ppd.kernels.cpu.tree_attention import CpuTreeAttention
 from vllm_ppd.kernels.cpu.tree_walk import match_ngrams_cpu, walk_greedy_cpu
 
 __all__ = [
-    "CpuKVCompactor",
     "CpuBigramLearner",
+    "CpuKVCompactor",
     "CpuTreeAttention",
     "CpuTreeFiller",
     "key_view",

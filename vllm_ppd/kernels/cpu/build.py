@@ -11,25 +11,48 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load_library", "source"]
+__all__ = ["load_library", "source", "struct"]
 
 _FOLDER = Path(__file__).parent
+_SOURCES = ("tree_attention", "kv_compact", "fill_tree", "bigram", "tree_walk")
+_HEADERS = ("simd.hpp", "tiles.hpp")
+_TYPES: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "i": ctypes.c_int64,
+    "d": ctypes.c_double,
+    "f": ctypes.c_float,
+    "c": ctypes.c_int,
+    "v": None,
+}
+# Result and argument types of the exported functions.
+_SIGNATURES = {
+    "ppd_tree_attention": ("c", "pppp" + 11 * "i" + "ddi"),
+    "ppd_kv_compact": ("i", "pippi"),
+    "ppd_fill_trees": ("v", "pipppippip"),
+    "ppd_learn_bigrams": ("v", "pippiff"),
+    "ppd_walk_trees": ("i", "pii" + 6 * "p" + "i" + 6 * "p"),
+    "ppd_match_ngrams": ("v", "piipippippi"),
+    "ppd_vector_lanes": ("c", ""),
+}
 _logger = logging.getLogger(__name__)
+
+
+def struct(pointers: Sequence[str], integers: Sequence[str]) -> Any:
+    """The ctypes mirror of a C++ struct: its pointers first, then its int64 fields."""
+    fields = [(name, ctypes.c_void_p) for name in pointers]
+    fields += [(name, ctypes.c_int64) for name in integers]  # type: ignore[misc]
+    return type("Struct", (ctypes.Structure,), {"_fields_": fields})
 
 
 def source() -> str:
     """The C++ source of all kernels as one translation unit."""
-    text = ""
-    for name in (
-        *("tree_attention.cpp", "kv_compact.cpp", "fill_tree.cpp"),
-        *("bigram.cpp", "tree_walk.cpp"),
-    ):
-        text += (_FOLDER / name).read_text()
+    text = "".join((_FOLDER / f"{name}.cpp").read_text() for name in _SOURCES)
     # Headers are inlined, so that the cache key covers them too.
-    for header in ("simd.hpp", "tiles.hpp"):
+    for header in _HEADERS:
         text = text.replace(f'#include "{header}"\n', (_FOLDER / header).read_text())
     return text
 
@@ -44,7 +67,10 @@ def load_library() -> ctypes.CDLL | None:
         # Inductor turns contraction off; without fused multiply-adds half of the
         # arithmetic throughput is lost.
         library = CppCodeCache.load(source(), extra_flags=("-ffp-contract=fast",))
-        _declare(library)
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype = _TYPES[result]
+            function.argtypes = [_TYPES[letter] for letter in arguments]
     except Exception as error:  # a private API: whatever fails, the reference works
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         _logger.warning(
@@ -54,41 +80,3 @@ def load_library() -> ctypes.CDLL | None:
         )
         return None
     return library
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    pointer: Any = ctypes.c_void_p
-    integer: Any = ctypes.c_int64
-    real: Any = ctypes.c_double
-    attention = library.ppd_tree_attention
-    attention.argtypes = [pointer] * 4 + [integer] * 11 + [real, real, integer]
-    attention.restype = ctypes.c_int
-    compact = library.ppd_kv_compact
-    compact.argtypes = [pointer, integer, pointer, pointer, integer]
-    compact.restype = integer
-    fill = library.ppd_fill_trees
-    fill.argtypes = [
-        *(pointer, integer, pointer, pointer, pointer, integer),
-        *(pointer, pointer, integer, pointer),
-    ]
-    fill.restype = None
-    learn = library.ppd_learn_bigrams
-    learn.argtypes = [
-        *(pointer, integer, pointer, pointer, integer),
-        *(ctypes.c_float, ctypes.c_float),
-    ]
-    learn.restype = None
-    walk = library.ppd_walk_trees
-    walk.argtypes = [
-        *(pointer, integer, integer, *[pointer] * 6, integer),
-        *[pointer] * 6,
-    ]
-    walk.restype = integer
-    match = library.ppd_match_ngrams
-    match.argtypes = [
-        *(pointer, integer, integer, pointer, integer, pointer, pointer, integer),
-        *(pointer, pointer, integer),
-    ]
-    match.restype = None
-    library.ppd_vector_lanes.argtypes = []
-    library.ppd_vector_lanes.restype = ctypes.c_int

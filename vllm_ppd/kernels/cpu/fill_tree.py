@@ -1,4 +1,4 @@
-"""Candidate filling on CPU: the whole batch in one call of the compiled kernel."""
+"""Draft tokens of a tree on CPU: the whole batch in one call of the compiled kernel."""
 
 from __future__ import annotations
 
@@ -7,42 +7,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_ppd.kernels.cpu.build import load_library
+from vllm_ppd.kernels.cpu.build import load_library, struct
 from vllm_ppd.trees.bigram import BigramTable
-from vllm_ppd.trees.drafting import POOL, DraftInputs, BigramTensors, fill_trees
+from vllm_ppd.trees.drafting import POOL, BigramTensors, DraftInputs, fill_trees
 from vllm_ppd.trees.layout import TreeTables
 
 __all__ = ["CpuTreeFiller"]
 
-
-class _FillTables(ctypes.Structure):
-    """Mirrors `struct FillTables` in fill_tree.cpp."""
-
-    _fields_ = (
-        ("parents", ctypes.c_void_p),
-        ("ranks", ctypes.c_void_p),
-        ("depths", ctypes.c_void_p),
-        ("on_ngram", ctypes.c_void_p),
-        ("num_nodes", ctypes.c_void_p),
-        ("soft_ids", ctypes.c_void_p),
-        ("nodes", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("max_rank", ctypes.c_int64),
-        ("bigram", ctypes.c_void_p),
-        ("gains", ctypes.c_void_p),
-        ("floor", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("weights", ctypes.c_void_p),
-        ("pool", ctypes.c_int64),
-    )
+_FillTables = struct(  # as in fill_tree.cpp
+    [
+        *("parents", "node_ranks", "node_depths", "num_nodes", "soft_ids", "on_ngram"),
+        *("bigram_ids", "gains", "floor", "weights"),
+    ],
+    ["nodes", "rows", "max_rank", "num_listed", "pool"],
+)
 
 
 class CpuTreeFiller:
-    """`candidates.fill_trees` for given trees and table, compiled where possible.
+    """`trees.drafting.fill_trees` for given trees and table, compiled where possible.
 
     Args:
         tables: the trees.
-        bigram: the bigram table, if there is one.
+        bigram: the bigram table, if there is one; its arrays may go on learning.
         weights: [m] as in `fill_trees`.
     """
 
@@ -55,33 +41,19 @@ class CpuTreeFiller:
         self._tables = tables
         self._weights = np.array(weights, dtype=np.float64)
         self._bigram = bigram
-        arrays = [
-            np.ascontiguousarray(array, np.int64)
-            for array in (
-                tables.parents,
-                tables.node_ranks,
-                tables.node_depths,
-                tables.num_nodes,
-                tables.soft_ids,
-            )
-        ]
-        chain = np.ascontiguousarray(tables.on_ngram, np.uint8)
-        self._kept = arrays, chain  # what the addresses below point into
-        parents, ranks, depths, num_nodes, soft_ids = arrays
-        table = (0, 0, 0, 0)
-        if bigram is not None:
-            table = (
-                bigram.ids.ctypes.data,
-                bigram.gains.ctypes.data,
-                bigram.floor.ctypes.data,
-                bigram.ids.shape[1],
-            )
+        names = ("parents", "node_ranks", "node_depths", "num_nodes", "soft_ids")
+        arrays = [np.ascontiguousarray(getattr(tables, n), np.int64) for n in names]
+        arrays.append(np.ascontiguousarray(tables.on_ngram, np.uint8))
+        listed = [] if bigram is None else [bigram.ids, bigram.gains, bigram.floor]
+        self._arrays = arrays  # keeps the memory alive
         self._struct = _FillTables(
-            *(a.ctypes.data for a in (parents, ranks, depths)),
-            *(chain.ctypes.data, num_nodes.ctypes.data, soft_ids.ctypes.data),
-            *(parents.shape[1], soft_ids.shape[1], tables.max_children - 1),
-            *table,
+            *(array.ctypes.data for array in arrays),
+            *([array.ctypes.data for array in listed] or [0, 0, 0]),
             self._weights.ctypes.data,
+            tables.parents.shape[1],
+            tables.soft_ids.shape[1],
+            tables.max_children - 1,
+            0 if bigram is None else bigram.ids.shape[1],
             max(POOL, tables.max_children + 1),
         )
         self._address = ctypes.addressof(self._struct)
@@ -89,16 +61,14 @@ class CpuTreeFiller:
         self._kernel = None if library is None else library.ppd_fill_trees
 
     def run(self, trees: np.ndarray, inputs: DraftInputs) -> np.ndarray:
-        """int64 [B, Q - 1], see `candidates.fill_trees`."""
+        """int64 [B, Q - 1], see `fill_trees`; trees and inputs are int64 arrays."""
         if self._kernel is None:
-            # Made anew, because the table may be learning.
-            table = (
-                None if self._bigram is None else BigramTensors.of(self._bigram)
-            )
+            # Converted at every call, because the table may be learning.
+            table = None if self._bigram is None else BigramTensors.of(self._bigram)
             return fill_trees(self._tables, trees, inputs, table, self._weights)
         logits = inputs.logits.contiguous()
         ngrams = inputs.ngrams
-        out = np.empty((len(trees), self._tables.soft_ids.shape[1] - 1), np.int64)
+        drafts = np.empty((len(trees), self._tables.soft_ids.shape[1] - 1), np.int64)
         self._kernel(
             self._address,
             len(trees),
@@ -109,6 +79,6 @@ class CpuTreeFiller:
             inputs.roots.ctypes.data,
             ngrams.ctypes.data,
             ngrams.shape[1],
-            out.ctypes.data,
+            drafts.ctypes.data,
         )
-        return out
+        return drafts

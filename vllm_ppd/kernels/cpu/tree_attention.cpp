@@ -6,7 +6,6 @@
 // along tokens, because K is stored transposed), running max and sum, then
 // O = O * alpha + P V (vectors run along the head dimension). All sums are float32.
 
-
 #include <omp.h>
 
 #include <algorithm>
@@ -20,7 +19,6 @@ namespace {
 constexpr int kMaxRows = 128;
 constexpr float kMasked = -1e30f;  // a hidden key; finite, so no inf - inf
 constexpr float kStartMax = -1e29f;  // > kMasked: exp(kMasked - max) is always 0
-
 
 // ---- one request, one KV head, some rows ------------------------------------------
 
@@ -144,13 +142,13 @@ void run_tile(const Chunk<T>& chunk, const Layer& layer, const Scratch& s, int m
 }
 
 struct Plan {  // mirrors vllm_ppd/kernels/cpu/tree_attention.py
-  int64_t num_requests, mask_words, table_stride;
   const int32_t* block_table;    // [R][table_stride]
   const int32_t* starts;         // [R]
   const int32_t* num_rows;       // [R]
   const int32_t* context_lens;   // [R]
   const uint64_t* ancestors;     // [T][mask_words]
   const int32_t* depths;         // [T]
+  int64_t num_requests, mask_words, table_stride;
 };
 
 // Rounds up to whole cache lines, in floats.
@@ -308,19 +306,10 @@ extern "C" int ppd_tree_attention(
     int64_t query_token, int64_t query_head, int64_t block, int64_t kv_head,
     int64_t output_token, int64_t output_head, double scale, double softcap,
     int64_t window) {
-  const Layer layer = {static_cast<int>(heads),
-                       static_cast<int>(kv_heads),
-                       static_cast<int>(dim),
-                       static_cast<int>(block_size),
-                       query_token,
-                       query_head,
-                       block,
-                       kv_head,
-                       output_token,
-                       output_head,
-                       static_cast<float>(scale),
-                       static_cast<float>(softcap),
-                       static_cast<int>(window)};
+  const Layer layer = {(int)heads, (int)kv_heads, (int)dim, (int)block_size,
+                       query_token, query_head, block, kv_head,
+                       output_token, output_head,
+                       (float)scale, (float)softcap, (int)window};
   const Plan& p = *static_cast<const Plan*>(plan);
   if (dtype == 0) return run_all<float>(p, layer, query, kv, output);
   if (dtype == 1) return run_all<bf16>(p, layer, query, kv, output);

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from vllm_ppd.kernels.cpu.build import load_library
+from vllm_ppd.kernels.cpu.build import load_library, struct
 from vllm_ppd.kernels.cpu.layout import key_view, value_view
 from vllm_ppd.kernels.tree_attention import TreeBatch, tree_attention_reference
 
@@ -20,20 +20,10 @@ _FAILURES = {
 }
 
 
-class _Plan(ctypes.Structure):
-    """Mirrors `struct Plan` in tree_attention.cpp."""
-
-    _fields_ = (
-        ("num_requests", ctypes.c_int64),
-        ("mask_words", ctypes.c_int64),
-        ("table_stride", ctypes.c_int64),
-        ("block_table", ctypes.c_void_p),
-        ("starts", ctypes.c_void_p),
-        ("num_rows", ctypes.c_void_p),
-        ("context_lens", ctypes.c_void_p),
-        ("ancestors", ctypes.c_void_p),
-        ("depths", ctypes.c_void_p),
-    )
+_Plan = struct(  # as in tree_attention.cpp
+    ["block_table", "starts", "num_rows", "context_lens", "ancestors", "depths"],
+    ["num_requests", "mask_words", "table_stride"],
+)
 
 
 class CpuTreeAttention:
@@ -57,10 +47,10 @@ class CpuTreeAttention:
         depths = batch.depths.to(torch.int32).contiguous()
         self._tensors = (table, *small, ancestors, depths)  # keep the memory alive
         self._plan = _Plan(
+            *(tensor.data_ptr() for tensor in self._tensors),
             table.shape[0],
             ancestors.shape[1],
             table.stride(0),
-            *(tensor.data_ptr() for tensor in self._tensors),
         )
         self._address = ctypes.addressof(self._plan)
         if self._library is not None:
@@ -98,15 +88,9 @@ class CpuTreeAttention:
             or block_size % self._lanes
             or dtype not in _DTYPES
         ):
+            keys, values = key_view(kv_cache), value_view(kv_cache)
             tree_attention_reference(
-                query,
-                key_view(kv_cache),
-                value_view(kv_cache),
-                output,
-                self.batch,
-                scale,
-                softcap,
-                window,
+                query, keys, values, output, self.batch, scale, softcap, window
             )
             return
         if (
@@ -123,19 +107,9 @@ class CpuTreeAttention:
             kv_cache.data_ptr(),
             output.data_ptr(),
             _DTYPES[dtype],
-            heads,
-            kv_heads,
-            dim,
-            block_size,
-            query_token,
-            query_head,
-            block,
-            kv_head,
-            output_token,
-            output_head,
-            scale,
-            softcap,
-            window,
+            *(heads, kv_heads, dim, block_size),
+            *(query_token, query_head, block, kv_head, output_token, output_head),
+            *(scale, softcap, window),
         )
         if status:
             raise RuntimeError(f"tree attention failed: {_FAILURES[status]}")

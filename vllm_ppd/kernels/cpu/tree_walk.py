@@ -1,12 +1,12 @@
-"""Greedy verification and suffix matching on CPU, compiled."""
+"""Greedy verification and n-gram matching on CPU, compiled."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from vllm_ppd.kernels.cpu.build import load_library
-from vllm_ppd.trees.ngram import LENGTHS, MAX_NGRAM_DRAFTS, match_ngrams
 from vllm_ppd.trees.layout import TreeStep
+from vllm_ppd.trees.ngram import LENGTHS, MAX_NGRAM_DRAFTS, match_ngrams
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
 __all__ = ["match_ngrams_cpu", "walk_greedy_cpu"]
@@ -36,23 +36,15 @@ def walk_greedy_cpu(
     depths = tables.max_depth + 1
     walk = TreeWalk.empty(step)
     sources, targets = np.empty((2, batch * depths), dtype=np.int64)
+    inputs = (step.tree_ids, step.starts, step.num_nodes, step.first_nodes)
+    results = (walk.tokens_out, walk.paths, walk.lengths, walk.nodes)
     moves = library.ppd_walk_trees(
         tables.parents.ctypes.data,
         tables.parents.shape[1],
         batch,
-        step.tree_ids.ctypes.data,
-        step.starts.ctypes.data,
-        step.num_nodes.ctypes.data,
-        step.first_nodes.ctypes.data,
-        tokens.ctypes.data,
-        picked.ctypes.data,
+        *(array.ctypes.data for array in (*inputs, tokens, picked)),
         depths,
-        walk.tokens_out.ctypes.data,
-        walk.paths.ctypes.data,
-        walk.lengths.ctypes.data,
-        walk.nodes.ctypes.data,
-        sources.ctypes.data,
-        targets.ctypes.data,
+        *(array.ctypes.data for array in (*results, sources, targets)),
     )
     return walk, sources[:moves], targets[:moves]
 
@@ -60,13 +52,13 @@ def walk_greedy_cpu(
 def match_ngrams_cpu(
     token_ids: np.ndarray, ends: np.ndarray, context: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`suffix.match_ngrams`, compiled where possible; `token_ids` is int32."""
+    """`trees.ngram.match_ngrams`, compiled where possible; `token_ids` is int32."""
     library = load_library()
     if library is None or token_ids.dtype != np.int32 or token_ids.strides[1] != 4:
         return match_ngrams(token_ids, ends, context)
     batch = len(ends)
     classes = np.empty(batch, dtype=np.int64)
-    ngrams = np.empty((batch, MAX_NGRAM_DRAFTS), dtype=np.int64)
+    drafts = np.empty((batch, MAX_NGRAM_DRAFTS), dtype=np.int64)
     ends = ends.astype(np.int64)
     library.ppd_match_ngrams(
         token_ids.ctypes.data,
@@ -78,7 +70,7 @@ def match_ngrams_cpu(
         _HIGHS.ctypes.data,
         len(_LOWS),
         classes.ctypes.data,
-        ngrams.ctypes.data,
+        drafts.ctypes.data,
         MAX_NGRAM_DRAFTS,
     )
-    return classes, ngrams
+    return classes, drafts

@@ -1,7 +1,7 @@
-"""Conditioned inputs: one program per node, one for the other rows of the tree.
+"""Draft tokens of a tree in Triton: one program per node, one for the other rows.
 
-A node's token depends on its parent's. A program does not wait for another one: it
-finds the tokens on the way from the root to its node again, which is a few levels.
+A node's token depends on its parent's. Instead of waiting for another program, each
+one computes the tokens from the root down to its node again, which is a few levels.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
 from vllm_ppd.kernels.device_tables import DeviceTables
+from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
 from vllm_ppd.trees.drafting import BigramTensors
 
 __all__ = ["fill_tree"]
@@ -21,7 +21,7 @@ __all__ = ["fill_tree"]
 def _ranked_child(
     rank,
     parent,  # token, int64
-    chain,  # token that is no candidate, or -1
+    excluded,  # token that is not ranked, or -1
     prompted,
     weight,
     pool_ptr,  # at the prompt token's row; likewise the next two
@@ -34,45 +34,45 @@ def _ranked_child(
     num_listed,  # n
     TABLE: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
-    """The token of rank `rank` below `parent`; 0 if nothing is known."""
+    """The token of rank `rank` below `parent`; 0 if none is listed."""
     place = tl.arange(0, BLOCK_P)
     in_pool = place < tl.where(prompted, pool_size, 0)
     ids = tl.load(pool_ptr + place, mask=in_pool, other=-1)
     scores = tl.load(scores_ptr + place, mask=in_pool, other=0).to(tl.float32)
     scores = tl.where(in_pool, scores, float("-inf"))
-    index = tl.arange(0, BLOCK_S)
-    own = tl.full([BLOCK_S], -2, dtype=tl.int64)
-    more = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
+    index = tl.arange(0, BLOCK_L)
+    listed = tl.full([BLOCK_L], -2, dtype=tl.int64)
+    more = tl.full([BLOCK_L], float("-inf"), dtype=tl.float32)
     if TABLE:
-        listed = index < num_listed
+        in_list = index < num_listed
         at = parent * num_listed + index
-        own = tl.load(bigram_ids_ptr + at, mask=listed, other=-2)
-        gains = tl.load(gains_ptr + at, mask=listed, other=0.0)
+        listed = tl.load(bigram_ids_ptr + at, mask=in_list, other=-2)
+        gains = tl.load(gains_ptr + at, mask=in_list, other=0.0)
         floor = tl.load(floor_ptr + parent)
-        same = (ids[:, None] == own[None, :]).to(tl.int32)
+        same = (ids[:, None] == listed[None, :]).to(tl.int32)
         gain = tl.sum(tl.where(same != 0, gains[None, :], 0.0), axis=1)
         gain = tl.where(tl.max(same, axis=1) > 0, gain, floor)
         scores = scores + weight * gain
-        given = index < tl.where(prompted, num_listed, 0)
-        logits = tl.load(logits_ptr + own, mask=given, other=0.0).to(tl.float32)
-        more = tl.where(given, logits + weight * gains, -index.to(tl.float32))
-        more = tl.where(listed & (tl.max(same, axis=0) == 0), more, float("-inf"))
-        more = tl.where(own == chain, float("-inf"), more)
-    scores = tl.where(ids == chain, float("-inf"), scores)
+        has_logit = index < tl.where(prompted, num_listed, 0)
+        logits = tl.load(logits_ptr + listed, mask=has_logit, other=0.0).to(tl.float32)
+        more = tl.where(has_logit, logits + weight * gains, -index.to(tl.float32))
+        more = tl.where(in_list & (tl.max(same, axis=0) == 0), more, float("-inf"))
+        more = tl.where(listed == excluded, float("-inf"), more)
+    scores = tl.where(ids == excluded, float("-inf"), scores)
 
-    token = chain * 0
+    token = excluded * 0
     for _ in range(rank + 1):
         best, best_more = tl.max(scores, axis=0), tl.max(more, axis=0)
-        # Of equal ones the first, and the pool before the table.
+        # Of equal scores the first wins, and the pool before the table.
         first = tl.min(tl.where(scores == best, place, BLOCK_P), axis=0)
-        second = tl.min(tl.where(more == best_more, index, BLOCK_S), axis=0)
+        second = tl.min(tl.where(more == best_more, index, BLOCK_L), axis=0)
         from_pool = best >= best_more
         first = tl.where(from_pool, first, BLOCK_P)
-        second = tl.where(from_pool, BLOCK_S, second)
+        second = tl.where(from_pool, BLOCK_L, second)
         token = tl.sum(tl.where(place == first, ids, 0), axis=0)
-        token += tl.sum(tl.where(index == second, own, 0), axis=0)
+        token += tl.sum(tl.where(index == second, listed, 0), axis=0)
         token = tl.where(tl.maximum(best, best_more) == float("-inf"), 0, token)
         scores = tl.where(place == first, float("-inf"), scores)
         more = tl.where(index == second, float("-inf"), more)
@@ -115,7 +115,7 @@ def _fill_tree_kernel(
     BLOCK_K: tl.constexpr,  # powers of two, at least K, N, P, n
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
     node = tl.program_id(1)
@@ -125,12 +125,10 @@ def _fill_tree_kernel(
     if node == 0:
         row = tl.arange(0, BLOCK_K) + 1
         in_tree = row < tl.minimum(tl.load(num_rows_ptr + tree), row_width)
-        soft = tl.load(
-            soft_ids_ptr + tree * row_width + row, mask=in_tree, other=filler
-        )
-        tl.store(
-            drafts_ptr + row - 1, soft, mask=(row >= num_nodes) & (row <= num_drafts)
-        )
+        soft_ptr = soft_ids_ptr + tree * row_width + row
+        soft = tl.load(soft_ptr, mask=in_tree, other=filler)
+        written = (row >= num_nodes) & (row <= num_drafts)
+        tl.store(drafts_ptr + row - 1, soft, mask=written)
         return
     if node >= tl.minimum(num_nodes, num_drafts + 1):
         return
@@ -145,7 +143,7 @@ def _fill_tree_kernel(
     ranks = tl.load(ranks_ptr + at, mask=is_node, other=0)
     on_ngram = tl.load(on_ngram_ptr + at, mask=is_node, other=0)
     depth = tl.sum(tl.where(index == node, depths, 0), axis=0)
-    count = tl.load(num_prompted_ptr + request)
+    num_prompted = tl.load(num_prompted_ptr + request)
     token = tl.load(roots_ptr + request).to(tl.int64)
     parent = node * 0
     for level in range(1, depth + 1):
@@ -153,31 +151,20 @@ def _fill_tree_kernel(
         rank = tl.sum(tl.where(here, ranks, 0), axis=0)
         follows = tl.sum(tl.where(index == parent, on_ngram, 0), axis=0)
         follows = (follows > 0) & (level <= ngram_length)
-        ngram_at = ngrams_ptr + request * ngram_length + level - 1
-        chain = tl.load(ngram_at, mask=follows, other=-1).to(tl.int64)
-        rank -= (chain >= 0).to(tl.int32)
-        prompted = level <= count
+        ngram_ptr = ngrams_ptr + request * ngram_length + level - 1
+        ngram = tl.load(ngram_ptr, mask=follows, other=-1).to(tl.int64)
+        rank -= (ngram >= 0).to(tl.int32)
+        prompted = level <= num_prompted
         row = request * num_prompts + tl.minimum(level, num_prompts) - 1
         weight = tl.load(weights_ptr + level - 1, mask=prompted, other=0.0)
         ranked = _ranked_child(
-            rank,
-            token,
-            chain,
-            prompted,
-            weight,
-            pool_ptr + row * pool_size,
-            scores_ptr + row * pool_size,
-            logits_ptr + row * logits_stride,
-            pool_size,
-            bigram_ids_ptr,
-            gains_ptr,
-            floor_ptr,
-            num_listed,
-            TABLE,
-            BLOCK_P,
-            BLOCK_S,
-        )
-        token = tl.where(rank < 0, chain, ranked)
+            rank, token, ngram, prompted, weight,
+            pool_ptr + row * pool_size, scores_ptr + row * pool_size,
+            logits_ptr + row * logits_stride, pool_size,
+            bigram_ids_ptr, gains_ptr, floor_ptr, num_listed,
+            TABLE, BLOCK_P, BLOCK_L,
+        )  # fmt: skip
+        token = tl.where(rank < 0, ngram, ranked)
         parent = tl.sum(tl.where(here, index, 0), axis=0)
     tl.store(drafts_ptr + node - 1, token)
 
@@ -191,12 +178,11 @@ def fill_tree(
     drafts: torch.Tensor,
     filler: int = 0,
 ) -> None:
-    """As :func:`vllm_ppd.kernels.fill_tree.fill_tree_reference`; all contiguous, but
-    for rows of logits, which may be cut out of longer ones."""
+    """As `vllm_ppd.kernels.fill_tree.fill_tree_reference`; all tensors contiguous,
+    except that rows of logits may be slices of longer ones."""
     batch, num_drafts = drafts.shape
     if batch == 0:
         return
-    num_prompts = inputs.logits.shape[1]
     pool_size = inputs.pool.shape[2]
     num_listed = 1 if bigram is None else bigram.ids.shape[1]
     nodes = tables.parents.shape[1]
@@ -218,7 +204,7 @@ def fill_tree(
         drafts.stride(0),
         tables.soft_ids.shape[1],
         nodes,
-        num_prompts,
+        inputs.logits.shape[1],
         inputs.logits.stride(1),
         pool_size,
         num_listed,
@@ -228,6 +214,6 @@ def fill_tree(
         BLOCK_K=triton.next_power_of_2(num_drafts),
         BLOCK_N=triton.next_power_of_2(nodes),
         BLOCK_P=triton.next_power_of_2(pool_size),
-        BLOCK_S=triton.next_power_of_2(num_listed),
+        BLOCK_L=triton.next_power_of_2(num_listed),
         num_warps=2,
     )

@@ -1,8 +1,8 @@
-"""Earlier matches of every request's last tokens: one program per request.
+"""N-gram matches of every request's last tokens in Triton: one program per request.
 
-A program looks at every position of the context once. Of those before which the most
-tokens match the context's last ones, it keeps the earliest; the pair is one number,
-(length, distance from the context's end), so that a maximum finds it.
+A program reads every position of the context once. It keeps the position before which
+the most tokens match the last ones, and of equally long matches the earliest: both are
+packed into one number, (length, distance from the end), so that a maximum finds it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def _match_ngrams_kernel(
     slots_ptr,  # [B]
     ends_ptr,  # [slots]
     classes_ptr,  # int32 [B]
-    ngrams_ptr,  # int32 [B, CHAIN]
+    drafts_ptr,  # int32 [B, DRAFTS]
     context,
     LOW: tl.constexpr,  # tuples: lengths of each class
     HIGH: tl.constexpr,
     LONGEST: tl.constexpr,
-    CHAIN: tl.constexpr,
+    DRAFTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0)
@@ -42,32 +42,32 @@ def _match_ngrams_kernel(
 
     best = tl.zeros([BLOCK], dtype=tl.int64)
     for first in range(1, count, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        alive = at < count
+        position = first + tl.arange(0, BLOCK)
+        matches = position < count
         run = tl.zeros([BLOCK], dtype=tl.int32)
         for length in tl.static_range(1, LONGEST + 1):
             last = tl.load(tokens + tl.maximum(count - length, 0))
-            alive = alive & (at >= length)
-            before = tl.load(tokens + at - length, mask=alive, other=-1)
-            alive = alive & (before == last)
-            run += alive.to(tl.int32)
+            matches = matches & (position >= length)
+            earlier = tl.load(tokens + position - length, mask=matches, other=-1)
+            matches = matches & (earlier == last)
+            run += matches.to(tl.int32)
         # Longer first, and of equally long ones the one farthest from the end.
-        score = run.to(tl.int64) * 2147483648 + (count - at).to(tl.int64)
+        score = run.to(tl.int64) * 2147483648 + (count - position).to(tl.int64)
         best = tl.maximum(best, tl.where(run > 0, score, 0))
     top = tl.max(best, axis=0)
     longest = (top // 2147483648).to(tl.int32)
-    found = count - (top % 2147483648).to(tl.int32)
+    match_end = count - (top % 2147483648).to(tl.int32)
 
     match_class = tl.zeros_like(longest)
     for index in tl.static_range(len(LOW)):
         inside = (longest >= LOW[index]) & (longest <= HIGH[index])
         match_class += inside.to(tl.int32) * (index + 1)
     tl.store(classes_ptr + request, match_class)
-    ahead = found + tl.arange(0, CHAIN)
-    there = ahead < tl.where(match_class > 0, count, 0)
-    chain = tl.load(tokens + ahead, mask=there, other=-1)
-    ngram_at = ngrams_ptr + request * CHAIN + tl.arange(0, CHAIN)
-    tl.store(ngram_at, tl.where(there, chain, -1))
+    offset = tl.arange(0, DRAFTS)
+    inside = match_end + offset < tl.where(match_class > 0, count, 0)
+    drafts = tl.load(tokens + match_end + offset, mask=inside, other=-1)
+    drafts = tl.where(inside, drafts, -1)
+    tl.store(drafts_ptr + request * DRAFTS + offset, drafts)
 
 
 def match_ngrams(
@@ -76,10 +76,10 @@ def match_ngrams(
     ends: torch.Tensor,
     context: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`vllm_ppd.kernels.ngram.match_ngrams_reference`."""
+    """As `vllm_ppd.kernels.ngram.match_ngrams_reference`."""
     batch = len(slots)
     classes = torch.empty(batch, dtype=torch.int32, device=slots.device)
-    ngrams = classes.new_empty((batch, MAX_NGRAM_DRAFTS))
+    drafts = classes.new_empty((batch, MAX_NGRAM_DRAFTS))
     if batch:
         _match_ngrams_kernel[(batch,)](
             token_ids,
@@ -87,13 +87,13 @@ def match_ngrams(
             slots,
             ends,
             classes,
-            ngrams,
+            drafts,
             context,
             LOW=tuple(low for low, _ in LENGTHS),
             HIGH=tuple(high for _, high in LENGTHS),
             LONGEST=_LONGEST,
-            CHAIN=triton.next_power_of_2(MAX_NGRAM_DRAFTS),
+            DRAFTS=MAX_NGRAM_DRAFTS,  # a power of two
             BLOCK=_BLOCK,
             num_warps=4,
         )
-    return classes, ngrams
+    return classes, drafts

@@ -1,4 +1,4 @@
-"""A step's trees in the buffers that model and attention read; a program a request."""
+"""A step's trees in the persistent buffers, in Triton: one program per request."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def place_tree(
     starts: torch.Tensor,
     context_lens: torch.Tensor,
 ) -> None:
-    """As :func:`vllm_ppd.kernels.place_tree.place_tree_reference`; all contiguous."""
+    """As `vllm_ppd.kernels.place_tree.place_tree_reference`; all contiguous."""
     rows, words = tables.ancestors.shape[1:]
     if len(trees) == 0:
         return

@@ -1,4 +1,4 @@
-"""Verification on the device: one program walks one request's tree."""
+"""Verification in Triton: one program walks the tree of one request."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def _tree_walk_kernel(
     # The whole tree fits in registers, so a level costs two reductions and no load.
     node = tl.arange(0, BLOCK_N)
     scheduled = node < num_nodes
-    candidate = (node > 0) & scheduled
+    is_draft = (node > 0) & scheduled
     table = tree * table_width
-    parents = tl.load(parents_ptr + table + node, mask=candidate, other=-1)
-    tokens = tl.load(input_ids_ptr + start + node, mask=candidate, other=-1)
+    parents = tl.load(parents_ptr + table + node, mask=is_draft, other=-1)
+    tokens = tl.load(input_ids_ptr + start + node, mask=is_draft, other=-1)
     targets = tl.load(sampled_ptr + sampled_start + node, mask=scheduled, other=-1)
     tokens = tokens.to(tl.int64)
     targets = targets.to(tl.int64)
@@ -64,8 +64,8 @@ def _tree_walk_kernel(
         tl.store(tokens_ptr + out + level, tl.where(active, picked, -1))
         tl.store(paths_ptr + out + level, tl.where(active, current, 0))
         length += active.to(tl.int32)
-        carries = candidate & (parents == current) & (tokens == picked)
-        child = tl.min(tl.where(carries, node, BLOCK_N))
+        accepted = is_draft & (parents == current) & (tokens == picked)
+        child = tl.min(tl.where(accepted, node, BLOCK_N))
         active = active & (child < BLOCK_N)
         current = tl.where(active, child, current)
 
@@ -92,7 +92,7 @@ def tree_walk(
     sampled: torch.Tensor,
     sampled_starts: torch.Tensor,
 ) -> Walk:
-    """As :func:`vllm_ppd.kernels.tree_walk.tree_walk_reference`; inputs contiguous."""
+    """As `vllm_ppd.kernels.tree_walk.tree_walk_reference`; inputs contiguous."""
     batch, depth = len(trees), tables.max_depth + 1
     prompt_width = tables.num_prompt_tokens * tables.num_ept
     # Two allocations for six results: an allocation costs about as much as the walk.
