@@ -36,7 +36,7 @@ class PPDConfig:
     profile: str = "auto"
     """Latency profile that sets the first draft lengths: "auto" measures the machine at
     its first start and keeps the result, "none" does without, else a file's path."""
-    measure_seconds: float = 15.0
+    measure_seconds: float = 20.0
     """Time budget of that measurement; it starts no further round after it."""
     bigram: bool = True
     """Draft tokens are ranked by the bigram table as well."""

@@ -1,4 +1,4 @@
-"""Two ranks: the same trees on both, and the output of plain vLLM on two ranks.
+"""Two ranks stay token-identical to plain vLLM while the draft length changes.
 
 Started by vLLM's multiprocess executor and by Ray.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import trees
+from tests.engine.test_draft_lengths import two_entries
 
-__all__ = ["trees"]
+__all__ = ["two_entries"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +33,19 @@ def main():
         # vLLM's engine core is another process and joins this cluster.
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     llm = LLM(**engine)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    used = set()
+    if scheduler.ppd_observer is not None:
+        # Another draft length after every few steps, 0 among them.
+        controller = scheduler.ppd_observer.controller
+        lengths = [13, 0, 5, 13, 5, 0]
+        def observe(running, draft_length, tokens, seconds):
+            used.add(draft_length)
+            observe.steps += 1
+            controller.hold(lengths[observe.steps // 3 % len(lengths)])
+        observe.steps = 0
+        controller.observe = observe
+        controller.hold(lengths[0])
     found = []
     for temperature in (0.0, 1.0):
         params = [
@@ -46,7 +59,7 @@ def main():
     drafts = [
         m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_drafts"
     ]
-    print("FOUND " + json.dumps([found, drafts]))
+    print("FOUND " + json.dumps([found, drafts, sorted(used)]))
 
 if __name__ == "__main__":
     main()
@@ -65,6 +78,8 @@ def run(folder: Path, engine: dict, prompts: list[str], more: dict[str, str]) ->
             # A machine may have fewer NUMA nodes than ranks.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_LOGGING_LEVEL": "WARNING",
+            # The scheduler is in this script's process, the ranks are in others.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             **more,
         },
         capture_output=True,
@@ -77,7 +92,7 @@ def run(folder: Path, engine: dict, prompts: list[str], more: dict[str, str]) ->
 
 
 @pytest.mark.parametrize("backend", ["mp", "ray"])
-def test_two_ranks_decode_as_without_ppd(request, tmp_path, trees, backend):
+def test_two_ranks_decode_as_plain_vllm(request, tmp_path, two_entries, backend):
     more = {}
     if backend == "ray":
         request.getfixturevalue("only_ray")
@@ -100,12 +115,17 @@ def test_two_ranks_decode_as_without_ppd(request, tmp_path, trees, backend):
     }
     prompts = ["def f(x):", "import os\n", "class A:\n    def __init__(self"]
     prompts_folder = str(ROOT / "trained_prompts" / "demo")
-    # Searched trees for requests that share a step may be none at all.
-    speculative = {"method": "ppd", "model": prompts_folder, "tree": trees["wide"]}
+    speculative = {
+        "method": "ppd",
+        "model": prompts_folder,
+        "tree": two_entries,
+        "profile": "none",
+    }
     # Ray changes nothing about plain decoding, so that one start is saved.
     stock = {**engine, "distributed_executor_backend": "mp"}
-    expected, _ = run(tmp_path, stock, prompts, {})
+    expected, _, _ = run(tmp_path, stock, prompts, {})
     with_ppd = {**engine, "speculative_config": speculative}
-    found, drafts = run(tmp_path, with_ppd, prompts, more)
-    assert found == expected
+    actual, drafts, draft_lengths = run(tmp_path, with_ppd, prompts, more)
+    assert actual == expected
     assert drafts[0] > 0
+    assert draft_lengths == [0, 5, 13]
