@@ -19,6 +19,7 @@ from vllm_ppd.cli.convert import convert
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.insertion import Insertion
 from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.trees.menu import TreeMenu, save_menus
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 pytestmark = cpu_only
@@ -73,17 +74,18 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
-def test_output_is_exact_and_guesses_are_the_trainers(
+def test_output_is_exact_and_drafts_are_the_trainers(
     plain, ppd, plain_engine, ppd_engine, texts, folder, frozen, tmp_path
 ):
     prompts = PromptTokens.load(folder)
     trees = policy(prompts.num_ept)
-    trees.save(tmp_path / "tree.json")
+    menu = TreeMenu.of(trees)
+    save_menus(tmp_path / "trees.json", menu, menu)
     speculative = {
         **ppd_engine["speculative_config"],
         "model": str(folder),
-        "tree": str(tmp_path / "tree.json"),
-        # What prompt tokens guess, and nothing else.
+        "tree": str(tmp_path / "trees.json"),
+        # What prompt tokens propose, and nothing else.
         "bigram": False,
         "ngram": False,
     }
@@ -100,21 +102,21 @@ def test_output_is_exact_and_guesses_are_the_trainers(
     steps = ppd.call(
         "drafts_of_steps", engine, prompt=texts[82][:300], params=PARAMS[0], steps=40
     )
-    states = [check_guesses(step, prompts, trees, frozen) for step in steps]
-    assert len(states) == 40
-    assert set(states) >= {1, 3}
+    num_prompted = [check_drafts(step, prompts, trees, frozen) for step in steps]
+    assert len(num_prompted) == 40
+    assert set(num_prompted) >= {1, 3}
 
 
-def check_guesses(
+def check_drafts(
     step: dict[str, Any], prompts: PromptTokens, trees: TreePolicy, frozen: FrozenModel
 ) -> int:
-    """The candidates of a step are the best of the ensembles' averaged logits.
+    """The draft tokens of a step are the best of the ensembles' averaged logits.
 
-    Returns the step's state.
+    Returns the step's num_prompted.
     """
-    state, tree = next(
-        (state, tree)
-        for state, tree in enumerate(trees.trees)
+    num_prompted, tree = next(
+        (depth, tree)
+        for depth, tree in enumerate(trees.trees)
         if tree.num_rows == 1 + len(step["drafts"])
     )
     m, e, _ = prompts.embeddings.shape
@@ -132,11 +134,11 @@ def check_guesses(
         rows = frozen.prompt_rows(prompts.embeddings, insertion, ordinary)
         logits = frozen.logits(insertion.split_points(rows))[0].mean(dim=1)
     ranked = logits.sort(dim=1, descending=True).values
-    candidates = zip(
+    draft_tokens = zip(
         tree.node_depths[1:], tree.ranks, step["drafts"][: len(tree.ranks)], strict=True
     )
-    for depth, rank, token in candidates:
+    for depth, rank, token in draft_tokens:
         # The two forward passes round differently: near-ties may swap.
         difference = ranked[depth - 1, rank] - logits[depth - 1, token]
-        assert abs(difference) < 1e-3, (state, depth, rank)
-    return state
+        assert abs(difference) < 1e-3, (num_prompted, depth, rank)
+    return num_prompted
