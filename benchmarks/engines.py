@@ -343,8 +343,9 @@ def _card(llm: Any, start_s: float) -> dict[str, Any]:
     import psutil
     import torch
     import vllm
-    import vllm_ppd
     from vllm.platforms import current_platform
+
+    import vllm_ppd
 
     config = llm.llm_engine.vllm_config
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]

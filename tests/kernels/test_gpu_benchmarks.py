@@ -2,63 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.kernels.implementations import DEVICE, needs_triton
 
 pytestmark = needs_triton
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = sorted(
-    path.name for path in BENCHMARKS.glob("gpu_*.py") if "__main__" in path.read_text()
-)
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+gpu_kernels: Any = importlib.import_module("gpu_kernels")
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def start(script, *arguments):
-        monkeypatch.syspath_prepend(str(BENCHMARKS))
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return start
-
-
-def test_tree_attention(run, tmp_path):
+def test_kernels(tmp_path: Path, capsys: Any) -> None:
     written = tmp_path / "result.json"
-    document = run("gpu_tree_attention.py", "--dry-run", "--out", str(written))
+    gpu_kernels.main(["--dry-run", "--sweep", "--out", str(written)])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document == json.loads(written.read_text())
-    for cell in document["cells"]:
-        assert cell["tree_us"]["median"] > 0 and cell["flash_us"]["median"] > 0
-        # Of bfloat16 values of order 1.
-        assert cell["largest_difference"] < 0.02
-
-
-def test_verification(run):
-    (cell,) = run("gpu_verify.py", "--dry-run")["cells"]
-    assert cell["us"].keys() == {
-        "walk",
-        "compact",
-        "walk and compact",
-        "guess",
-        "place",
-    }
+    attention, sweep, step = document["cells"]
+    assert attention["tree_us"]["median"] > 0 and attention["flash_us"]["median"] > 0
+    # Of bfloat16 values of order 1.
+    assert attention["largest_difference"] < gpu_kernels.TOLERANCE
+    assert len(sweep["tiles"]) == 3 and all(tile["us"] > 0 for tile in sweep["tiles"])
+    names = {"walk", "compact", "walk and compact", "fill", "place"}
+    assert step["us"].keys() == names
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_without_a_gpu_one_sentence(run, script):
+def test_without_a_gpu_one_sentence() -> None:
     with pytest.raises(SystemExit, match=r"no GPU was found.*--dry-run"):
-        run(script)
-
-
-def test_tile_sweep(run):
-    (cell,) = run("gpu_tile_sweep.py", "--dry-run")["cells"]
-    assert len(cell["tree"]) == 3
-    assert {one["shape"]["tile"] for one in cell["tree"]} >= {32}
-    assert all(one["us"] > 0 for one in cell["tree"])
+        gpu_kernels.main([])

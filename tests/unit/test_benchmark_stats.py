@@ -206,8 +206,8 @@ def test_results_file(tmp_path: Path) -> None:
 def test_decoder_settings() -> None:
     base = {"model": "m"}
 
-    def speculative(name: str, ppd: Any = {}, ngram: Any = {}) -> Any:
-        settings = harness.decoder_settings(name, base, "p", ppd, ngram)
+    def speculative(name: str, ppd: Any = None, ngram: Any = None) -> Any:
+        settings = harness.decoder_settings(name, base, "p", ppd or {}, ngram or {})
         return settings["speculative_config"]
 
     assert harness.decoder_settings("plain", base, "p", {}, {}) == base
@@ -218,7 +218,9 @@ def test_decoder_settings() -> None:
     }
     assert speculative("fixed")["online"] is False
     assert speculative("other", {"tree": "t"}) == {"method": "ppd", "model": "p"}
-    assert speculative("ngram", {}, {"prompt_lookup_max": 2})["prompt_lookup_max"] == 2
+    assert (
+        speculative("ngram", None, {"prompt_lookup_max": 2})["prompt_lookup_max"] == 2
+    )
     with pytest.raises(ValueError, match="known: plain, ppd, ngram"):
         speculative("medusa")
 

@@ -86,7 +86,7 @@ class TrainSettings:
     batch_size: int = 1
     """Sequences per pass and process. There are few parameters to train, and the many
     insertion points of one sequence tell enough about them: more and smaller steps
-    get further (benchmarks/ablations)."""
+    get further (benchmarks/train_ablation.py)."""
     points: int = 8
     """Insertion points per sequence and update."""
     updates: int = None  # type: ignore[assignment]

@@ -74,7 +74,7 @@ def _choose_shape(
         return 1 << max(0, min(wanted, _MAX_SPLITS).bit_length() - 1)
 
     if hopper and item_size < 4 and padded == 128 and members > 64:
-        # Grouped heads: measured, benchmarks/gpu_tile_sweep.py.
+        # Grouped heads: measured, benchmarks/gpu_kernels.py --sweep.
         if splits_of(block_m) > 1:
             block_m = 64
         else:

@@ -1,0 +1,486 @@
+"""How long PPD's GPU kernels take, each within a CUDA graph.
+
+    python benchmarks/gpu_kernels.py --out benchmarks/results/NAME.json
+    python benchmarks/gpu_kernels.py --sweep     # tile sizes of tree attention, too
+    python benchmarks/gpu_kernels.py --dry-run   # tiny, on a CPU, interpreted
+
+- attention: tree attention on a random tree, per layer, against vLLM's FlashAttention
+  on as many causal rows of the same paged cache. Both are compared on a chain first.
+- step: what a PPD step runs besides the forward pass: the walk along the sampled tokens
+  and the KV moves of three accepted rows in all layers, and before the next step the
+  draft tokens and the layout of the trees.
+- sweep: tree attention with other tile shapes (rows of a tile, slots of a tile, warps,
+  pipeline stages, splits of the context) than `tree_attention` chooses. Run it on a new
+  kind of GPU, or after a change of the kernel.
+
+The last line printed is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from results import Spread, environment_card, finish, results_document
+
+from vllm_ppd.kernels.device_tables import DeviceTables
+from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
+from vllm_ppd.kernels.tree_attention import TreeBatch, tree_attention_reference
+from vllm_ppd.trees.drafting import POOL, BigramTensors
+from vllm_ppd.trees.layout import TreeTables, pack_mask
+from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
+
+# (layers, heads, KV heads, head size) of models in use.
+SHAPES = {
+    "1b": (16, 32, 8, 64),  # Llama 3.2 1B
+    "7b": (32, 32, 32, 128),  # Vicuna 7B
+    "8b": (32, 32, 8, 128),  # Llama 3.1 8B
+    "13b": (40, 40, 40, 128),  # Vicuna 13B
+    "tiny": (2, 4, 2, 16),
+}
+VOCABULARY = 32000
+# Of two kernels' outputs, 16-bit values of order 1.
+TOLERANCE = 0.02
+# Several times any GPU's own cache.
+CACHE_BYTES = 1 << 28
+# Rows, slots, warps, stages, splits relative to the usual; None: the kernel's choice.
+TILES: list[tuple[int, int, int, int, int] | None] = [
+    None,
+    *((64, slots, 4, stages, 1) for slots in (32, 64, 128) for stages in (2, 3)),
+    *((128, slots, 8, 3, splits) for slots in (64, 128) for splits in (1, 2)),
+    (64, 64, 4, 3, 2),
+]
+
+
+def choose_device(dry_run: bool) -> torch.device:
+    """The GPU, or the CPU with Triton's interpreter for a dry run.
+
+    To be called before Triton is imported. Raises SystemExit without a GPU where no dry
+    run is asked for.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if not dry_run:
+        raise SystemExit(
+            "no GPU was found, and without one there is nothing to measure: use a "
+            "machine with an NVIDIA GPU, or add --dry-run to see that the script runs"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+    return torch.device("cpu")
+
+
+def microseconds(
+    calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int
+) -> list[float]:
+    """Time per call, one figure per repeat.
+
+    The calls, one per layer, run as one CUDA graph, as in serving: what the host does
+    to launch them does not count. Give them caches that together exceed the GPU's own
+    cache, or they find in it what a real step has to fetch.
+    """
+    for call in calls:
+        call()  # compiles
+    if device.type == "cpu":
+        began = time.perf_counter()
+        for call in calls:
+            call()
+        return [(time.perf_counter() - began) / len(calls) * 1e6] * repeats
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) * 1e3 / len(calls))
+    return times
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The work of one attention measurement."""
+
+    shape: str
+    heads: int
+    kv_heads: int
+    head_size: int
+    batch: int
+    rows: int
+    context: int
+
+    @property
+    def tokens(self) -> int:
+        """Slots of one request."""
+        return self.context + self.rows
+
+    def layer_bytes(self, dtype: torch.dtype) -> int:
+        """Keys and values of all requests in one layer."""
+        values = 2 * self.kv_heads * self.head_size * self.tokens * self.batch
+        return values * dtype.itemsize
+
+
+class Attention:
+    """The tensors of a cell, and the kernels on them."""
+
+    def __init__(
+        self, cell: Cell, block_size: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.cell, self.device = cell, device
+        per_request = -(-cell.tokens // block_size)
+        blocks = per_request * cell.batch
+        layers = max(1, min(64, -(-CACHE_BYTES // cell.layer_bytes(dtype))))
+        # [num_blocks, KV heads, block size, 2 * head size], tokens of a block together:
+        # how vLLM lays its caches out for FlashAttention.
+        shape = blocks, block_size, cell.kv_heads, 2 * cell.head_size
+        self.caches = [
+            torch.randn(shape, dtype=dtype, device=device).transpose(1, 2)
+            for _ in range(2 if device.type == "cpu" else layers)
+        ]
+        order = torch.randperm(blocks).to(device, torch.int32)
+        self.table = order.view(cell.batch, per_request)
+        tokens = cell.batch * cell.rows
+        size = tokens, cell.heads, cell.head_size
+        self.query = torch.randn(size, dtype=dtype, device=device)
+        self.output = torch.zeros_like(self.query)
+        starts = torch.arange(0, tokens + 1, cell.rows, dtype=torch.int32)
+        self.starts = starts.to(device)
+
+    def _batch(self, parents: Sequence[int]) -> TreeBatch:
+        """All requests with one tree; parents: of every row but the root."""
+        cell = self.cell
+        mask, depths = np.eye(cell.rows, dtype=bool), [0]
+        for row, parent in enumerate(parents, start=1):
+            mask[row] |= mask[parent]
+            depths.append(depths[parent] + 1)
+        fixed = {"dtype": torch.int32, "device": self.device}
+        return TreeBatch(
+            self.table,
+            self.starts[:-1],
+            torch.full((cell.batch,), cell.rows, **fixed),
+            torch.full((cell.batch,), cell.context, **fixed),
+            torch.from_numpy(pack_mask(mask)).repeat(cell.batch, 1).to(self.device),
+            torch.tensor(depths * cell.batch, **fixed),
+            cell.rows,
+        )
+
+    @cached_property
+    def chain(self) -> TreeBatch:
+        return self._batch(range(self.cell.rows - 1))
+
+    @cached_property
+    def tree(self) -> TreeBatch:
+        return self._batch([random.randrange(r) for r in range(1, self.cell.rows)])
+
+    def run(self, kernel: Any, batch: TreeBatch, cache: torch.Tensor) -> torch.Tensor:
+        keys, values = cache.split(self.cell.head_size, dim=-1)
+        scale = self.cell.head_size**-0.5
+        kernel(self.query, keys, values, self.output, batch, scale)
+        return self.output
+
+    def flash(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """vLLM's own call on a chain; the reference where there is no GPU."""
+        if self.device.type != "cuda":
+            return partial(self.run, tree_attention_reference, self.chain)
+        from vllm.v1.attention.backends.fa_utils import (
+            flash_attn_varlen_func,
+            get_flash_attn_version,
+        )
+
+        cell = self.cell
+        version = get_flash_attn_version(head_size=cell.head_size)
+        lengths = torch.full_like(self.starts[:-1], cell.tokens)
+
+        def run(cache: torch.Tensor) -> torch.Tensor:
+            keys, values = cache.transpose(1, 2).split(cell.head_size, dim=-1)
+            flash_attn_varlen_func(
+                q=self.query,
+                k=keys,
+                v=values,
+                out=self.output,
+                cu_seqlens_q=self.starts,
+                max_seqlen_q=cell.rows,
+                seqused_k=lengths,
+                max_seqlen_k=cell.tokens,
+                softmax_scale=cell.head_size**-0.5,
+                causal=True,
+                block_table=self.table,
+                fa_version=version,
+            )
+            return self.output
+
+        return run
+
+
+def measure_attention(work: Attention, repeats: int) -> dict[str, Any]:
+    """Both kernels' times in microseconds per layer, and how far they differ."""
+    from vllm_ppd.kernels.triton.tree_attention import tree_attention
+
+    flash, cache = work.flash(), work.caches[0]
+    expected = flash(cache).float().clone()
+    ours = work.run(tree_attention, work.chain, cache).float()
+    calls = [partial(work.run, tree_attention, work.tree, c) for c in work.caches]
+    tree = Spread.of(microseconds(calls, work.device, repeats))
+    flashes = [partial(flash, c) for c in work.caches]
+    flashed = Spread.of(microseconds(flashes, work.device, repeats))
+    moved = work.cell.layer_bytes(cache.dtype)
+    return {
+        "kernel": "attention",
+        **asdict(work.cell),
+        "tree_us": tree.to_dict(2),
+        "flash_us": flashed.to_dict(2),
+        "ratio": round(tree.median / flashed.median, 3),
+        # Of what has to be read at least; compare with the GPU's memory.
+        "tree_gb_per_s": round(moved / tree.median / 1e3, 1),
+        "largest_difference": float((ours - expected).abs().max()),
+    }
+
+
+def sweep_tiles(work: Attention, tiles: Sequence[Any], repeats: int) -> dict[str, Any]:
+    """Microseconds per layer of every tile shape."""
+    import vllm_ppd.kernels.triton.tree_attention as module
+
+    stock = module._choose_shape
+    expected = work.run(tree_attention_reference, work.tree, work.caches[0]).clone()
+    count = 1
+    if work.device.type == "cuda":
+        count = torch.cuda.get_device_properties(0).multi_processor_count
+    tried = []
+    for tile in tiles:
+        chosen: list[Any] = []
+
+        def choose(requests: int, *args: Any, tile=tile, chosen=chosen) -> Any:
+            shape = stock(requests, *args)
+            if tile is not None:
+                rows, slots, warps, stages, splits = tile
+                row_tiles = -(-args[0] * args[2] // rows)
+                parts = splits * 2 * count // (requests * row_tiles * args[1])
+                shape = shape._replace(
+                    block_m=rows,
+                    row_tiles=row_tiles,
+                    tile=slots,
+                    num_warps=warps,
+                    num_stages=stages,
+                    splits=1 << max(0, min(parts, 32).bit_length() - 1),
+                )
+            chosen.append(shape)
+            return shape
+
+        module._choose_shape = choose  # type: ignore[assignment]
+        try:
+            calls = [
+                partial(work.run, module.tree_attention, work.tree, c)
+                for c in work.caches
+            ]
+            times = microseconds(calls, work.device, repeats)
+            # A fast kernel that is wrong is no choice.
+            difference = (calls[0]() - expected).abs().max().item()
+            if difference > TOLERANCE:
+                raise ValueError(f"wrong by {difference:.2g}")
+            figures: dict[str, Any] = {"us": round(median(times), 1)}
+        except Exception as error:  # or more shared memory than there is
+            figures = {"us": None, "why": str(error)}
+        finally:
+            module._choose_shape = stock
+        tried.append({**figures, "shape": chosen[-1]._asdict()})
+    return {"kernel": "sweep", **asdict(work.cell), "tiles": tried}
+
+
+def bushy_policy(rows: int) -> TreePolicy:
+    """num_prompted 3 has a tree of `rows` rows, a prompt row on each node, 3 deep."""
+    nodes = max(4, rows // 2)
+    parents, ranks, depths = [0, 1, 2], [0, 0, 0], [0, 1, 2, 3]
+    children = [1, 1, 1, 0]
+    for node in range(4, nodes):
+        parent = min(range(node), key=lambda n: (depths[n] > 2, children[n], n))
+        parents.append(parent)
+        ranks.append(children[parent])
+        children[parent] += 1
+        depths.append(depths[parent] + 1)
+        children.append(0)
+    tree = SparseTree(tuple(parents), tuple(ranks), (1,) * nodes)
+    chains = [chain_tree(depth, [1] * (depth + 1)) for depth in (1, 2)]
+    return TreePolicy((chain_tree(0, [3]), *chains, tree))
+
+
+def step_calls(
+    shape: str, batch: int, rows: int, device: torch.device
+) -> dict[str, Callable[[], Any]]:
+    """What a step of `batch` trees runs; three draft tokens of each are accepted."""
+    from vllm_ppd.kernels.triton.fill_tree import fill_tree
+    from vllm_ppd.kernels.triton.kv_compact import KVCompactor
+    from vllm_ppd.kernels.triton.place_tree import place_tree
+    from vllm_ppd.kernels.triton.tree_walk import tree_walk
+
+    layers, _, kv_heads, head_size = SHAPES[shape]
+    policy = bushy_policy(rows)
+    tables = DeviceTables.on(device, TreeTables(policy, VOCABULARY))
+    tree = policy.trees[3]
+    rows = tree.num_rows
+    tokens = batch * rows
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    starts = ints(*range(0, tokens + 1, rows))
+    trees, counts = ints(*[3] * batch), ints(*[rows] * batch)
+    # Nodes carry distinct tokens; the target takes the path to the last deep node.
+    ids = torch.arange(tokens, dtype=torch.int32, device=device)
+    picked = torch.full_like(ids, -1)
+    child = max(node for node, depth in enumerate(tree.node_depths) if depth == 3)
+    while child:
+        parent = tree.parents[child - 1]
+        picked[parent::rows] = ids[child::rows]
+        child = parent
+    picked = picked.long()
+    size = 16
+    space = -(-tokens // size) + 1, size, kv_heads, 2 * head_size
+    compactor = KVCompactor(
+        [
+            torch.zeros(space, dtype=torch.bfloat16, device=device).transpose(1, 2)
+            for _ in range(layers)
+        ]
+    )
+    slots = torch.arange(tokens, device=device) + size
+    logits = torch.randn(batch, 3, VOCABULARY, dtype=torch.bfloat16, device=device)
+    scores, pool = logits.topk(max(POOL, tables.parents.shape[1]))
+    ngrams = ints(-1).expand(batch, 1).contiguous()
+    inputs = DeviceDraftInputs(trees, logits, pool, scores, trees, ngrams)
+    listed = torch.randint(VOCABULARY, (VOCABULARY, 32), device=device)
+    gains = torch.randn(VOCABULARY, 32, device=device)
+    bigram = BigramTensors(listed, gains, gains[:, 0].contiguous())
+    weights = torch.ones(3, device=device)
+    drafts = torch.zeros(batch, rows - 1, dtype=torch.int64, device=device)
+    positions = torch.arange(tokens, device=device)
+    words = tables.ancestors.shape[2]
+    ancestors = torch.zeros(tokens, words, dtype=torch.int64, device=device)
+    depths = torch.zeros(tokens, dtype=torch.int32, device=device)
+    out = torch.zeros(2, batch, dtype=torch.int32, device=device)
+    layout = starts, counts + 1000, positions, ancestors, depths, *out
+
+    def walk() -> Any:
+        return tree_walk(tables, trees, starts[:-1], counts, ids, picked, starts[:-1])
+
+    def compact(walked: Any) -> None:
+        compactor.run(slots, starts[:-1], walked.paths, walked.num_sampled)
+
+    walked = walk()
+    assert walked.num_sampled.eq(4).all(), "every walk goes down to depth 3"
+    return {
+        "walk": walk,
+        "compact": partial(compact, walked),
+        "walk and compact": lambda: compact(walk()),
+        "fill": lambda: fill_tree(tables, trees, inputs, bigram, weights, drafts),
+        "place": lambda: place_tree(tables, trees, counts, *layout),
+    }
+
+
+def measure_step(
+    shape: str, batch: int, rows: int, device: torch.device, repeats: int
+) -> dict[str, Any]:
+    """Microseconds of each kernel beside the forward pass."""
+    figures = {
+        name: Spread.of(microseconds([call] * 16, device, repeats)).to_dict(2)
+        for name, call in step_calls(shape, batch, rows, device).items()
+    }
+    return {
+        "kernel": "step",
+        "shape": shape,
+        "batch": batch,
+        "rows": rows,
+        "us": figures,
+    }
+
+
+def show(cell: dict[str, Any]) -> None:
+    where = [f"{n} {cell[n]}" for n in ("batch", "context", "rows") if n in cell]
+    if cell["kernel"] == "attention":
+        tree, flash = cell["tree_us"]["median"], cell["flash_us"]["median"]
+        text = f"tree {tree:.1f} us, flash {flash:.1f} us, {cell['ratio']:.2f}x"
+    elif cell["kernel"] == "step":
+        medians = [f"{n} {us['median']:.1f}" for n, us in cell["us"].items()]
+        text = "us: " + ", ".join(medians)
+    else:
+        times = [tile["us"] for tile in cell["tiles"]]
+        text = f"us by tile: {times}"
+    print(f"{cell['kernel']} {cell['shape']} {', '.join(where)}: {text}", flush=True)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    kernels = ["attention", "step"]
+    add("--kernels", nargs="+", choices=kernels, default=kernels, help="what is timed")
+    add("--sweep", action="store_true", help="also other tiles of tree attention")
+    add("--shapes", nargs="+", choices=SHAPES, default=["7b", "8b"], help="models")
+    add("--rows", nargs="+", type=int, default=[1, 16, 32, 64, 128])
+    add("--contexts", nargs="+", type=int, default=[1024, 4096, 16384])
+    add("--batches", nargs="+", type=int, default=[1, 8, 64], help="requests")
+    add("--block-size", type=int, default=16, help="slots per block")
+    add("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of all")
+    add("--repeats", type=int, default=20, help="timings per cell")
+    add("--out", type=Path, help="write the JSON document here, too")
+    add("--dry-run", action="store_true", help="tiny sizes; also without a GPU")
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        args.shapes, args.rows, args.contexts = ["tiny"], [12], [20]
+        args.batches, args.repeats = [2], 2
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    device = choose_device(args.dry_run)
+    torch.manual_seed(0)
+    random.seed(0)
+    cells: list[dict[str, Any]] = []
+
+    def take(cell: dict[str, Any]) -> None:
+        cells.append(cell)
+        show(cell)
+
+    pairs = [(s, b, r) for s in args.shapes for b in args.batches for r in args.rows]
+    for shape, batch, rows in pairs:
+        for context in args.contexts if "attention" in args.kernels else ():
+            cell = Cell(shape, *SHAPES[shape][1:], batch, rows, context)
+            dtype = getattr(torch, args.dtype)
+            work = Attention(cell, args.block_size, dtype, device)
+            take(measure_attention(work, args.repeats))
+            if args.sweep:
+                tiles = TILES[:3] if args.dry_run else TILES
+                take(sweep_tiles(work, tiles, args.repeats))
+        if "step" in args.kernels and rows >= 8:
+            take(measure_step(shape, batch, rows, device, args.repeats))
+    card = environment_card()
+    finish(results_document("gpu_kernels", card, vars(args), cells), args.out)
+    wrong = [c for c in cells if c.get("largest_difference", 0) > TOLERANCE]
+    if wrong:
+        raise SystemExit(
+            f"{len(wrong)} of {len(cells)} cells are wrong: their largest_difference "
+            f"is above {TOLERANCE}"
+        )
+
+
+if __name__ == "__main__":
+    main()
