@@ -9,8 +9,10 @@ The last line of output is JSON: one object per compiled kernel.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,77 +21,85 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import vllm_ppd.kernels.triton.fill_tree as fill_module
-import vllm_ppd.kernels.triton.kv_compact as compact_module
-import vllm_ppd.kernels.triton.ngram as ngram_module
-import vllm_ppd.kernels.triton.place_tree as place_module
-import vllm_ppd.kernels.triton.tree_attention as attention_module
-import vllm_ppd.kernels.triton.tree_walk as walk_module
 from tests.kernels.trees import random_policy, tables_of
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
 from vllm_ppd.kernels.tree_attention import TreeBatch
+from vllm_ppd.kernels.triton import (
+    fill_tree,
+    kv_compact,
+    ngram,
+    place_tree,
+    tree_attention,
+    tree_walk,
+)
 from vllm_ppd.trees.drafting import BigramTensors
 
+MODULES = (fill_tree, kv_compact, ngram, place_tree, tree_attention, tree_walk)
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e5m2: "fp8e5",
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int16: "i16",
     torch.int8: "i8",
     torch.uint8: "u8",
 }
+LAUNCHES: list[tuple] = []  # (kernel, compute capability, named arguments, options)
 
 
-class CompileOnly:
-    """Takes a kernel's place; a launch compiles it as Triton would."""
+class Recorder:
+    """Takes a kernel's place; a launch is recorded instead of run."""
 
-    def __init__(self, kernel, capability, reports):
-        self.kernel, self.capability, self.reports = kernel, capability, reports
+    def __init__(self, kernel, capability):
+        self.kernel, self.capability = kernel, capability
 
     def __getitem__(self, grid):
         def launch(*args, num_warps=4, num_stages=3, **kwargs):
             given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
             options = {"num_warps": num_warps, "num_stages": num_stages}
-            target = GPUTarget("cuda", self.capability, 32)
-            source = ASTSource(self.kernel, *self.specialize(given))
-            compiled = triton.compile(source, target=target, options=options)
-            report = {
-                "kernel": self.kernel.__name__,
-                "capability": self.capability,
-                "shared": compiled.metadata.shared,
-                "undefined": undefined_values(compiled.asm["llir"]),
-                **registers(compiled),
-            }
-            self.reports.append(report)
+            LAUNCHES.append((self.kernel, self.capability, given, options))
 
         return launch
 
-    def specialize(self, given):
-        """Signature, constants and attributes, with Triton's rules for integers."""
-        signature, constants, attributes = {}, {}, {}
-        for index, parameter in enumerate(self.kernel.params):
-            name = parameter.name
-            value = given[name]
-            free = parameter.do_not_specialize
-            divisible = True
-            if isinstance(value, torch.Tensor):
-                signature[name] = "*" + TYPES[value.dtype]
-            elif parameter.is_constexpr or value is None or (value == 1 and not free):
-                signature[name], constants[(index,)] = "constexpr", value
-                divisible = False
-            elif isinstance(value, float):
-                signature[name], divisible = "fp32", False
-            else:
-                signature[name] = "i32" if abs(value) < 2**31 else "i64"
-                divisible = value % 16 == 0 and not free
-            if divisible:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        return signature, constants, attributes
+
+def compile_launch(index: int) -> dict:
+    """Compile a recorded launch as Triton would."""
+    kernel, capability, given, options = LAUNCHES[index]
+    source = ASTSource(kernel, *specialize(kernel, given))
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    return {
+        "kernel": kernel.__name__,
+        "capability": capability,
+        "shared": compiled.metadata.shared,
+        "undefined": undefined_values(compiled.asm["llir"]),
+        **registers(compiled),
+    }
+
+
+def specialize(kernel, given):
+    """Signature, constants and attributes, with Triton's rules for integers."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name, free = parameter.name, parameter.do_not_specialize
+        value = given[name]
+        divisible = True
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        elif parameter.is_constexpr or value is None or (value == 1 and not free):
+            signature[name], constants[(index,)] = "constexpr", value
+            divisible = False
+        elif isinstance(value, float):
+            signature[name], divisible = "fp32", False
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            divisible = value % 16 == 0 and not free
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
 
 
 def undefined_values(llir: str) -> list[str]:
@@ -105,11 +115,11 @@ def undefined_values(llir: str) -> list[str]:
 def registers(compiled) -> dict[str, int]:
     """Registers per thread, and bytes of stack, where what does not fit goes."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    cubin = Path("kernel.cubin")
-    cubin.write_bytes(compiled.asm["cubin"])
-    command = [folder / "cuobjdump", "--dump-resource-usage", cubin]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-    fields = (word.split(":") for word in found.stdout.split() if ":" in word)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(compiled.asm["cubin"])
+        command = [folder / "cuobjdump", "--dump-resource-usage", cubin.name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True)
+    fields = (word.split(":") for word in output.stdout.split() if ":" in word)
     usage = {field[0]: field[1] for field in fields}
     return {"registers": int(usage["REG"]), "stack": int(usage["STACK"])}
 
@@ -121,65 +131,54 @@ def ints(*shape, dtype=torch.int32):
 def launch_attention(dtype, cache_dtype, dim, kv_heads, group, rows, window, splits):
     cache = torch.zeros(4, kv_heads, 16, 2 * dim, dtype=cache_dtype or dtype)
     query = torch.zeros(rows, kv_heads * group, dim, dtype=dtype)
-    batch = TreeBatch(
-        ints(1, 64), ints(1), ints(1), ints(1), ints(rows, 1, dtype=torch.int64),
-        ints(rows), rows,
-    )  # fmt: skip
+    masks = ints(rows, 1, dtype=torch.int64)
+    batch = TreeBatch(ints(1, 64), ints(1), ints(1), ints(1), masks, ints(rows), rows)
     scale = torch.ones(1) if cache_dtype else None
-    attention_module.tree_attention(
+    tree_attention.tree_attention(
         query, *cache.split(dim, -1), torch.empty_like(query), batch, 0.1,
         float(window > 0), window, None, scale, scale, splits,
     )  # fmt: skip
 
 
-def launch_small_kernels(cache_dtype):
+def launch_small_kernels():
     tables = DeviceTables.on("cpu", tables_of(random_policy(), num_rows=64))
     trees, longs = ints(4), ints(128, dtype=torch.int64)
-    walk = walk_module.tree_walk(tables, trees, trees, trees, ints(128), longs, trees)
+    walk = tree_walk.tree_walk(tables, trees, trees, trees, ints(128), longs, trees)
     drafts = ints(4, 63, dtype=torch.int64)
-    inputs = DeviceDraftInputs(
-        trees, torch.zeros(4, 3, 99, dtype=torch.bfloat16),
-        ints(4, 3, 32, dtype=torch.int64), torch.zeros(4, 3, 32), trees, ints(4, 8),
-    )  # fmt: skip
-    table = BigramTensors(
-        ints(99, 16, dtype=torch.int64), torch.ones(99, 16), torch.ones(99)
+    pool = ints(4, 3, 32, dtype=torch.int64)
+    logits = torch.zeros(4, 3, 99, dtype=torch.bfloat16)
+    listed = ints(99, 16, dtype=torch.int64)
+    bigram = BigramTensors(listed, torch.ones(99, 16), torch.ones(99))
+    for dtype in (torch.bfloat16, torch.float32):
+        scores = torch.zeros(4, 3, 32, dtype=dtype)
+        inputs = DeviceDraftInputs(trees, logits, pool, scores, trees, ints(4, 8))
+        fill_tree.fill_tree(tables, trees, inputs, bigram, torch.ones(3), drafts)
+    ngram.match_ngrams(longs.view(2, 64), longs[:2], ints(2), 64)
+    masks = ints(128, 1, dtype=torch.int64)
+    place_tree.place_tree(
+        tables, trees, trees, ints(5), trees, longs, masks, ints(128), trees, trees
     )
-    for kind in (torch.bfloat16, torch.float32, torch.int64):
-        inputs = inputs._replace(scores=inputs.scores.to(kind))
-        fill_module.fill_tree(tables, trees, inputs, table, torch.ones(3), drafts)
-    ngram_module.match_ngrams(longs.view(2, 64), longs[:2], ints(2), 64)
-    place_module.place_tree(
-        tables, trees, trees, ints(5), trees, longs, ints(128, 1, dtype=torch.int64),
-        ints(128), trees, trees,
-    )  # fmt: skip
-    caches = [torch.zeros(4, 8, 16, 256).to(cache_dtype) for _ in range(2)]
-    compact = compact_module.KVCompactor(caches)
-    compact.run(longs, trees, walk.paths, walk.num_sampled)
+    caches = [torch.zeros(4, 8, 16, 256, dtype=torch.bfloat16) for _ in range(2)]
+    compactor = kv_compact.KVCompactor(caches)
+    compactor.run(longs, trees, walk.paths, walk.num_sampled)
 
 
 def main() -> None:
-    reports: list[dict] = []
-    modules = (
-        attention_module, compact_module, fill_module, ngram_module,
-        place_module, walk_module,
-    )  # fmt: skip
     kernels = {
         (module, name): kernel
-        for module in modules
+        for module in MODULES
         for name, kernel in vars(module).items()
         if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel")
     }
-    choose = attention_module._choose_shape.__wrapped__
-    attention_module._choose_shape = lambda *args: choose(
-        *args[:-1], torch.device("cuda")
-    )
+    choose, cuda = tree_attention._choose_shape.__wrapped__, torch.device("cuda")
+    tree_attention._choose_shape = lambda *args: choose(*args[:-1], cuda)
     for capability in map(int, sys.argv[1:]):
         properties = SimpleNamespace(
             multi_processor_count=132, major=capability // 10, minor=capability % 10
         )
-        torch.cuda.get_device_properties = lambda _, found=properties: found
+        torch.cuda.get_device_properties = lambda _, result=properties: result
         for (module, name), kernel in kernels.items():
-            setattr(module, name, CompileOnly(kernel, capability, reports))
+            setattr(module, name, Recorder(kernel, capability))
         # Each case is one that has been too large, or nearly so.
         launch_attention(torch.float16, None, 256, 2, 2, 64, 4096, 1)
         if capability >= 90:
@@ -188,7 +187,10 @@ def main() -> None:
             fp8 = torch.float8_e4m3fn
             launch_attention(torch.bfloat16, fp8, 128, 8, 1, 64, 0, 1)
             launch_attention(torch.float32, None, 128, 2, 2, 64, 0, 1)
-            launch_small_kernels(torch.bfloat16)
+            launch_small_kernels()
+    # Forked processes have the launches already, which cannot be pickled.
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        reports = pool.map(compile_launch, range(len(LAUNCHES)), chunksize=1)
     print(json.dumps(reports))
 
 

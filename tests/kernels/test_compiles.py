@@ -25,15 +25,15 @@ def test_kernels_compile(tmp_path):
     }
     environment.pop("TRITON_INTERPRET", None)
     program = ROOT / "tests" / "kernels" / "compile_kernels.py"
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, program, *map(str, SHARED)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 0, found.stderr[-3000:]
-    reports = json.loads(found.stdout.splitlines()[-1])
+    assert result.returncode == 0, result.stderr[-3000:]
+    reports = json.loads(result.stdout.splitlines()[-1])
     assert {report["kernel"] for report in reports} == {
         "attend_kernel",
         "join_splits_kernel",
