@@ -1,6 +1,6 @@
-"""Steps for tests of tree attention on the GPU's cache layout.
+"""Steps for tests of tree attention, in the cache layouts of GPUs and of the CPU.
 
-Every slot that nobody wrote is nan, so that reading one shows in the output.
+Every slot that was not written is nan, so that reading one shows in the output.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tests.kernels.implementations import DEVICE
+from vllm_ppd.kernels.cpu import key_view, value_view
 from vllm_ppd.kernels.tree_attention import TreeBatch
 from vllm_ppd.trees.layout import pack_mask
 
@@ -24,16 +25,24 @@ class Request:
     context: int
     rows: int
     plain: int = 0
-    chain: bool = False
+    parents: list[int] | None = None  # -1 for the root; None: a random tree
 
 
 @dataclass
 class Step:
     batch: TreeBatch
     query: torch.Tensor  # [T, H, D]
-    keys: torch.Tensor  # [num_blocks, kv_heads, block_size, D]
+    cache: torch.Tensor  # [num_blocks, kv_heads, block_size, 2 * D]
+    keys: torch.Tensor  # [num_blocks, kv_heads, block_size, D], views of the cache
     values: torch.Tensor
     tree_rows: torch.Tensor  # [T] bool
+    parents: list[list[int]]  # of every request's rows
+    slots: list[tuple[torch.Tensor, torch.Tensor]]  # [context + rows, kv_heads, D]
+
+
+def chain(context: int, rows: int) -> Request:
+    """The deepest tree: its rows differ most in what a window shows them."""
+    return Request(context, rows, parents=list(range(-1, rows - 1)))
 
 
 def prefill(tokens: int) -> Request:
@@ -53,66 +62,111 @@ def make_step(
     cache_dtype: torch.dtype | None = None,
     layout: str = "HND",
     words: int | None = None,
+    gap: int = 0,
 ) -> Step:
+    """Requests in shuffled blocks; `gap` foreign rows before each."""
+    device = "cpu" if layout == "CPU" else DEVICE
     totals = [r.context + r.rows + r.plain for r in requests]
     needed = [-(-total // block_size) for total in totals]
     blocks = sum(needed) + 2
     order = random.sample(range(blocks), blocks)
-    shape = (blocks, kv_heads, block_size, 2 * dim)
-    if layout == "NHD":
-        cache = torch.randn(blocks, block_size, kv_heads, 2 * dim).transpose(1, 2)
-    else:
-        cache = torch.randn(shape)
+    cache = torch.randn(blocks, kv_heads, block_size, 2 * dim)
     max_rows = max(max(r.rows for r in requests), 1)
     words = words or -(-max_rows // 64)
-    tokens = sum(r.rows + r.plain for r in requests) + 3  # and padding
+    tokens = sum(gap + r.rows + r.plain for r in requests) + 3  # and padding
     # No valid block behind a request's own: reading it would be a fault.
     table = torch.full((len(requests), max(needed) + 1), -1, dtype=torch.int32)
     ancestors = torch.full((tokens, words), -1)
     depths = torch.full((tokens,), 99, dtype=torch.int32)
     tree_rows = torch.zeros(tokens, dtype=torch.bool)
-    starts, token = [], 0
+    starts, token, trees, owned = [], 0, [], []
     for r, request in enumerate(requests):
-        owned = [order.pop() for _ in range(needed[r])]
-        table[r, : needed[r]] = torch.tensor(owned, dtype=torch.int32)
-        if owned:
-            cache[owned[-1], :, (totals[r] - 1) % block_size + 1 :] = math.nan
-        token += request.plain
+        owned.append([order.pop() for _ in range(needed[r])])
+        table[r, : needed[r]] = torch.tensor(owned[r], dtype=torch.int32)
+        if owned[r]:
+            cache[owned[r][-1], :, (totals[r] - 1) % block_size + 1 :] = math.nan
+        token += gap + request.plain
         starts.append(token)
         rows = slice(token, token + request.rows)
-        mask, depth = random_tree(request.rows, request.chain)
-        packed = pack_mask(mask.reshape(request.rows, request.rows))
+        parents = request.parents
+        if parents is None:
+            parents = [-1, *(random.randrange(i) for i in range(1, request.rows))]
+        trees.append(parents[: request.rows])
+        mask = np.eye(request.rows, dtype=bool)
+        for row, parent in enumerate(trees[r]):
+            if parent >= 0:
+                mask[row] |= mask[parent]
+        packed = pack_mask(mask)
         ancestors[rows] = 0
         ancestors[rows, : packed.shape[1]] = torch.from_numpy(packed)
-        depths[rows] = torch.tensor(depth, dtype=torch.int32)
+        depths[rows] = torch.from_numpy(mask.sum(1) - 1).int()
         tree_rows[rows] = True
         token += request.rows
     cache[order] = math.nan
-    cache = cache.to(DEVICE, cache_dtype or dtype)
+    cache = cache.to(device, cache_dtype or dtype)
+    keys, values = cache.split(dim, dim=-1)
+    slots = [
+        tuple(
+            part[blocks].transpose(1, 2).flatten(0, 1)[:total]
+            for part in (keys, values)
+        )
+        for blocks, total in zip(owned, totals, strict=True)
+    ]
+    if layout == "NHD":
+        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+        keys, values = cache.split(dim, dim=-1)
+    elif layout == "CPU":
+        # In a (block, head) the keys, transposed, and then the values.
+        parts = [keys.mT.flatten(2), values.flatten(2)]
+        cache = torch.cat(parts, -1).view(cache.shape)
+        keys, values = key_view(cache), value_view(cache)
 
-    def ints(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+    def ints(numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
 
     batch = TreeBatch(
-        table.to(DEVICE),
+        table.to(device),
         ints(starts),
         ints([r.rows for r in requests]),
         ints([r.context + r.plain for r in requests]),
-        ancestors.to(DEVICE),
-        depths.to(DEVICE),
+        ancestors.to(device),
+        depths.to(device),
         max_rows,
     )
-    query = torch.randn(tokens, heads, dim).to(DEVICE, dtype)
-    keys, values = cache.split(dim, dim=-1)
-    return Step(batch, query, keys, values, tree_rows.to(DEVICE))
+    query = torch.randn(tokens, heads, dim).to(device, dtype)
+    tree_rows = tree_rows.to(device)
+    return Step(batch, query, cache, keys, values, tree_rows, trees, slots)
 
 
-def random_tree(rows: int, chain: bool) -> tuple[np.ndarray, list[int]]:
-    """Which rows each row sees, [rows, rows] bool, and every row's depth."""
-    mask = np.eye(rows, dtype=bool)
-    depths = [0] * rows
-    for row in range(1, rows):
-        parent = row - 1 if chain else random.randrange(row)
-        mask[row] |= mask[parent]
-        depths[row] = depths[parent] + 1
-    return mask, depths
+def oracle(
+    step: Step, scale: float, softcap: float = 0.0, window: int = 0
+) -> dict[int, torch.Tensor]:
+    """Row by row, head by head, in float64 from the trees' parents: {token: [H, D]}."""
+    expected = {}
+    batch = step.batch
+    for parents, slots, start, context in zip(
+        step.parents,
+        step.slots,
+        batch.starts.tolist(),
+        batch.context_lens.tolist(),
+        strict=True,
+    ):
+        keys, values = (part.double().numpy() for part in slots)
+
+        def path(row: int, parents: list[int] = parents) -> list[int]:
+            return [*path(parents[row]), row] if row >= 0 else []
+
+        for i in range(len(parents)):
+            first = context + len(path(i)) - window if window > 0 else 0
+            seen = list(range(max(first, 0), context))
+            seen += [context + j for j in path(i) if context + len(path(j)) > first]
+            rows = []
+            for h, q in enumerate(step.query[start + i].double().numpy()):
+                kv_head = h * keys.shape[1] // step.query.shape[1]
+                scores = keys[seen, kv_head] @ q * scale
+                if softcap:
+                    scores = softcap * np.tanh(scores / softcap)
+                weights = np.exp(scores - scores.max())
+                rows.append(weights @ values[seen, kv_head] / weights.sum())
+            expected[start + i] = torch.from_numpy(np.stack(rows))
+    return expected

@@ -1,4 +1,4 @@
-"""Conditioned inputs on the device, against the pure core's."""
+"""Draft tokens of trees: literal examples, and every kernel against the core."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ import torch
 
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
 from tests.kernels.trees import random_drafting
+from vllm_ppd.kernels.cpu import CpuTreeFiller, load_library
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.fill_tree import DeviceDraftInputs, fill_tree_reference
-from vllm_ppd.trees.drafting import POOL, BigramTensors, fill_trees
+from vllm_ppd.trees.bigram import BigramTable
+from vllm_ppd.trees.drafting import (
+    POOL,
+    BigramTensors,
+    DraftInputs,
+    fill_trees,
+    rank_children,
+)
+from vllm_ppd.trees.layout import TreeTables
+from vllm_ppd.trees.menu import MenuEntry, TreeMenu
+from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
 UNTOUCHED = -7
+# root -> a, b; a -> c; no prompt rows.
+SMALL = SparseTree((0, 0, 1), (0, 1, 0), (0, 0, 0, 0))
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -24,74 +37,132 @@ def fill(request):
     return fill_tree
 
 
+# ---- the core ---------------------------------------------------------------------
+
+
+def test_children_follow_the_prompt_row_and_the_parent():
+    # 6 tokens: after 0 comes 3 or 4, after 3 comes 5; others list 0 and 1.
+    ids = np.tile(np.array([0, 1]), (6, 1))
+    gains = np.full((6, 2), -1.0)
+    ids[0], gains[0] = (3, 4), (3.0, 1.0)
+    ids[3], gains[3] = (5, 2), (4.0, 0.5)
+    table = BigramTable(ids, gains, np.full(6, -1.0), (1.0,), np.full(6, 1 / 6))
+    bigram = BigramTensors.of(table)
+    logits = torch.tensor([[0.0, 2.5, 0.0, 1.0, 0.5, -1.0]])
+    plain = rank_children(logits, torch.tensor([0]), None, 1.0, 2)
+    assert plain.tolist() == [[1, 3]]
+    # 1.0 + 3.0 for token 3 beats 2.5 - 1.0 for token 1 and 0.5 + 1.0 for token 4.
+    given = rank_children(logits, torch.tensor([0]), bigram, 1.0, 3)
+    assert given.tolist()[0][0] == 3
+    assert sorted(given.tolist()[0][1:]) == [1, 4]
+    alone = rank_children(None, torch.tensor([3]), bigram, 0.0, 3)
+    assert alone.tolist() == [[5, 2, -1]]
+
+
+def test_the_ngram_comes_first_and_only_once():
+    policy = TreePolicy((SMALL, SMALL))
+    tables = TreeTables(TreeMenu((MenuEntry((policy, policy)),)), 100)
+    inputs = DraftInputs(
+        num_prompted=np.array([1, 1]),
+        logits=torch.tensor([[0.0, 2.5, 0.0, 1.0, 0.5, -1.0]] * 2),
+        roots=np.array([2, 2]),
+        ngrams=np.array([[1, 4], [1, 4]]),
+    )
+    # Trees 1 + 1 (class 0, num_prompted 1) and 1 + 2 + 1 (class 1, num_prompted 1).
+    ids = fill_trees(tables, np.array([2, 4]), inputs, None, np.ones(1))
+    # Without an n-gram draft: the row's best two; below a no token is listed.
+    assert ids[0].tolist() == [1, 3, 0]
+    # With it: 1 from the n-gram, 3 the best of the rest, and 4 follows 1 in the n-gram.
+    assert ids[1].tolist() == [1, 3, 4]
+
+
+def test_siblings_differ():
+    """A second child with its sibling's token could never be accepted."""
+    for seed in range(20):
+        tables, table, trees, inputs = random_drafting(seed)
+        bigram, weights = BigramTensors.of(table), np.array(table.weights)
+        ids = fill_trees(tables, trees, inputs, bigram, weights)
+        for tree, row, count in zip(trees, ids, inputs.num_prompted, strict=True):
+            tokens = np.append(0, row)
+            pairs = [
+                (int(tables.parents[tree, node]), int(tokens[node]))
+                for node in range(1, tables.num_nodes[tree])
+                if tables.node_depths[tree, node] <= count
+            ]
+            assert len(set(pairs)) == len(pairs)
+
+
+# ---- the kernels ------------------------------------------------------------------
+
+
+@pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("with_table", [True, False])
+def test_compiled_against_the_core(with_table):
+    for seed in range(40):
+        tables, table, trees, inputs = random_drafting(seed, with_table)
+        weights = table.weights if table else (1.0, 1.0, 1.0)
+        ids = CpuTreeFiller(tables, table, weights).run(trees, inputs)
+        bigram = BigramTensors.of(table) if table else None
+        expected = fill_trees(tables, trees, inputs, bigram, np.array(weights))
+        np.testing.assert_array_equal(ids, expected)
+
+
 def on_device(inputs, num_prompts, pool):
     """The core's inputs, a row for every prompt token; absent ones are nan."""
     batch, vocabulary = len(inputs.num_prompted), inputs.logits.shape[1]
+    num_prompted = torch.from_numpy(inputs.num_prompted)
     # vLLM pads vocabularies: rows may be cut out of longer ones.
-    logits = torch.full((batch, num_prompts, vocabulary + 3), torch.nan)
+    logits = torch.full((batch, num_prompts, vocabulary + 3), torch.nan, device=DEVICE)
     logits = logits[..., :vocabulary]
-    logits[
-        torch.arange(num_prompts) < torch.from_numpy(inputs.num_prompted)[:, None]
-    ] = inputs.logits
+    present = torch.arange(num_prompts) < num_prompted[:, None]
+    logits[present.to(DEVICE)] = inputs.logits.to(DEVICE)
     top = logits.topk(pool)
     ids = torch.where(top.values.isnan(), 12345, top.indices)
-    return DeviceDraftInputs(
-        *(
-            tensor.to(DEVICE)
-            for tensor in (
-                torch.from_numpy(inputs.num_prompted).int(),
-                logits,
-                ids,
-                top.values,
-                torch.from_numpy(inputs.roots).int(),
-                torch.from_numpy(inputs.ngrams).int(),
-            )
-        )
+    num_prompted, roots, ngrams = (
+        torch.as_tensor(array).int().to(DEVICE)
+        for array in (num_prompted, inputs.roots, inputs.ngrams)
     )
+    return DeviceDraftInputs(num_prompted, logits, ids, top.values, roots, ngrams)
 
 
 @pytest.mark.parametrize("with_table", [True, False])
 def test_against_the_core(fill, with_table):
     for seed in range(3):
-        pure, table, trees, inputs = random_drafting(seed, with_table)
+        tables, table, trees, inputs = random_drafting(seed, with_table)
         weights = np.array(table.weights if table else (1.0, 1.0, 1.0))
         host = BigramTensors.of(table) if table else None
-        want = fill_trees(pure, trees, inputs, host, weights)
-
-        tables = DeviceTables.on(DEVICE, pure)
-        drafts = torch.full(
-            (len(trees), want.shape[1] + 2), UNTOUCHED, dtype=torch.int64, device=DEVICE
-        )
+        want = fill_trees(tables, trees, inputs, host, weights)
+        shape = (len(trees), want.shape[1] + 2)
+        drafts = torch.full(shape, UNTOUCHED, dtype=torch.int64, device=DEVICE)
         fill(
-            tables,
+            DeviceTables.on(DEVICE, tables),
             torch.from_numpy(trees).int().to(DEVICE),
-            on_device(inputs, 3, max(POOL, pure.max_children + 1)),
+            on_device(inputs, 3, max(POOL, tables.max_children + 1)),
             BigramTensors.of(table, DEVICE) if table else None,
             torch.from_numpy(weights).float().to(DEVICE),
             drafts,
             5,
         )
         for got, expected, tree in zip(drafts.tolist(), want, trees, strict=True):
-            end = pure.num_rows[tree] - 1
+            end = tables.num_rows[tree] - 1
             assert got[:end] == expected[:end].tolist(), (seed, tree)
             assert set(got[end:]) == {5}
 
 
 def test_without_ngrams_and_cut_short(fill):
-    pure, table, trees, inputs = random_drafting(3)
-    weights = torch.tensor(table.weights)
-    on = on_device(inputs, 3, POOL)
-    tables = DeviceTables.on(DEVICE, pure)
+    tables, table, trees, inputs = random_drafting(3)
+    device_inputs = on_device(inputs, 3, POOL)
+    ngrams = device_inputs.ngrams
     results = []
-    for ngrams in (on.ngrams[:, :0], torch.full_like(on.ngrams, -1)):
+    for absent in (ngrams[:, :0], torch.full_like(ngrams, -1)):
         for width in (4, 12):
             drafts = torch.zeros(len(trees), width, dtype=torch.int32, device=DEVICE)
             fill(
-                tables,
+                DeviceTables.on(DEVICE, tables),
                 torch.from_numpy(trees).int().to(DEVICE),
-                on._replace(ngrams=ngrams),
+                device_inputs._replace(ngrams=absent),
                 BigramTensors.of(table, DEVICE),
-                weights.to(DEVICE),
+                torch.tensor(table.weights, device=DEVICE),
                 drafts,
             )
             results.append(drafts[:, :4].tolist())

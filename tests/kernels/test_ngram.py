@@ -1,4 +1,4 @@
-"""Earlier matches on the device, against the pure core's."""
+"""N-gram matches of the torch reference, Triton and C++, against the core's."""
 
 from __future__ import annotations
 
@@ -7,33 +7,48 @@ import pytest
 import torch
 
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
+from vllm_ppd.kernels.cpu import load_library, match_ngrams_cpu
 from vllm_ppd.kernels.ngram import match_ngrams_reference
 from vllm_ppd.trees.ngram import match_ngrams
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def match(request):
-    if request.param == "reference":
-        return match_ngrams_reference
-    from vllm_ppd.kernels.triton.ngram import match_ngrams
+def compiled(token_ids, ends, slots, context):
+    token_ids, ends = token_ids.astype(np.int32)[slots], ends.astype(np.int32)[slots]
+    return match_ngrams_cpu(token_ids, ends, context)
 
-    return match_ngrams
+
+@pytest.fixture(params=[*IMPLEMENTATIONS, "compiled"])
+def match(request):
+    """Called as match(token_ids, ends, slots, context), with numpy arrays."""
+    if request.param == "compiled":
+        if load_library() is None:
+            pytest.skip("no C++ compiler")
+        return compiled
+    if request.param == "reference":
+        kernel = match_ngrams_reference
+    else:
+        from vllm_ppd.kernels.triton.ngram import match_ngrams as kernel
+
+    def run(token_ids, ends, slots, context):
+        return kernel(
+            torch.from_numpy(token_ids).int().to(DEVICE),
+            torch.tensor(slots, device=DEVICE),
+            torch.from_numpy(ends).int().to(DEVICE),
+            context,
+        )
+
+    return run
 
 
 def check(match, token_ids: np.ndarray, ends: np.ndarray, slots, context: int) -> list:
     want = match_ngrams(token_ids[slots], ends[slots], context)
-    got = match(
-        torch.from_numpy(token_ids).int().to(DEVICE),
-        torch.tensor(slots, device=DEVICE),
-        torch.from_numpy(ends).int().to(DEVICE),
-        context,
-    )
+    got = match(token_ids, ends, slots, context)
     assert got[0].tolist() == want[0].tolist()
     assert got[1].tolist() == want[1].tolist()
     return got[0].tolist()
 
 
-def test_matches_that_can_be_seen(match):
+def test_matches_by_hand(match):
     token_ids = np.array(
         [
             [1, 2, 3, 4, 5, 9, 1, 2, 3, 0],  # 1 2 3 came before
@@ -50,16 +65,17 @@ def test_matches_that_can_be_seen(match):
 
 
 def test_slots_in_any_order_and_a_window_that_is_short(match):
-    generator = np.random.default_rng(0)
-    token_ids = generator.integers(0, 3, (6, 40))
-    ends = generator.integers(1, 41, 6)
-    for context in (4096, 40, 17, 8, 2, 1):
-        check(match, token_ids, ends, [4, 0, 5, 2], context)
+    rng = np.random.default_rng(0)
+    for context in (4096, 40, 17, 8, 6, 2, 1):
+        for vocabulary in (2, 3, 5) * (8 if match is compiled else 1):
+            token_ids = rng.integers(0, vocabulary, (12, 40))
+            ends = rng.integers(1, 41, 12)
+            check(match, token_ids, ends, rng.permutation(12)[:9], context)
 
 
 def test_long_contexts(match):
-    generator = np.random.default_rng(1)
-    token_ids = generator.integers(0, 9, (4, 5000))
+    rng = np.random.default_rng(1)
+    token_ids = rng.integers(0, 9, (4, 5000))
     ends = np.array([5000, 4097, 2049, 1024])
     token_ids[0, 4990:5000] = token_ids[0, 950:960]
     classes = check(match, token_ids, ends, [0, 1, 2, 3], 4096)

@@ -1,4 +1,4 @@
-"""Laying out trees on the device: a mixed batch by hand, and the pure core's rows."""
+"""Laying out trees on the device: a mixed batch by hand, and the core's rows."""
 
 from __future__ import annotations
 
@@ -74,23 +74,23 @@ def test_a_mixed_batch_by_hand(place):
 def test_against_the_pure_layout(place, num_rows):
     random.seed(str(num_rows))
     rng = np.random.default_rng(num_rows or 0)
-    pure = tables_of(random_policy(3, 20), num_rows)
-    tables = DeviceTables.on(DEVICE, pure)
-    states = rng.integers(0, 4, 11)
-    rows = random_rows(pure, states)
+    core = tables_of(random_policy(3, 20), num_rows)
+    tables = DeviceTables.on(DEVICE, core)
+    trees = rng.integers(0, 4, 11)
+    rows = random_rows(core, trees)
     before = rng.integers(0, 5, 11)  # rows of the request ahead of its tree
     contexts = rng.integers(0, 1000, 11)
     ends = np.cumsum(rows + before)
-    step = TreeStep(pure, states, ends - rows, rows)
+    step = TreeStep(core, trees, ends - rows, rows)
     step.tree_requests = np.arange(11)  # trees of one row too
 
-    got = run(place, tables, states, rows, [0, *ends], contexts)
+    got = run(place, tables, trees, rows, [0, *ends], contexts)
     where, trees, inner = step.tree_rows()
-    depths = pure.depths[trees, inner]
+    depths = core.depths[trees, inner]
     assert got.starts.tolist() == step.starts.tolist()
     assert got.context_lens.tolist() == (contexts + before).tolist()
     assert got.depths[where].tolist() == depths.tolist()
-    assert got.ancestors[where].tolist() == pure.ancestors[trees, inner].tolist()
+    assert got.ancestors[where].tolist() == core.ancestors[trees, inner].tolist()
     roots = np.repeat(contexts + before, rows)
     assert got.positions[where].tolist() == (roots + depths).tolist()
     others = np.setdiff1d(np.arange(len(got.depths)), where)
@@ -99,9 +99,9 @@ def test_against_the_pure_layout(place, num_rows):
 
 
 def test_placing_twice_changes_nothing(place):
-    pure = tables_of(random_policy(2, 9))
-    tables = DeviceTables.on(DEVICE, pure)
-    rows = int(pure.num_rows[2])
+    core = tables_of(random_policy(2, 9))
+    tables = DeviceTables.on(DEVICE, core)
+    rows = int(core.num_rows[2])
     once = run(place, tables, [2], [rows], [0, rows], [7])
 
     def twice(*args, **out):

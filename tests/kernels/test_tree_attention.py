@@ -8,7 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.attention_cases import PADDED, Request, make_step, prefill
+from tests.kernels.attention_cases import (
+    PADDED,
+    Request,
+    chain,
+    make_step,
+    prefill,
+)
 from tests.kernels.implementations import DEVICE, needs_triton
 from vllm_ppd.kernels.tree_attention import tree_attention_reference
 
@@ -99,8 +105,7 @@ def test_window_and_soft_cap(window, softcap):
         Request(0, 20),
         Request(3, 70),
         Request(280, 6),
-        # A chain is the deepest tree: its rows differ most in what the window shows.
-        Request(100, 30, chain=True),
+        chain(100, 30),
     ]
     check(make_step(requests, 2, 1, 32, 16), 2, softcap, window)
 

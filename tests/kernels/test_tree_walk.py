@@ -1,4 +1,4 @@
-"""Tree walk on the device: a literal walk, and the pure core's walk as the oracle."""
+"""Tree walks of the torch reference, Triton and C++: by hand, and the core's."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import pytest
 import torch
 
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
-from tests.kernels.trees import FIRST_SOFT_ID, random_policy, random_rows, tables_of
+from tests.kernels.trees import (
+    FIRST_SOFT_ID,
+    random_drafting,
+    random_policy,
+    random_rows,
+    tables_of,
+)
+from vllm_ppd.kernels.cpu import load_library, walk_greedy_cpu
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.tree_walk import tree_walk_reference
 from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
-from vllm_ppd.trees.verify import TreeWalk
+from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -52,7 +59,7 @@ def test_a_walk_by_hand(walk):
     #     another  a whole tree, then two fillers                   a cut one
     ids = [5, 5, *(4, 7, 8, 9, soft, soft, soft + 1, soft, 0, 0), *(4, 7, 8)]
     picked = [0] * len(ids)
-    picked[1] = 3  # the other request has no inputs
+    picked[1] = 3  # the other request has no drafts
     picked[2], picked[4], picked[5] = 8, 9, 6  # down to node 3
     picked[12], picked[14] = 8, 9  # node 2; its child was cut off
     got = run(
@@ -69,17 +76,17 @@ def test_a_walk_by_hand(walk):
 
 @pytest.mark.parametrize("ept", [1, 2])
 @pytest.mark.parametrize("batch", [1, 13])
-def test_against_the_pure_walk(walk, batch, ept):
+def test_against_the_core(walk, batch, ept):
     for seed in range(3):
         random.seed(f"{seed} {batch} {ept}")
         rng = np.random.default_rng([seed, batch, ept])
-        pure = tables_of(random_policy(3, 12, ept), num_rows=100)
-        tables = DeviceTables.on(DEVICE, pure)
-        states = rng.integers(0, len(pure.num_nodes), batch)
-        num_rows = random_rows(pure, states)
+        core = tables_of(random_policy(3, 12, ept), num_rows=100)
+        tables = DeviceTables.on(DEVICE, core)
+        trees = rng.integers(0, len(core.num_nodes), batch)
+        num_rows = random_rows(core, trees)
         gaps = rng.integers(0, 4, batch)
         starts = np.cumsum(num_rows + gaps) - num_rows
-        step = TreeStep(pure, states, starts, num_rows)
+        step = TreeStep(core, trees, starts, num_rows)
         # Few distinct tokens, so that walks go on.
         ids = rng.integers(0, 3, starts[-1] + num_rows[-1])
         picked = rng.integers(0, 3, step.num_nodes.sum())
@@ -87,16 +94,16 @@ def test_against_the_pure_walk(walk, batch, ept):
         expected.run_greedy(picked)
         rows, counts = step.prompt_rows(expected.nodes)
 
-        got = run(walk, tables, states, starts, num_rows, ids, picked, step.first_nodes)
+        got = run(walk, tables, trees, starts, num_rows, ids, picked, step.first_nodes)
         assert got.tokens.tolist() == expected.tokens_out.tolist()
         assert got.num_sampled.tolist() == expected.lengths.tolist()
         assert got.end_nodes.tolist() == expected.nodes.tolist()
         assert got.paths.tolist() == expected.paths.tolist()
         assert got.num_prompted.tolist() == counts.tolist()
-        there = np.arange(got.prompt_rows.shape[1]) < (counts * ept)[:, None]
-        assert got.prompt_rows[there].tolist() == rows.tolist()
-        roots = np.broadcast_to(starts[:, None], there.shape)
-        assert (got.prompt_rows == roots)[~there].all()
+        present = np.arange(got.prompt_rows.shape[1]) < (counts * ept)[:, None]
+        assert got.prompt_rows[present].tolist() == rows.tolist()
+        roots = np.broadcast_to(starts[:, None], present.shape)
+        assert (got.prompt_rows == roots)[~present].all()
 
 
 def test_padded_requests_only(walk):
@@ -105,3 +112,26 @@ def test_padded_requests_only(walk):
     assert (got.tokens == -1).all()
     for name in ("num_sampled", "end_nodes", "paths", "num_prompted", "prompt_rows"):
         assert (getattr(got, name) == 0).all(), name
+
+
+@pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
+def test_compiled_against_the_core():
+    rng = np.random.default_rng(0)
+    num_moves = 0
+    for seed in range(60):
+        tables, _, trees, _ = random_drafting(seed)
+        # Trees may be cut anywhere, and lie anywhere among the step's rows.
+        rows = np.array([rng.integers(1, tables.num_rows[t] + 1) for t in trees])
+        starts = np.cumsum(rows + rng.integers(0, 5, len(rows))) - rows
+        step = TreeStep(tables, trees, starts, rows)
+        tokens = rng.integers(0, 3, len(step.node_rows)).astype(np.int32)
+        picked = rng.integers(0, 3, len(step.node_rows))
+        expected = TreeWalk(step, tokens)
+        expected.run_greedy(picked)
+        got, *moves = walk_greedy_cpu(step, tokens, picked)
+        for name in ("tokens_out", "paths", "lengths", "nodes"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+        for array, other in zip(moves, kv_moves(step, expected), strict=True):
+            np.testing.assert_array_equal(array, other)
+        num_moves += len(moves[0])
+    assert num_moves > 10
