@@ -36,7 +36,8 @@ from results import Spread, environment_card, finish, results_document
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
 from vllm_ppd.kernels.tree_attention import TreeBatch, tree_attention_reference
-from vllm_ppd.trees.drafting import POOL, BigramTensors
+from vllm_ppd.trees.bigram import BigramTensors
+from vllm_ppd.trees.drafting import POOL
 from vllm_ppd.trees.layout import TreeTables, pack_mask
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 

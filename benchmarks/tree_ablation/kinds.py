@@ -11,21 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
-
-from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.baseline_policies import baseline_trees
+
+from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.policy_iteration import best_policy, policy_value
 from vllm_ppd.trees.menu import Tier, TreePlan
-from vllm_ppd.trees.plain_tree import PlainTree
 from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
 __all__ = ["KINDS", "Kind", "Value", "Variant", "plan_of", "trees_of", "value_of"]
 
 Kind = Literal["chain", "full", "random", "paper", "ours"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-Trees = tuple[tuple[PlainTree, ...], ...]
+Trees = tuple[tuple[SparseTree, ...], ...]
 
 _CONSTANT = LatencyCurve.constant()
 

@@ -33,7 +33,7 @@ from vllm_ppd.kernels.triton import (
     tree_attention,
     tree_walk,
 )
-from vllm_ppd.trees.drafting import BigramTensors
+from vllm_ppd.trees.bigram import BigramTensors
 
 MODULES = (fill_tree, kv_compact, ngram, place_tree, tree_attention, tree_walk)
 TYPES = {

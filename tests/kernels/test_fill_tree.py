@@ -11,14 +11,8 @@ from tests.kernels.trees import random_drafting
 from vllm_ppd.kernels.cpu import CpuTreeFiller, load_library
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.fill_tree import DeviceDraftInputs, fill_tree_reference
-from vllm_ppd.trees.bigram import BigramTable
-from vllm_ppd.trees.drafting import (
-    POOL,
-    BigramTensors,
-    DraftInputs,
-    fill_trees,
-    rank_children,
-)
+from vllm_ppd.trees.bigram import BigramTable, BigramTensors
+from vllm_ppd.trees.drafting import POOL, DraftInputs, fill_trees, rank_children
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 from vllm_ppd.trees.tree import SparseTree, TreePolicy

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from vllm_ppd.kernels.cpu import CpuBigramLearner
-from vllm_ppd.trees.bigram import SMOOTHING, BigramCounts, BigramTable
-from vllm_ppd.trees.bigram_learning import (
-    LISTED,
-    MOST,
+from vllm_ppd.trees.bigram import (
+    OBSERVED,
+    ROW_MEMORY,
+    SMOOTHING,
+    BigramCounts,
+    BigramTable,
     OnlineBigram,
     learn_bigrams,
 )
@@ -62,7 +64,7 @@ class Book:
             done.add(token)
             self.totals[token] += 1
             row = self.counts[token]
-            for new in np.argsort(-chance)[:LISTED].tolist():
+            for new in np.argsort(-chance)[:OBSERVED].tolist():
                 row[new] = row.get(new, 0.0) + chance[new]
             best = sorted(row, key=lambda c: -row[c])[:SIZE]
             self.counts[token] = {c: row[c] for c in best}
@@ -131,12 +133,12 @@ def test_it_goes_on_from_a_calibrated_table(learn):
 
 def test_old_observations_fade(learn):
     live = empty()
-    live.totals[0] = live.counts[0, 3] = MOST
+    live.totals[0] = live.counts[0, 3] = ROW_MEMORY
     row = torch.zeros(1, VOCABULARY)
     row[0, 4] = 20.0
-    for _ in range(int(0.6 * MOST)):
+    for _ in range(int(0.6 * ROW_MEMORY)):
         learn(live, np.array([0]), row)
-    assert float(live.totals[0]) <= MOST
+    assert float(live.totals[0]) <= ROW_MEMORY
     assert live.table.ids[0, :2].tolist() == [4, 3]
 
 

@@ -18,7 +18,6 @@ from vllm_ppd.train.continuation import continue_prompts, end_tokens  # noqa: E4
 from vllm_ppd.train.data import TokenStream  # noqa: E402
 from vllm_ppd.train.documents import DataError  # noqa: E402
 from vllm_ppd.train.model import FrozenModel  # noqa: E402
-from vllm_ppd.trees.drafting import fill_drafts  # noqa: E402
 from vllm_ppd.trees.layout import TreeTables  # noqa: E402
 from vllm_ppd.trees.tree import SparseTree, TreePolicy  # noqa: E402
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from vllm_ppd.search.acceptance_table import AcceptanceStats
 
 from vllm_ppd.adaptive.chain_replay import replay_chains
 from vllm_ppd.adaptive.learning import EvidenceLearner
 from vllm_ppd.search.acceptance import AcceptanceModel
-from vllm_ppd.search.acceptance_table import AcceptanceStats
-from vllm_ppd.trees.ngram import MAX_NGRAM_DRAFTS, match_chain
+from vllm_ppd.trees.ngram import MAX_NGRAM_DRAFTS, match_ngram
 
 
 def text(length: int, seed: int = 0) -> np.ndarray:
@@ -27,14 +27,14 @@ def text(length: int, seed: int = 0) -> np.ndarray:
 def steps_of(tokens: np.ndarray, start: int, count: int) -> list[tuple[int, ...]]:
     """One step after the other, in the plainest way."""
     found, at = [], start
-    match_class, chain = match_chain(tokens[:at])
+    match_class, chain = match_ngram(tokens[:at])
     while len(found) < count and at + MAX_NGRAM_DRAFTS < len(tokens):
         right = 0
         while right < len(chain) and chain[right] == tokens[at + right]:
             right += 1
         at += right + 1
         before, length = match_class, len(chain)
-        match_class, chain = match_chain(tokens[:at])
+        match_class, chain = match_ngram(tokens[:at])
         found.append((before, right, length, match_class))
     return found
 

@@ -17,10 +17,13 @@ from vllm_ppd.calibrate.step_points import StepPoints, accepted_guesses, walk_st
 from vllm_ppd.search.latency import LatencyCurve  # noqa: E402
 from vllm_ppd.search.policy_iteration import best_policy  # noqa: E402
 from vllm_ppd.train.continuation import Continuation  # noqa: E402
-from vllm_ppd.trees.bigram import BigramTable  # noqa: E402
-from vllm_ppd.trees.drafting import BigramTensors, rank_children  # noqa: E402
-from vllm_ppd.trees.ngram import match_chain  # noqa: E402
-from vllm_ppd.trees.plain_tree import PlainTree  # noqa: E402
+from vllm_ppd.trees.bigram import (
+    BigramTable,  # noqa: E402
+    BigramTensors,  # noqa: E402
+)
+from vllm_ppd.trees.drafting import rank_children  # noqa: E402
+from vllm_ppd.trees.ngram import match_ngram  # noqa: E402
+from vllm_ppd.trees.tree import SparseTree  # noqa: E402
 
 VOCABULARY, M, K, LENGTH = 12, 2, 5, 40
 
@@ -71,7 +74,7 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
     matched = 0
     for index, (s, p) in enumerate(places):
         root, end = p + 1, (LENGTH, 30)[s]
-        match_class, chain = match_chain(tokens[s, : root + 1])
+        match_class, chain = match_ngram(tokens[s, : root + 1])
         future = tokens[s, root + 1 : end]
         same = [a == b for a, b in zip(chain, future, strict=False)]
         right = same.index(False) if False in same else len(same)
@@ -109,7 +112,7 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
         assert points.beside_alone[index] == beside
         then = texts.after(points.text[[index]], points.root[[index]], np.array([3]))
         next_root = root + 3 if root + 3 < end - M else 0
-        assert then == match_chain(tokens[s, : next_root + 1])[0]
+        assert then == match_ngram(tokens[s, : next_root + 1])[0]
     assert matched > 5
 
 
@@ -143,9 +146,11 @@ def some_points(rng, runs=((0, 5, 30), (1, 1, 12), (1, 20, 1), (2, 1, 25))):
 # By match class; state by state a little larger.
 TREES = tuple(
     tuple(
-        PlainTree((0, 0, 1, 3, 2), (0, 1, 0, 0, 1)[:5], (1, state, 2, 0, 1, 0))
+        SparseTree((0, 0, 1, 3, 2), (0, 1, 0, 0, 1)[:5], (1, state, 2, 0, 1, 0))
         if match_class
-        else PlainTree((0, 1)[: state + 1], (1, 0)[: state + 1], (0, 1, 2)[: state + 2])
+        else SparseTree(
+            (0, 1)[: state + 1], (1, 0)[: state + 1], (0, 1, 2)[: state + 2]
+        )
         for state in range(M + 1)
     )
     for match_class in range(3)

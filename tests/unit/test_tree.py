@@ -1,8 +1,9 @@
-import json
+"""Trees and policies: rows, masks, prefixes, order, and what is refused."""
 
 import numpy as np
 import pytest
 
+from vllm_ppd.files import FormatError
 from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy, chain_tree
 
 # root -> a, b; a -> c.  Prompt tokens: 2 on the root, 1 on a, 0 on b, 1 on c.
@@ -90,7 +91,6 @@ def test_every_prefix_is_the_tree_it_claims_to_be(num_ept):
         (((0,), (0,), (1,)), "2 prompt counts"),
         (((0,), (-1,), (1, 1)), "not be negative"),
         (((), (), (3,), 0), "num_ept is 0"),
-        (((), (), (129,)), "at most 129"),
     ],
 )
 def test_bad_trees_are_refused(fields, message):
@@ -98,49 +98,69 @@ def test_bad_trees_are_refused(fields, message):
         SparseTree(*fields)
 
 
+def test_the_ngram_path_is_the_rank_0_chain():
+    tree = SparseTree((0, 0, 1, 1, 2), (1, 0, 0, 1, 0), (0,) * 6)
+    assert tree.ngram_path == (True, False, True, False, False, True)
+
+
+def test_serving_order():
+    """The chain of likeliest children first, then by falling probability."""
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        tree = random_tree(rng)
+        reached = np.ones(tree.num_nodes)
+        for node, parent in enumerate(tree.parents, start=1):
+            reached[node] = reached[parent] * rng.choice([0.2, 0.5, 1.0])
+        tree = SparseTree(tree.parents, tree.ranks, tuple(range(tree.num_nodes)))
+        served = tree.in_serving_order(reached)
+        # The prompt counts tell which node went where.
+        new = reached[list(served.prompts)]
+        old = (-1, *tree.parents)
+        for node, parent in enumerate(served.parents, start=1):
+            assert old[served.prompts[node]] == served.prompts[parent]
+            assert served.ranks[node - 1] == tree.ranks[served.prompts[node] - 1]
+        chain = 0
+        while chain in served.parents:
+            children = [c for c, p in enumerate(served.parents, 1) if p == chain]
+            assert chain + 1 in children
+            assert new[chain + 1] == max(new[children])
+            chain += 1
+        assert (np.diff(new[chain + 1 :]) <= 0).all()
+
+
 def policy() -> TreePolicy:
     return TreePolicy((chain_tree(0, (2,)), chain_tree(1, (2, 1)), SMALL))
 
 
-def test_policy_round_trip(tmp_path):
-    policy().save(tmp_path / "trees.json")
-    assert TreePolicy.load(tmp_path / "trees.json") == policy()
-    assert [p.name for p in tmp_path.iterdir()] == ["trees.json"]
+def test_policy_round_trip():
+    assert TreePolicy.from_dict(policy().to_dict()) == policy()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version 2 is not supported"),
-        ({"format": "x"}, "expected 'ppd_tree_policy'"),
+        ({"format_version": 2}, "format_version is 2; this release reads version 1"),
+        ({"format": "x"}, "expected an object with format 'ppd_tree_policy'"),
         ({"shape": 1}, "unknown key 'shape'"),
         ({"trees": {}}, "'trees' must be a list"),
         ({"trees": [{"parents": [], "ranks": []}] * 2}, "key 'prompts' is missing"),
-        ({"trees": [3, 4]}, "must be a JSON object, not int"),
+        ({"trees": [{"parent": []}] * 2}, "tree 0: .*did you mean 'parents'"),
+        ({"trees": [3, 4]}, "must be an object, not int"),
         ({"num_ept": 0}, "num_ept is 0"),
+        ({"num_ept": "one"}, "not supported between"),
     ],
 )
-def test_bad_policy_files_are_refused(tmp_path, change, message):
-    path = tmp_path / "trees.json"
-    path.write_text(json.dumps({**policy().to_dict(), **change}))
-    with pytest.raises(TreeError, match=message) as error:
-        TreePolicy.load(path)
-    assert str(path) in str(error.value)
+def test_bad_policies_are_refused(change, message):
+    with pytest.raises((TreeError, FormatError), match=message):
+        TreePolicy.from_dict({**policy().to_dict(), **change})
 
 
-def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(TreeError, match="cannot read"):
-        TreePolicy.load(tmp_path / "none.json")
-    (tmp_path / "half.json").write_text('{"format": "ppd')
-    with pytest.raises(TreeError, match="not JSON"):
-        TreePolicy.load(tmp_path / "half.json")
-
-
-def test_policies_that_cannot_be_filled_are_refused():
-    with pytest.raises(TreeError, match="2 deep, but only 1"):
-        deep = TreePolicy((chain_tree(0, (1,)), chain_tree(2, (1, 1, 1))))
-        deep.require_prompted()
+def test_policies_that_cannot_be_served():
     with pytest.raises(TreeError, match="puts 2 prompt tokens"):
         TreePolicy((chain_tree(0, (2,)), chain_tree(1, (1, 1))))
     with pytest.raises(TreeError, match="same num_ept"):
         TreePolicy((chain_tree(0, (1,), 2), chain_tree(1, (1, 1))))
+    with pytest.raises(TreeError, match="num_prompted 1 has 130 rows; at most 129"):
+        TreePolicy((chain_tree(0, (1,)), chain_tree(129, (0,) * 130)))
+    with pytest.raises(TreeError, match="num_prompted 0 and one for 1"):
+        TreePolicy((chain_tree(0, (0,)),))

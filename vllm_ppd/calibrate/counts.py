@@ -16,12 +16,11 @@ import torch
 
 from vllm_ppd.calibrate.rates import Texts, TriedPoints, settled_evidence
 from vllm_ppd.search.acceptance import AcceptanceModel
-from vllm_ppd.search.latency import LatencyCurve
-from vllm_ppd.search.latency import default_profile
+from vllm_ppd.search.latency import LatencyCurve, default_profile
 from vllm_ppd.train.continuation import Continuation
-from vllm_ppd.trees.bigram import BigramTable
-from vllm_ppd.trees.drafting import BigramTensors, rank_children
-from vllm_ppd.trees.ngram import match_chain
+from vllm_ppd.trees.bigram import BigramTable, BigramTensors
+from vllm_ppd.trees.drafting import rank_children
+from vllm_ppd.trees.ngram import match_ngram
 
 __all__ = ["AcceptanceCounts"]
 
@@ -83,7 +82,7 @@ class AcceptanceCounts:
         self._first_text = self._texts.add(class_at, first, end)
 
     def _look_at(self, index: int, text: np.ndarray, root: int) -> int:
-        match_class, chain = match_chain(text[: root + 1])
+        match_class, chain = match_ngram(text[: root + 1])
         future = text[root + 1 : root + 1 + len(chain)]
         wrong = np.flatnonzero(chain[: len(future)] != future)
         self._right_at[index, root] = wrong[0] if len(wrong) else len(future)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from vllm_ppd.trees.plain_tree import TreeLike
+from vllm_ppd.trees.tree import SparseTree
 
 __all__ = ["StepPoints", "Steps", "accepted_guesses", "walk_steps"]
 
@@ -98,7 +98,7 @@ class Steps:
 
 
 def walk_steps(
-    points: StepPoints, trees: Sequence[Sequence[TreeLike]], num_ranks: int
+    points: StepPoints, trees: Sequence[Sequence[SparseTree]], num_ranks: int
 ) -> Steps:
     """Walks from where decoding begins, or, in a run that does not begin there, the
     mean of walks from each of its first points, which are not counted themselves.
@@ -168,7 +168,7 @@ class _Lists:
         return first + place if place < self._none else None
 
 
-def _children(tree: TreeLike) -> dict[tuple[int, int], int]:
+def _children(tree: SparseTree) -> dict[tuple[int, int], int]:
     """(parent, rank) -> node."""
     places = zip(tree.parents, tree.ranks, strict=True)
     return {place: node for node, place in enumerate(places, 1)}

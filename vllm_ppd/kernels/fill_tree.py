@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_ppd.kernels.device_tables import DeviceTables
-from vllm_ppd.trees.drafting import BigramTensors
+from vllm_ppd.trees.bigram import BigramTensors
 
 __all__ = ["DeviceDraftInputs", "fill_tree_reference"]
 

@@ -45,8 +45,9 @@ class MeasurementError(ValueError):
 class LatencyCurve:
     """Seconds per step, straight between the measured points, never falling.
 
-    Raises MeasurementError unless the points start at one row, rise in rows, do not fall
-    in seconds, and are finite and positive.
+    Raises:
+        MeasurementError: unless the points start at one row, rise in rows, do not fall
+            in seconds, and are finite and positive.
     """
 
     rows: tuple[int, ...]

@@ -108,8 +108,8 @@ def menu_for(
         _require_prompts(menu, tree_file, num_prompt_tokens, num_ept)
         if menu.entries[0].max_rows > max_rows:
             raise TreeError(
-                f"num_speculative_tokens is {max_rows - 1}, too small for the tree menu "
-                f"{tree_file}, which needs at least {menu.draft_lengths[0]}"
+                f"num_speculative_tokens is {max_rows - 1}, too small for the tree "
+                f"menu {tree_file}, which needs at least {menu.draft_lengths[0]}"
             )
         limited = menu.limited(max_rows)
         assert limited is not None  # its first entry fits

@@ -1,11 +1,12 @@
-"""The policies with the most tokens per second when guesses have several sources.
+"""The policy with the most tokens per second in the long run, by policy iteration.
 
-The problem of `tree_search`, with two more things to look at: the state of a request
-is (prompt tokens at hand, match class), and a node is off or on the chain of an
-earlier match. Both the chances below a node and the worth of where a walk ends depend
-on them; otherwise the dynamic programme is the same (`subtrees`, `evidence_growth`),
-with h(k) the mean of the relative values h(k, c') over the next match class c', which
-is another mean at the root, where a walk that ends has accepted nothing, than below it.
+The state of a request is its match class and num_prompted, how deep the prompt rows of
+its last step reach. The tree of a state decides the tokens and the seconds of a step,
+and the probabilities of the next state: a semi-Markov decision process. Each round
+solves for the relative value h of every state, then takes each state's most valuable
+tree for that h (`tree_dp`), until none improves. In `tree_dp`, h(k) is the mean of
+h(k, c') over the next match class c'; that mean differs between the root, where a walk
+that ends has accepted no draft token, and the nodes below it.
 """
 
 from __future__ import annotations
@@ -19,22 +20,21 @@ import numpy as np
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.tree_dp import (
-    TypedTrees,
-    candidates_by_depth,
+    BestTrees,
     most_tokens,
+    probabilities_by_depth,
     useful_rows,
 )
 from vllm_ppd.trees.menu import MenuEntry
-from vllm_ppd.trees.plain_tree import PlainTree
 from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
-__all__ = ["SearchedPolicy", "best_policy", "node_chances", "policy_value"]
+__all__ = ["SearchedPolicy", "best_policy", "policy_value", "reach_probabilities"]
 
-# By match class and state.
-Trees = Sequence[Sequence[PlainTree | SparseTree]]
+# By match class and num_prompted.
+Trees = Sequence[Sequence[SparseTree]]
 
-# Requests end; one step in so many starts anew. It also keeps the chain of states in
-# one piece, whatever the trees are.
+# One step in so many is a request's first. Hence every state leads to every other one,
+# whatever the trees are.
 _RESTART = 1e-4
 _TOLERANCE = 1e-9
 _MAX_ROUNDS = 50
@@ -42,77 +42,65 @@ _MAX_ROUNDS = 50
 
 @dataclass(frozen=True)
 class SearchedPolicy:
-    """Trees by match class and state, and what they are worth.
+    """Trees by match class and num_prompted, and their value.
 
     Attributes:
         trees: [C + 1][m + 1].
-        tau: mean tokens per step.
+        acceptance_length: mean tokens per step.
         tokens_per_second: of one request.
-        state_distribution: [C + 1, m + 1] share of steps made in each state.
+        shares: [C + 1, m + 1] share of the steps that are made in each state.
     """
 
-    trees: tuple[tuple[PlainTree, ...], ...]
-    tau: float
+    trees: tuple[tuple[SparseTree, ...], ...]
+    acceptance_length: float
     tokens_per_second: float
-    state_distribution: np.ndarray
+    shares: np.ndarray
 
     def entry(self) -> MenuEntry:
-        """As an entry of a tree menu."""
-        shares: dict[int, float] = {}
-        for trees, row in zip(self.trees, self.state_distribution, strict=True):
-            for tree, share in zip(trees, row.tolist(), strict=True):
-                # Least squares may leave a hair below zero.
-                shares[tree.num_rows] = shares.get(tree.num_rows, 0) + max(0.0, share)
-        total = sum(shares.values())
+        """As an entry of a tree menu; raises TreeError for trees of too many rows."""
+        row_shares: dict[int, float] = {}
+        for trees, shares in zip(self.trees, self.shares, strict=True):
+            for tree, share in zip(trees, shares.tolist(), strict=True):
+                # Least squares may return values just below 0.
+                rows = tree.num_rows
+                row_shares[rows] = row_shares.get(rows, 0) + max(0.0, share)
+        total = sum(row_shares.values())
         return MenuEntry(
-            tuple(
-                TreePolicy(tuple(SparseTree(*tree) for tree in trees))
-                for trees in self.trees
-            ),
-            round(self.tau, 6),
-            tuple((rows, shares[rows] / total) for rows in sorted(shares)),
+            tuple(TreePolicy(trees) for trees in self.trees),
+            round(self.acceptance_length, 6),
+            tuple((rows, row_shares[rows] / total) for rows in sorted(row_shares)),
         )
 
     @property
     def max_rows(self) -> int:
         return max(tree.num_rows for trees in self.trees for tree in trees)
 
-    @property
-    def mean_rows(self) -> float:
-        rows = np.array([[tree.num_rows for tree in trees] for trees in self.trees])
-        return float((rows * self.state_distribution).sum())
 
-
-def node_chances(
-    tree: PlainTree | SparseTree,
-    acceptance: AcceptanceModel,
-    state: int,
-    match_class: int,
+def reach_probabilities(
+    tree: SparseTree, model: AcceptanceModel, num_prompted: int, match_class: int
 ) -> np.ndarray:
-    """[nodes] chance that verification reaches each node, root (1) first."""
-    reached, depths, chain = [1.0], [0], [match_class > 0]
-    for parent, rank in zip(tree.parents, tree.ranks, strict=True):
-        depths.append(depths[parent] + 1)
-        chances = acceptance.probabilities(
-            state, match_class, depths[-1], chain[parent]
-        )
-        chance = float(chances[rank]) if rank < len(chances) else 0.0
-        chain.append(chain[parent] and rank == 0)
-        reached.append(reached[parent] * chance)
+    """[nodes] probability that verification reaches each node, root (1) first."""
+    reached = [1.0]
+    for node, (parent, rank) in enumerate(
+        zip(tree.parents, tree.ranks, strict=True), start=1
+    ):
+        on_ngram = match_class > 0 and tree.ngram_path[parent]
+        depth = tree.node_depths[node]
+        ranks = model.probabilities(num_prompted, match_class, depth, on_ngram)
+        probability = float(ranks[rank]) if rank < len(ranks) else 0.0
+        reached.append(reached[parent] * probability)
     return np.array(reached)
 
 
 def policy_value(
-    trees: Trees,
-    acceptance: AcceptanceModel,
-    latency: LatencyCurve,
+    trees: Trees, model: AcceptanceModel, latency: LatencyCurve
 ) -> tuple[float, float, np.ndarray]:
-    """(tokens per step, tokens per second, [C + 1, m + 1] state distribution)."""
-    return _value(_outcomes(trees, acceptance), acceptance, latency)
+    """(acceptance length, tokens per second, [C + 1, m + 1] shares of the steps)."""
+    return _value(_outcomes(trees, model), model, latency)
 
 
 def best_policy(
-    acceptance: AcceptanceModel,
+    model: AcceptanceModel,
     latency: LatencyCurve,
     max_rows: int,
     num_ept: int = 1,
@@ -121,117 +109,117 @@ def best_policy(
     """The policy with the most tokens per second in the long run.
 
     Args:
-        acceptance: chances of the candidates.
+        model: acceptance probabilities.
         latency: seconds of a step by the rows of one request.
         max_rows: most rows per step and request, root included, at least 1.
         num_ept: rows per prompt token.
         start: the policy of a similar search, to begin with.
     """
-    m, classes = acceptance.num_prompt_tokens, acceptance.num_classes
+    m, classes = model.num_prompt_tokens, model.num_classes
     fitting = min(m, (max_rows - 1) // num_ept)
-    bare = PlainTree((), (), (fitting,), num_ept)
-    trees = [[bare] * (m + 1) for _ in range(classes)]
+    prompts_only = SparseTree((), (), (fitting,), num_ept)
+    trees = [[prompts_only] * (m + 1) for _ in range(classes)]
     if start is not None:
         trees = [list(row) for row in start.trees]
     cost = latency(np.arange(1, max_rows + 1))
-    candidates = candidates_by_depth(acceptance)
-    most = most_tokens(acceptance, candidates)
-    steps = _outcomes(trees, acceptance)
+    depths = probabilities_by_depth(model)
+    token_bounds = most_tokens(model, depths).ravel()
+    steps = _outcomes(trees, model)
     for _ in range(_MAX_ROUNDS):
-        tokens, seconds, moves = _chain(steps, acceptance, latency)
-        speed, flat = _relative_values(tokens, seconds, moves)
+        speed, flat = _relative_values(*_process(steps, model, latency))
         h = flat.reshape(classes, m + 1)
-        ahead = (1 - _RESTART) * acceptance.transitions @ h
-        rows = useful_rows(most.ravel(), flat, speed, cost)
-        best = TypedTrees(candidates, ahead, rows, num_ept)
+        ahead = (1 - _RESTART) * model.transitions @ h
+        rows = useful_rows(token_bounds, flat, speed, cost)
+        best = BestTrees(depths, ahead, rows, num_ept)
         worth = 1 + best.values[..., 1:] - speed * cost[:rows]
-        least = _TOLERANCE * (1 + np.abs(h).max())
-        improved = np.argwhere(worth.max(axis=2) > h + 10 * least)
+        tolerance = _TOLERANCE * (1 + np.abs(h).max())
+        improved = np.argwhere(worth.max(axis=2) > h + 10 * tolerance)
         if not len(improved):
             break
-        for match_class, state in improved.tolist():
-            here = worth[match_class, state]
-            enough = int(np.argmax(here >= here.max() - least)) + 1
-            tree = best.tree(match_class, state, enough)
-            trees[match_class][state] = tree
-            steps[match_class][state] = _outcome(tree, acceptance, state, match_class)
+        for match_class, num_prompted in improved.tolist():
+            here = worth[match_class, num_prompted]
+            enough = int(np.argmax(here >= here.max() - tolerance)) + 1
+            tree = best.tree(match_class, num_prompted, enough)
+            trees[match_class][num_prompted] = tree
+            steps[match_class][num_prompted] = _outcome(
+                tree, model, num_prompted, match_class
+            )
     chosen = tuple(tuple(row) for row in trees)
-    return SearchedPolicy(chosen, *_value(steps, acceptance, latency))
+    return SearchedPolicy(chosen, *_value(steps, model, latency))
 
 
 class _Outcome(NamedTuple):
-    """What a step with one tree brings."""
+    """A step with one tree."""
 
     tokens: float
     rows: int
     after: np.ndarray
-    """[2, m + 1] chance to end at the root, or below it, by prompt tokens."""
+    """[2, m + 1] probability to end at the root, or below it, by prompt tokens."""
 
 
 def _outcome(
-    tree: PlainTree | SparseTree,
-    acceptance: AcceptanceModel,
-    state: int,
-    match_class: int,
+    tree: SparseTree, model: AcceptanceModel, num_prompted: int, match_class: int
 ) -> _Outcome:
-    reached = node_chances(tree, acceptance, state, match_class)
+    reached = reach_probabilities(tree, model, num_prompted, match_class)
     ends = reached.copy()
     np.subtract.at(ends, np.array(tree.parents, dtype=int), reached[1:])
     ends = np.maximum(ends, 0) / np.maximum(ends, 0).sum()
-    after = np.zeros((2, acceptance.num_prompt_tokens + 1))
+    after = np.zeros((2, model.num_prompt_tokens + 1))
     after[0, tree.prompts[0]] = ends[0]
     after[1] = np.bincount(tree.prompts[1:], ends[1:], after.shape[1])
     return _Outcome(float(reached.sum()), tree.num_rows, after)
 
 
-def _outcomes(trees: Trees, acceptance: AcceptanceModel) -> list[list[_Outcome]]:
+def _outcomes(trees: Trees, model: AcceptanceModel) -> list[list[_Outcome]]:
     """[C + 1][m + 1] of every state."""
     return [
-        [_outcome(tree, acceptance, state, each) for state, tree in enumerate(row)]
-        for each, row in enumerate(trees)
+        [
+            _outcome(tree, model, num_prompted, match_class)
+            for num_prompted, tree in enumerate(row)
+        ]
+        for match_class, row in enumerate(trees)
     ]
 
 
-def _chain(
-    steps: Sequence[Sequence[_Outcome]],
-    acceptance: AcceptanceModel,
-    latency: LatencyCurve,
+def _process(
+    steps: Sequence[Sequence[_Outcome]], model: AcceptanceModel, latency: LatencyCurve
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [S], seconds [S] and moves [S, S] of the states, class major."""
+    """Tokens [S], seconds [S] and transitions [S, S] of the states, class major."""
     tokens = np.array([step.tokens for row in steps for step in row])
     seconds = latency(np.array([step.rows for row in steps for step in row]))
-    moves = np.stack(
+    transitions = np.stack(
         [
-            (acceptance.transitions[:, match_class].T @ step.after).ravel()
+            (model.transitions[:, match_class].T @ step.after).ravel()
             for match_class, row in enumerate(steps)
             for step in row
         ]
     )
-    moves *= 1 - _RESTART
-    moves[:, 0] += _RESTART
-    return tokens, seconds, moves
+    transitions *= 1 - _RESTART
+    transitions[:, 0] += _RESTART
+    return tokens, seconds, transitions
 
 
 def _value(
-    steps: Sequence[Sequence[_Outcome]],
-    acceptance: AcceptanceModel,
-    latency: LatencyCurve,
+    steps: Sequence[Sequence[_Outcome]], model: AcceptanceModel, latency: LatencyCurve
 ) -> tuple[float, float, np.ndarray]:
-    """The `policy_value` of trees whose steps are known."""
-    tokens, seconds, moves = _chain(steps, acceptance, latency)
+    """`policy_value` of trees whose steps are known."""
+    tokens, seconds, transitions = _process(steps, model, latency)
     size = len(tokens)
-    system = np.vstack([(np.eye(size) - moves).T, np.ones(size)])
-    share = np.linalg.lstsq(system, np.append(np.zeros(size), 1.0), rcond=None)[0]
-    tau = float(share @ tokens)
-    shape = (acceptance.num_classes, acceptance.num_prompt_tokens + 1)
-    return tau, tau / float(share @ seconds), share.reshape(shape)
+    system = np.vstack([(np.eye(size) - transitions).T, np.ones(size)])
+    shares = np.linalg.lstsq(system, np.append(np.zeros(size), 1.0), rcond=None)[0]
+    length = float(shares @ tokens)
+    shape = model.num_classes, model.num_prompt_tokens + 1
+    return length, length / float(shares @ seconds), shares.reshape(shape)
 
 
 def _relative_values(
-    tokens: np.ndarray, seconds: np.ndarray, moves: np.ndarray
+    tokens: np.ndarray, seconds: np.ndarray, transitions: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Tokens per second g, and h with h[0] = 0: h = tokens - g seconds + moves h."""
-    system = np.eye(len(tokens)) - moves
+    """Tokens per second g, and relative values h.
+
+    They solve h = tokens - g seconds + transitions h with h[0] = 0.
+    """
+    system = np.eye(len(tokens)) - transitions
     system[:, 0] = seconds
     solution = np.linalg.solve(system, tokens)
     return float(solution[0]), np.append(0.0, solution[1:])

@@ -8,7 +8,7 @@ import numpy as np
 
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
-from vllm_ppd.search.policy_iteration import node_chances, policy_value
+from vllm_ppd.search.policy_iteration import policy_value, reach_probabilities
 from vllm_ppd.trees.menu import MenuEntry
 from vllm_ppd.trees.tree import SparseTree
 
@@ -24,7 +24,7 @@ class TreeFigures:
         num_prompted: how deep the prompt rows of the last step reach.
         tree: the tree.
         share: part of the steps that are made with it.
-        reached: [nodes] probability that verification reaches each node, root (1) first.
+        reached: [nodes] probability that verification reaches each, root (1) first.
     """
 
     match_class: int
@@ -53,7 +53,7 @@ def entry_figures(entry: MenuEntry, model: AcceptanceModel) -> list[TreeFigures]
             tree,
             # Least squares may leave a hair below zero.
             max(0.0, float(shares[match_class, num_prompted])),
-            node_chances(tree, model, num_prompted, match_class),
+            reach_probabilities(tree, model, num_prompted, match_class),
         )
         for match_class, policy in enumerate(entry.policies)
         for num_prompted, tree in enumerate(policy.trees)

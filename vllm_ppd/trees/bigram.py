@@ -1,15 +1,20 @@
-"""The bigram table: which tokens tend to follow which.
+"""The bigram table: for each token its likeliest next tokens, and how likely they are.
 
-Prompt rows do not see the candidates they stand behind, so siblings under different
-parents would get the same children. The table repairs that without training. For each
-token u it lists the n likeliest next tokens c, with gain(c | u), the logarithm of how
-much likelier c is after u than anywhere:
+A prompt row does not attend to the draft tokens before its position, so without the
+table all nodes of one depth would get the same children. The table lists for each token
+u the n likeliest next tokens c, with gain(c | u), the logarithm of how much likelier c
+is after u than after any token:
 
     gain(c | u) = log((count(u, c) / base(c) + s) / (count(u) + s))
 
-with base(c) the share of c in the text and s the smoothing, in tokens: a table that
-has seen u rarely says little. A token that is not listed under u has the gain of a
-count of zero, ``floor[u]``.
+base(c) is the share of c among all tokens and s the smoothing, in tokens, which keeps
+gains near 0 for tokens that were rarely observed. A token that is not listed under u
+has the gain of a count of zero, ``floor[u]``.
+
+The table continues to learn while it serves. Verification computes the target's logits
+at every node, so each accepted token u comes with the target's own distribution of the
+next token: an observation of weight one for row u. A table that starts empty is useful
+after some thousand observations.
 """
 
 from __future__ import annotations
@@ -18,30 +23,42 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from vllm_ppd.files import write_bytes
+from vllm_ppd.files import FormatError, write_bytes
 
-__all__ = ["BIGRAM_FILE", "BigramCounts", "BigramError", "BigramTable"]
+__all__ = [
+    "BIGRAM_FILE",
+    "BigramCounts",
+    "BigramTable",
+    "BigramTensors",
+    "OnlineBigram",
+    "learn_bigrams",
+]
 
 BIGRAM_FILE = "bigram.safetensors"
+FORMAT = "ppd_bigram"
 FORMAT_VERSION = 1
 SMOOTHING = 20.0
-
-
-class BigramError(ValueError):
-    """A bigram table that cannot be read or used."""
+# Likeliest next tokens that one observation adds to its row.
+OBSERVED = 8
+# Observations that a row remembers; older ones fade, so that it follows the traffic.
+ROW_MEMORY = 2048.0
+_REMEDY = "write it again with vllm-ppd calibrate, or remove it"
 
 
 @dataclass(frozen=True, eq=False)
 class BigramTable:
-    """V tokens, n bigram each; 8 bytes per entry in memory, 6 on disk.
+    """V tokens, n next tokens each; 8 bytes per entry in memory, 6 on disk.
 
-    Raises BigramError for shapes that disagree, ids outside the vocabulary and
-    values that are not finite.
+    Raises:
+        FormatError: shapes that disagree, ids outside the vocabulary, or values that
+            are not finite.
     """
 
     ids: np.ndarray
@@ -63,33 +80,33 @@ class BigramTable:
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
         vocabulary = len(self.floor)
         if self.ids.ndim != 2 or not self.ids.shape == self.gains.shape:
-            raise BigramError(
+            raise FormatError(
                 f"ids {list(self.ids.shape)} and gains {list(self.gains.shape)} of a "
                 "bigram table must both be [vocabulary, n]"
             )
         sizes = len(self.ids), len(self.base)
         if sizes != (vocabulary, vocabulary) or not self.weights:
-            raise BigramError(
+            raise FormatError(
                 f"the bigram table has {sizes[0]} rows of ids, {sizes[1]} base "
                 f"rates, {vocabulary} floors and {len(self.weights)} weights; it is "
                 "damaged"
             )
         if self.ids.min(initial=0) < 0 or self.ids.max(initial=0) >= vocabulary:
-            raise BigramError(
+            raise FormatError(
                 f"the bigram table names token {int(self.ids.max(initial=0))} "
                 f"outside its vocabulary of {vocabulary}"
             )
         values = (self.gains, self.floor, np.array(self.weights))
         if not all(np.isfinite(value).all() for value in values):
-            raise BigramError("the bigram table holds NaN or infinite values")
+            raise FormatError("the bigram table holds NaN or infinite values")
         if not (np.isfinite(self.base).all() and self.base.min(initial=1) > 0):
-            raise BigramError("base rates of a bigram table must be above 0")
+            raise FormatError("base rates of a bigram table must be above 0")
 
     @classmethod
     def empty(
         cls, vocab_size: int, size: int, weights: tuple[float, ...]
     ) -> BigramTable:
-        """A table that has seen nothing and changes no ranks."""
+        """A table without observations; it changes no ranks."""
         size = min(size, vocab_size)
         ids = np.tile(np.arange(size, dtype=np.int32), (vocab_size, 1))
         base = np.full(vocab_size, 1 / vocab_size)
@@ -99,13 +116,8 @@ class BigramTable:
     def vocab_size(self) -> int:
         return len(self.floor)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return sum(a.nbytes for a in (self.ids, self.gains, self.floor, self.base))
-
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as safetensors, completely or not at all."""
+        """Write as safetensors, completely or not at all; raises OSError."""
         tensors = {
             "ids": self.ids,
             "gains": self.gains.astype(np.float16),
@@ -113,7 +125,7 @@ class BigramTable:
             "base": self.base,
         }
         notes = {
-            "format": "ppd_bigram",
+            "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
             "weights": json.dumps(self.weights),
         }
@@ -123,15 +135,20 @@ class BigramTable:
     def load(
         cls, path: str | os.PathLike[str], vocab_size: int, num_prompt_tokens: int
     ) -> BigramTable:
-        """Read strictly; raises BigramError that names the file."""
-        remedy = "write it again with vllm-ppd calibrate, or remove it"
+        """Read strictly.
+
+        Raises:
+            FormatError: the message names the file.
+        """
         try:
             with safe_open(Path(path), "numpy") as file:
                 notes = file.metadata() or {}
-                if notes.get("format") != "ppd_bigram" or notes.get(
-                    "format_version"
-                ) != str(FORMAT_VERSION):
-                    raise BigramError(f"it is no bigram table of ours; {remedy}")
+                own = notes.get("format"), notes.get("format_version")
+                if own != (FORMAT, str(FORMAT_VERSION)):
+                    raise FormatError(
+                        f"its format is {own[0]!r} version {own[1]}; expected "
+                        f"{FORMAT!r} version {FORMAT_VERSION}"
+                    )
                 table = cls(
                     file.get_tensor("ids"),
                     file.get_tensor("gains"),
@@ -139,19 +156,23 @@ class BigramTable:
                     tuple(json.loads(notes["weights"])),
                     file.get_tensor("base"),
                 )
-        except (OSError, SafetensorError, BigramError, ValueError, KeyError) as why:
-            raise BigramError(f"{path}: {why}") from why
+        except KeyError as error:
+            raise FormatError(f"{path}: {error} is missing; {_REMEDY}") from error
+        except (OSError, SafetensorError, TypeError, ValueError) as error:
+            raise FormatError(
+                f"the bigram table {path} cannot be used ({error}); {_REMEDY}"
+            ) from error
         if (table.vocab_size, len(table.weights)) != (vocab_size, num_prompt_tokens):
-            raise BigramError(
+            raise FormatError(
                 f"{path} is for {table.vocab_size} tokens and {len(table.weights)} "
                 f"prompt tokens, but the model has {vocab_size} and the folder "
-                f"{num_prompt_tokens}; {remedy}"
+                f"{num_prompt_tokens}; {_REMEDY}"
             )
         return table
 
 
 class BigramCounts:
-    """Collects (token, next token, weight) and makes a table of them.
+    """Counts of (token, next token, weight), from which a table is made.
 
     Weights are 1 for pairs of a text; for the model's own distributions, its
     probabilities of the likeliest next tokens.
@@ -175,17 +196,17 @@ class BigramCounts:
     def table(
         self, size: int, num_prompt_tokens: int, smoothing: float = SMOOTHING
     ) -> BigramTable:
-        """The table of the ``size`` likeliest bigram, with weights of 1."""
+        """The table of the ``size`` likeliest next tokens, with weights of 1."""
         parents, ids = np.divmod(self._keys, self.vocab_size)
         base: np.ndarray = np.bincount(ids, self._sums, self.vocab_size)
-        # A token never seen is not infinitely surprising: one sighting each.
+        # One observation each, so that no token's gain is infinite.
         base = (base + 1) / (base.sum() + self.vocab_size)
         order = np.lexsort((-self._sums, parents))
         counts: np.ndarray = np.bincount(parents, minlength=self.vocab_size)
         place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
         kept = order[place < size]
         rows, columns = parents[kept], place[place < size]
-        # Tokens with few bigram list the commonest tokens, at their floor.
+        # Rows with fewer next tokens are filled with the commonest, at their floor.
         common = np.argsort(-base, kind="stable")[: 2 * size].astype(np.int32)
         table = np.tile(common[:size], (self.vocab_size, 1))
         floor = np.log(smoothing / (self._totals + smoothing))
@@ -199,3 +220,127 @@ class BigramCounts:
         gains[rows, columns] = np.log(listed / (self._totals[rows] + smoothing))
         weights = (1.0,) * num_prompt_tokens
         return BigramTable(table, gains, floor, weights, base)
+
+
+class BigramTensors(NamedTuple):
+    """A bigram table on a device."""
+
+    ids: torch.Tensor
+    """int64 [V, n]; int32 on CPU where the table learns."""
+    gains: torch.Tensor
+    """float32 [V, n]."""
+    floor: torch.Tensor
+    """float32 [V]."""
+
+    @classmethod
+    def of(
+        cls, table: BigramTable, device: torch.device | str = "cpu"
+    ) -> BigramTensors:
+        return cls(
+            torch.from_numpy(table.ids).long().to(device),
+            torch.from_numpy(table.gains).to(device),
+            torch.from_numpy(table.floor).to(device),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class OnlineBigram:
+    """A bigram table with its counts, which learns; V tokens, n next tokens each.
+
+    All tensors lie on one device and change in place, so trees that are filled from
+    `table` get what was learnt. Memory: 12 n + 12 bytes per token, 16 n where ids are
+    int64.
+    """
+
+    table: BigramTensors
+    """Trees are filled from it; ids int32 or int64."""
+    counts: torch.Tensor
+    """float32 [V, n], observed weight of each listed next token."""
+    totals: torch.Tensor
+    """float32 [V], observations of each token."""
+    base: torch.Tensor
+    """float32 [V], observed weight of each token as the next one of any."""
+    base_total: torch.Tensor
+    """float64 [1], the sum of `base`."""
+
+    @classmethod
+    def of(cls, table: BigramTable, device: torch.device | str = "cpu") -> OnlineBigram:
+        """Start from a table; its own arrays stay unchanged."""
+        totals = np.minimum(SMOOTHING * (np.exp(-table.floor) - 1), ROW_MEMORY)
+        seen = totals[:, None] + SMOOTHING
+        lifts = np.exp(table.gains) * seen - SMOOTHING
+        counts = np.maximum(lifts, 0) * table.base[table.ids]
+        # An empty table's base rates weigh one observation per token.
+        weight = max(float(totals.sum()), float(table.vocab_size))
+        base = table.base * weight
+
+        def tensor(array: np.ndarray) -> torch.Tensor:
+            return torch.tensor(array, dtype=torch.float32, device=device)
+
+        ids = torch.tensor(table.ids, device=device)
+        return cls(
+            BigramTensors(
+                ids if ids.device.type == "cpu" else ids.long(),
+                tensor(table.gains),
+                tensor(table.floor),
+            ),
+            counts=tensor(counts),
+            totals=tensor(totals),
+            base=tensor(base),
+            base_total=torch.tensor([base.sum()], dtype=torch.float64, device=device),
+        )
+
+    def as_table(self, like: BigramTable) -> BigramTable:
+        """A table that shares these tensors' memory (CPU); weights of another one."""
+        ids, gains, floor = (tensor.numpy() for tensor in self.table)
+        return BigramTable(ids, gains, floor, like.weights, like.base)
+
+
+def learn_bigrams(
+    online: OnlineBigram, tokens: torch.Tensor, logits: torch.Tensor
+) -> None:
+    """Add observations; shapes are fixed and the host reads nothing.
+
+    Of several observations of one token in a call, the first one counts for its row,
+    and all of them for the base rates.
+
+    Args:
+        online: changed in place.
+        tokens: int [R] each observed token.
+        logits: float32 [R, V] the target's logits of the next one.
+    """
+    ids, gains, floor = online.table
+    # NaN logits are ignored.
+    probabilities = logits.softmax(dim=1).nan_to_num(0.0)
+    online.base.add_(probabilities.sum(0))
+    online.base_total.add_(len(tokens))
+    added, new = probabilities.topk(min(OBSERVED, probabilities.shape[1]), dim=1)
+
+    tokens = tokens.long()
+    total = online.totals[tokens] + 1
+    fading = torch.where(total > ROW_MEMORY, 0.5, 1.0)
+    total = total * fading
+    own = ids[tokens].long()
+    counts = online.counts[tokens] * fading[:, None]
+    same = own[:, :, None] == new[:, None, :]  # [R, n, k]
+    counts = counts + (same * added[:, None, :]).sum(2)
+    added = torch.where(same.any(1), -1.0, added)
+    # Listed ones first among equals, then by rank: both sorts are stable.
+    counts, order = torch.cat([counts, added], 1).sort(
+        dim=1, descending=True, stable=True
+    )
+    kept = torch.cat([own, new], 1).gather(1, order)[:, : own.shape[1]]
+    counts = counts[:, : own.shape[1]]
+    vocabulary = len(online.base)
+    base = (online.base[kept] + 1) / (online.base_total.float() + vocabulary)
+    seen = total + SMOOTHING
+    gain = ((counts / base + SMOOTHING) / seen[:, None]).log()
+    low = (SMOOTHING / seen).log()
+
+    # Duplicate rows all write the values of the first, so the order is irrelevant.
+    first = (tokens[:, None] == tokens[None, :]).int().argmax(1)
+    ids[tokens] = kept[first].to(ids.dtype)
+    gains[tokens] = gain[first]
+    floor[tokens] = low[first]
+    online.counts[tokens] = counts[first]
+    online.totals[tokens] = total[first]

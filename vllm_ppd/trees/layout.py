@@ -1,6 +1,7 @@
-"""Trees as padded arrays, and one step of a batch: which row is which node of which tree.
+"""Trees as padded arrays, and one step of a batch: which row is which tree's node.
 
-Axis S is the tree id (of a policy: num_prompted), Q the row inside a tree, N the node.
+Axis S is the tree id (of a policy alone: num_prompted), Q the row inside a tree, N the
+node.
 
 Every request of a batch takes part in a step. One without draft rows (a prefill chunk,
 a plain decode) is a tree cut down to its root, which is the last row scheduled for it,
@@ -15,6 +16,8 @@ import numpy as np
 
 from vllm_ppd.trees.menu import TreeMenu
 from vllm_ppd.trees.tree import TreePolicy
+
+__all__ = ["TreeStep", "TreeTables", "pack_mask", "ranges", "spread"]
 
 WORD_BITS = 64
 
@@ -36,20 +39,19 @@ def pack_mask(mask: np.ndarray) -> np.ndarray:
 
 
 class TreeTables:
-    """What a batch of requests looks up about its trees.
+    """The trees of a menu, or of one policy, as arrays to look up by tree id.
 
-    Rows past a tree's end (vLLM may schedule more rows than the tree has, when it
-    pads a request's first step) are *fillers*: they see the root and themselves,
-    and nothing ever reads their output.
+    Rows past a tree's end are *fillers*: they attend to the root and to themselves, and
+    no output of theirs is read. vLLM may schedule more rows than a tree has.
 
     Attributes:
         depths: [S, Q] row position minus root position.
         ancestors: [S, Q, W] int64 bit masks of visible in-step rows.
         num_nodes, num_rows: [S].
         parents: [S, N] parent node, -1 for the root and for padding.
-        node_depths, node_ranks: [S, N] of each candidate node, 0 padded.
-        on_ngram: [S, N] whether a node's path follows the n-gram draft, the root included.
-        tries_ngram: [S] whether the n-gram draft's first token is a draft token.
+        node_depths, node_ranks: [S, N] of each draft token, 0 padded.
+        on_ngram: [S, N] whether a node's path follows the n-gram draft, root included.
+        tries_ngram: [S] whether the n-gram draft's first token is in the tree.
         prompts: [S, N] prompt tokens per node.
         first_prompt_rows: [S, N] first prompt row of each node.
         soft_ids: [S, Q] id of a prompt row's embedding, 0 for other rows. Ids start
@@ -62,46 +64,48 @@ class TreeTables:
         first_soft_id: int,
         num_rows: int | None = None,
     ):
+        """
+        Args:
+            policy: the trees.
+            first_soft_id: id of the first prompt row's embedding.
+            num_rows: least Q, for engines that pad trees.
+        """
         self.policy = policy
         self.first_soft_id = first_soft_id
         self.num_ept = policy.num_ept
-        states = len(policy.trees)
+        trees = policy.trees
+        count = len(trees)
         q = max(policy.max_rows, num_rows or 0)
-        n = max(tree.num_nodes for tree in policy.trees)
-        self.max_depth = max(tree.depth for tree in policy.trees)
-        self.num_nodes = np.array([tree.num_nodes for tree in policy.trees])
-        self.num_rows = np.array([tree.num_rows for tree in policy.trees])
-        self.depths = np.ones((states, q), dtype=np.int64)
-        self.soft_ids = np.zeros((states, q), dtype=np.int64)
-        self.parents = np.full((states, n), -1)
-        self.node_depths = np.zeros((states, n), dtype=np.int64)
-        self.node_ranks = np.zeros((states, n), dtype=np.int64)
-        self.prompts = np.zeros((states, n), dtype=np.int64)
-        self.first_prompt_rows = np.zeros((states, n), dtype=np.int64)
-        self.on_ngram = np.zeros((states, n), dtype=bool)
-        chained = policy.chained if isinstance(policy, TreeMenu) else (False,) * states
-        mask = np.zeros((states, q, q), dtype=bool)
+        n = max(tree.num_nodes for tree in trees)
+        self.max_depth = max(tree.depth for tree in trees)
+        self.num_nodes = np.array([tree.num_nodes for tree in trees])
+        self.num_rows = np.array([tree.num_rows for tree in trees])
+        self.depths = np.ones((count, q), dtype=np.int64)
+        self.soft_ids = np.zeros((count, q), dtype=np.int64)
+        self.parents = np.full((count, n), -1)
+        self.node_depths = np.zeros((count, n), dtype=np.int64)
+        self.node_ranks = np.zeros((count, n), dtype=np.int64)
+        self.prompts = np.zeros((count, n), dtype=np.int64)
+        self.first_prompt_rows = np.zeros((count, n), dtype=np.int64)
+        self.on_ngram = np.zeros((count, n), dtype=bool)
+        chained = policy.chained if isinstance(policy, TreeMenu) else (False,) * count
+        mask = np.zeros((count, q, q), dtype=bool)
         mask[:, :, 0] = True
         mask[:, np.arange(q), np.arange(q)] = True
-        for state, tree in enumerate(policy.trees):
+        for index, tree in enumerate(trees):
             nodes, rows = tree.num_nodes, tree.num_rows
-            self.depths[state, :rows] = tree.row_depths
-            mask[state, :rows, :rows] = tree.mask
-            self.parents[state, 1:nodes] = tree.parents
-            self.node_depths[state, :nodes] = tree.node_depths
-            self.node_ranks[state, 1:nodes] = tree.ranks
-            self.prompts[state, :nodes] = tree.prompts
-            if chained[state]:
-                self.on_ngram[state, 0] = True
-                for node, (parent, rank) in enumerate(
-                    zip(tree.parents, tree.ranks, strict=True), start=1
-                ):
-                    on = self.on_ngram[state, parent] and rank == 0
-                    self.on_ngram[state, node] = on
-            counts = np.array(tree.prompts) * tree.num_ept
-            self.first_prompt_rows[state, :nodes] = nodes + np.cumsum(counts) - counts
-            for row, (_, index, ept) in enumerate(tree.prompt_rows, nodes):
-                self.soft_ids[state, row] = first_soft_id + index * tree.num_ept + ept
+            self.depths[index, :rows] = tree.row_depths
+            mask[index, :rows, :rows] = tree.mask
+            self.parents[index, 1:nodes] = tree.parents
+            self.node_depths[index, :nodes] = tree.node_depths
+            self.node_ranks[index, 1:nodes] = tree.ranks
+            self.prompts[index, :nodes] = tree.prompts
+            if chained[index]:
+                self.on_ngram[index, :nodes] = tree.ngram_path
+            sizes = np.array(tree.prompts) * tree.num_ept
+            self.first_prompt_rows[index, :nodes] = nodes + np.cumsum(sizes) - sizes
+            for row, (_, prompt, ept) in enumerate(tree.prompt_rows, nodes):
+                self.soft_ids[index, row] = first_soft_id + prompt * tree.num_ept + ept
         self.tries_ngram = np.any(self.on_ngram[:, 1:], axis=1)
         self.ancestors = pack_mask(mask)
         self._layouts: dict[
@@ -110,17 +114,16 @@ class TreeTables:
 
     def layout(self, tree: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(depths, depths minus row numbers, ancestors) of a tree's first rows."""
-        found = self._layouts.get((tree, rows))
-        if found is None:
+        key = tree, rows
+        if key not in self._layouts:
             depths = self.depths[tree, :rows].copy()
-            shifts = depths - np.arange(rows)
-            found = depths, shifts, self.ancestors[tree, :rows].copy()
-            self._layouts[tree, rows] = found
-        return found
+            ancestors = self.ancestors[tree, :rows].copy()
+            self._layouts[key] = depths, depths - np.arange(rows), ancestors
+        return self._layouts[key]
 
     @property
     def max_children(self) -> int:
-        """DraftInputs needed per depth: the largest rank in use plus one."""
+        """Draft tokens needed per parent: the largest rank in use plus one."""
         return max(1, self.policy.max_rank + 1)
 
 
@@ -131,7 +134,7 @@ def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     [5, 6, 20, 21, 22]
     """
     if len(counts) == 1:
-        # One request decoding alone is where every microsecond shows.
+        # Host time shows most where one request decodes alone.
         start = int(starts[0])
         return np.arange(start, start + int(counts[0]))
     total = int(counts.sum())
@@ -154,7 +157,7 @@ class TreeStep:
     """Where the trees of a batch lie among the step's rows.
 
     Args:
-        tables: the policy's arrays.
+        tables: the trees.
         tree_ids: [B] id of the tree that each request runs.
         starts: [B] index of each request's root among all rows of the step.
         num_rows: [B] rows of the tree that were scheduled, root included.

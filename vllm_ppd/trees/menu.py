@@ -1,4 +1,4 @@
-"""The trees that an engine can serve: a short menu, from small drafts to large ones.
+"""The tree menu: the few policies that an engine serves, by draft length.
 
 An entry has one `TreePolicy` for each *match class*: 0 where the request's last tokens
 have no n-gram match earlier in its context, 1, 2, ... for longer and longer matches.
@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_ppd.files import check_content, read_json, write_json
+from vllm_ppd.files import check_content, check_keys, read_json, write_json
 from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy
 
 __all__ = ["MENU_FILE", "MenuEntry", "TreeMenu", "load_menus", "save_menus"]
@@ -80,9 +80,12 @@ class MenuEntry:
     @classmethod
     def from_dict(cls, data: Any) -> MenuEntry:
         """Read what `to_dict` wrote; raises TreeError for anything else."""
-        if not isinstance(data, Mapping) or set(data) != set(_ENTRY_KEYS):
-            raise TreeError(f"a menu entry must have the keys {list(_ENTRY_KEYS)}")
+        if not isinstance(data, Mapping):
+            raise TreeError(
+                f"a menu entry must be an object, not {type(data).__name__}"
+            )
         try:
+            check_keys(data, _ENTRY_KEYS)
             policies = tuple(TreePolicy.from_dict(each) for each in data["policies"])
             shares = tuple((rows, share) for rows, share in data["row_shares"])
             return cls(policies, data["acceptance_length"], shares)

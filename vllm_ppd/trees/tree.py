@@ -1,52 +1,54 @@
-"""Sparse trees of guesses: the shape of one decode step.
+"""Sparse trees: which draft rows a request has in one decode step.
 
 One step of one request feeds ``q`` rows to the model, in this order:
 
-    [root] [candidates, parents before children] [prompt rows, node by node]
+    [root] [draft tokens, parents before children] [prompt rows, node by node]
 
-The root is the last sampled token. A *node* is the root or a candidate; node ``i``
+The root is the last sampled token. A *node* is the root or a draft token; node ``i``
 is row ``i``. A node may carry a chain of prompt tokens, each of ``num_ept`` rows,
-whose outputs guess the tokens after that node. Every prefix of the rows is itself
-a valid smaller tree, because vLLM may cut a request's speculative rows anywhere.
+whose outputs predict the tokens after that node. Every prefix of the rows is itself
+a valid smaller tree, because vLLM may cut a request's draft rows anywhere.
 
-Nothing here knows token ids; see paper section 3 (dynamic sparse tree).
+Trees do not contain token ids; see paper section 3 (dynamic sparse tree).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vllm_ppd.files import write_json
+from vllm_ppd.files import FormatError, check_content, check_keys
 
+__all__ = ["MAX_ROWS", "SparseTree", "TreeError", "TreePolicy", "chain_tree"]
+
+FORMAT = "ppd_tree_policy"
 FORMAT_VERSION = 1
-# vLLM's own ceiling for draft tokens of one request in one step, plus the root.
+# vLLM's own limit for draft tokens of one request in one step, plus the root.
 MAX_ROWS = 129
 
 
 class TreeError(ValueError):
-    """A tree, or a file of trees, that cannot be used."""
+    """A tree, a policy or a tree menu that cannot be used."""
 
 
 @dataclass(frozen=True)
 class SparseTree:
-    """One tree.
+    """The shape of one step's rows.
 
     Attributes:
-        parents: for candidate ``c`` (node ``c + 1``) the node id of its parent.
-        ranks: for each candidate its rank among the guesses for its depth, 0 best.
+        parents: for draft token ``c`` (node ``c + 1``) the node id of its parent.
+        ranks: for each draft token its rank among the draft tokens with the same
+            parent, 0 best.
         prompts: for each node, root first, the number of prompt tokens on it.
         num_ept: rows per prompt token (ensemble prompt tokens, paper section 3.1).
 
     Raises:
         TreeError: parents not before children, siblings of equal rank, negative
-            ranks or counts, lengths that disagree, or more than ``MAX_ROWS`` rows.
+            ranks or counts, lengths that disagree.
     """
 
     parents: tuple[int, ...]
@@ -60,14 +62,14 @@ class SparseTree:
         count = len(self.parents)
         if len(self.ranks) != count or len(self.prompts) != count + 1:
             raise TreeError(
-                f"a tree of {count} candidates needs {count} ranks and {count + 1} "
+                f"a tree of {count} draft tokens needs {count} ranks and {count + 1} "
                 f"prompt counts, not {len(self.ranks)} and {len(self.prompts)}"
             )
-        for candidate, parent in enumerate(self.parents):
-            if not 0 <= parent <= candidate:
+        for index, parent in enumerate(self.parents):
+            if not 0 <= parent <= index:
                 raise TreeError(
-                    f"candidate {candidate} (node {candidate + 1}) has parent "
-                    f"{parent}; a parent must be an earlier node"
+                    f"draft token {index} (node {index + 1}) has parent {parent}; a "
+                    "parent must be an earlier node"
                 )
         if len(set(zip(self.parents, self.ranks, strict=True))) != count:
             raise TreeError("two children of one node have the same rank")
@@ -75,14 +77,10 @@ class SparseTree:
             raise TreeError("ranks and prompt counts must not be negative")
         if self.num_ept < 1:
             raise TreeError(f"num_ept is {self.num_ept}; it must be at least 1")
-        if self.num_rows > MAX_ROWS:
-            raise TreeError(
-                f"the tree has {self.num_rows} rows; at most {MAX_ROWS} are possible"
-            )
 
     @property
     def num_nodes(self) -> int:
-        """Root plus candidates."""
+        """Root plus draft tokens."""
         return len(self.parents) + 1
 
     @property
@@ -100,8 +98,19 @@ class SparseTree:
 
     @property
     def depth(self) -> int:
-        """Depth of the deepest candidate; 0 for a tree without candidates."""
+        """Depth of the deepest draft token; 0 for the root-only tree."""
         return max(self.node_depths)
+
+    @cached_property
+    def ngram_path(self) -> tuple[bool, ...]:
+        """For each node whether its path from the root has rank 0 all along.
+
+        Where the last tokens have an n-gram match, the n-gram draft stands there.
+        """
+        path = [True]
+        for parent, rank in zip(self.parents, self.ranks, strict=True):
+            path.append(path[parent] and rank == 0)
+        return tuple(path)
 
     @cached_property
     def prompt_rows(self) -> tuple[tuple[int, int, int], ...]:
@@ -136,8 +145,7 @@ class SparseTree:
         for node, parent in enumerate(self.parents, start=1):
             mask[node] |= mask[parent]
         for row, (node, index, _ept) in enumerate(self.prompt_rows, self.num_nodes):
-            before = row - self.num_ept if index else node
-            mask[row] |= mask[before]
+            mask[row] |= mask[row - self.num_ept if index else node]
         return mask
 
     def prefix(self, rows: int) -> SparseTree:
@@ -159,7 +167,38 @@ class SparseTree:
             self.num_ept,
         )
 
+    def in_serving_order(self, reached: np.ndarray) -> SparseTree:
+        """The same tree with its draft tokens in the order in which they are served.
+
+        First the principal chain (the likeliest child of the root, its likeliest
+        child, ...): if that is accepted, its KV already lies in its final slots. Then
+        by falling path probability, so that a cut loses the least likely ones.
+
+        Args:
+            reached: [num_nodes] probability that verification reaches each node.
+        """
+        parents = (-1, *self.parents)
+        children: list[list[int]] = [[] for _ in parents]
+        for node, parent in enumerate(self.parents, start=1):
+            children[parent].append(node)
+        order = [0]
+        while children[order[-1]]:
+            order.append(max(children[order[-1]], key=lambda node: reached[node]))
+        chain = set(order)
+        rest = (node for node in range(len(parents)) if node not in chain)
+        # A certain child is as likely as its parent; depth keeps the parent first.
+        depths = self.node_depths
+        order += sorted(rest, key=lambda node: (-reached[node], depths[node]))
+        place = {node: index for index, node in enumerate(order)}
+        return SparseTree(
+            tuple(place[parents[node]] for node in order[1:]),
+            tuple(self.ranks[node - 1] for node in order[1:]),
+            tuple(self.prompts[node] for node in order),
+            self.num_ept,
+        )
+
     def to_dict(self) -> dict[str, Any]:
+        """JSON values, without `num_ept`."""
         return {
             "parents": list(self.parents),
             "ranks": list(self.ranks),
@@ -168,7 +207,7 @@ class SparseTree:
 
 
 def chain_tree(length: int, prompts: Sequence[int], num_ept: int = 1) -> SparseTree:
-    """A chain of ``length`` best guesses, each the child of the one before.
+    """A chain of ``length`` rank-0 draft tokens, each the child of the one before.
 
     prompts: number of prompt tokens on each of the ``length + 1`` nodes.
     """
@@ -177,17 +216,15 @@ def chain_tree(length: int, prompts: Sequence[int], num_ept: int = 1) -> SparseT
 
 @dataclass(frozen=True)
 class TreePolicy:
-    """One tree per state.
+    """One tree for each ``num_prompted``, from 0 to the number of prompt tokens.
 
-    The state of a request is the number of prompt tokens on the node where its last
-    step ended, that is, to which depth prompt rows guess the next tree. Beyond that
-    depth a candidate comes from what is known without them: the bigram table, or
-    the continuation of an earlier match of the request's last tokens. The latter is
-    the *chain*: the rank-0 child of the root, its rank-0 child, and so on.
+    ``num_prompted`` of a request is the number of prompt tokens on the node where its
+    last step ended, that is, how deep their rows reach in the next tree. Deeper draft
+    tokens come from the bigram table or from an n-gram match.
 
     Raises:
-        TreeError: more prompt tokens on a node than there are states, or trees of
-            different EPT counts.
+        TreeError: more prompt tokens on a node than there are, more than ``MAX_ROWS``
+            rows, or trees of different EPT counts.
     """
 
     trees: tuple[SparseTree, ...]
@@ -195,12 +232,17 @@ class TreePolicy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "trees", tuple(self.trees))
         if len(self.trees) < 2:
-            raise TreeError("a policy needs a tree for state 0 and for state 1")
-        for state, tree in enumerate(self.trees):
+            raise TreeError("a policy needs a tree for num_prompted 0 and one for 1")
+        for num_prompted, tree in enumerate(self.trees):
             if max(tree.prompts) > self.num_prompt_tokens:
                 raise TreeError(
-                    f"the tree of state {state} puts {max(tree.prompts)} prompt "
-                    f"tokens on a node; {self.num_prompt_tokens} are trained"
+                    f"the tree of num_prompted {num_prompted} puts {max(tree.prompts)} "
+                    f"prompt tokens on a node; {self.num_prompt_tokens} are trained"
+                )
+            if tree.num_rows > MAX_ROWS:
+                raise TreeError(
+                    f"the tree of num_prompted {num_prompted} has {tree.num_rows} "
+                    f"rows; at most {MAX_ROWS} are possible"
                 )
         if len({tree.num_ept for tree in self.trees}) != 1:
             raise TreeError("all trees of a policy must have the same num_ept")
@@ -219,66 +261,40 @@ class TreePolicy:
 
     @property
     def max_rank(self) -> int:
-        """Largest rank any tree uses; -1 if no tree has candidates."""
+        """Largest rank any tree uses; -1 if no tree has draft tokens."""
         return max(max(tree.ranks, default=-1) for tree in self.trees)
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "format": "ppd_tree_policy",
+            "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "num_ept": self.num_ept,
             "trees": [tree.to_dict() for tree in self.trees],
         }
 
-    def require_prompted(self) -> None:
-        """Raise TreeError if a tree reaches deeper than prompt rows guess."""
-        for state, tree in enumerate(self.trees):
-            if tree.depth > state:
-                raise TreeError(
-                    f"the tree of state {state} is {tree.depth} deep, but only "
-                    f"{state} prompt rows are there to fill it; calibrate the prompt "
-                    "tokens with a bigram table, or use a shallower tree"
-                )
-
     @classmethod
     def from_dict(cls, data: Any) -> TreePolicy:
-        """Read what :meth:`to_dict` wrote; unknown and missing keys are errors."""
-        _require_keys(data, {"format", "format_version", "num_ept", "trees"}, "policy")
-        if data["format"] != "ppd_tree_policy":
-            raise TreeError(f"format is {data['format']!r}, expected 'ppd_tree_policy'")
-        if data["format_version"] != FORMAT_VERSION:
-            raise TreeError(
-                f"format_version {data['format_version']!r} is not supported; this "
-                f"version of vllm-ppd reads {FORMAT_VERSION}"
-            )
-        if not isinstance(data["trees"], list):
-            raise TreeError("'trees' must be a list of trees, one per state")
+        """Read what :meth:`to_dict` wrote; raises FormatError or TreeError."""
+        content = check_content(
+            data,
+            kind="a tree policy",
+            format=FORMAT,
+            version=FORMAT_VERSION,
+            keys=("num_ept", "trees"),
+        )
+        if not isinstance(content["trees"], list):
+            raise TreeError("'trees' must be a list of trees, one per num_prompted")
         trees = []
-        for state, tree in enumerate(data["trees"]):
-            _require_keys(tree, {"parents", "ranks", "prompts"}, f"tree {state}")
-            trees.append(SparseTree(**tree, num_ept=data["num_ept"]))
+        for num_prompted, tree in enumerate(content["trees"]):
+            if not isinstance(tree, Mapping):
+                raise TreeError(
+                    f"tree {num_prompted} must be an object, not {type(tree).__name__}"
+                )
+            try:
+                check_keys(tree, ("parents", "ranks", "prompts"))
+                trees.append(SparseTree(**tree, num_ept=content["num_ept"]))
+            except FormatError as error:
+                raise FormatError(f"tree {num_prompted}: {error}") from error
+            except (TreeError, TypeError, ValueError) as error:
+                raise TreeError(f"tree {num_prompted}: {error}") from error
         return cls(tuple(trees))
-
-    def save(self, path: Path | str) -> None:
-        """Write the policy as JSON (to a temporary name, then renamed)."""
-        write_json(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: Path | str) -> TreePolicy:
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except OSError as error:
-            raise TreeError(f"cannot read the tree policy {path}: {error}") from error
-        except json.JSONDecodeError as error:
-            raise TreeError(f"{path} is not JSON: {error}") from error
-        except (TreeError, TypeError, ValueError) as error:
-            raise TreeError(f"{path} is not a usable tree policy: {error}") from error
-
-
-def _require_keys(data: Any, keys: set[str], what: str) -> None:
-    if not isinstance(data, dict):
-        raise TreeError(f"{what} must be a JSON object, not {type(data).__name__}")
-    if unknown := sorted(set(data) - keys):
-        raise TreeError(f"unknown key {unknown[0]!r} in the {what}")
-    if missing := sorted(keys - set(data)):
-        raise TreeError(f"key {missing[0]!r} is missing in the {what}")

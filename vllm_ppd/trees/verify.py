@@ -1,9 +1,9 @@
-"""Verification: walk each request's tree along the tokens that the target picks.
+"""Verification: each request's tree is walked along the tokens that the target samples.
 
-At every visited node the target's own sampler picks the next token. If a child
-carries it, the walk goes on there; otherwise it ends, and the token is the step's
-last one. The guesses are fixed before the target's noise is drawn, so the output
-has exactly the distribution of decoding without guesses, whatever they are.
+At every visited node the target's own sampler picks the next token. If a child carries
+it, the walk continues there; otherwise it ends, and the token is the step's last one.
+Draft tokens are fixed before the target's noise is drawn, so the output has exactly the
+distribution of plain decoding, whatever the draft tokens are.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import numpy as np
 
 from vllm_ppd.trees.layout import TreeStep
 
+__all__ = ["TreeWalk", "kv_moves"]
+
 
 class TreeWalk:
     """The walk of a whole batch, one level at a time.
@@ -19,11 +21,11 @@ class TreeWalk:
     Args:
         step: the layout of the batch's trees.
         tokens: [sum of num_nodes] token of each node, in the order of
-            ``step.node_rows`` (roots are not looked at).
+            ``step.node_rows`` (those of roots are ignored).
 
     Attributes:
         nodes: [B] the node each request has reached.
-        active: [B] bool, requests whose walk goes on.
+        active: [B] bool, requests whose walk continues.
         tokens_out: [B, max_depth + 1] emitted tokens, -1 padded.
         paths: [B, max_depth + 1] visited nodes (column 0 the root), 0 padded.
         lengths: [B] tokens emitted so far.
@@ -70,7 +72,7 @@ class TreeWalk:
             picked: [B] token ids; entries of requests that are done are ignored.
 
         Returns:
-            whether any request goes on.
+            whether any request continues.
         """
         active, level = self.active, self._level
         self.tokens_out[active, level] = picked[active]
@@ -83,10 +85,10 @@ class TreeWalk:
         self.active = active & (child > 0)
         self.nodes = np.where(self.active, child, self.nodes)
         self._level = level + 1
-        going_on = bool(self.active.any())
-        if going_on:
+        continues = bool(self.active.any())
+        if continues:
             self.paths[:, level + 1] = np.where(self.active, child, 0)
-        return going_on
+        return continues
 
     def run_greedy(self, picked: np.ndarray) -> None:
         """The whole walk when the target's token at every node is already known.

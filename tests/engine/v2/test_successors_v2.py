@@ -10,8 +10,7 @@ import torch
 
 from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
 from vllm_ppd.kernels.tree_walk import Walk
-from vllm_ppd.trees.bigram import BigramTable
-from vllm_ppd.trees.bigram_learning import OnlineBigram
+from vllm_ppd.trees.bigram import BigramTable, OnlineBigram
 
 WORDS = 12
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from vllm_ppd.kernels.cpu import CpuBigramLearner
-from vllm_ppd.trees.bigram_learning import OnlineBigram
+from vllm_ppd.trees.bigram import OnlineBigram
 from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.verify import TreeWalk
 

@@ -12,7 +12,7 @@ from vllm_ppd.engine.settings import serving_settings
 from vllm_ppd.engine.soft_tokens import add_soft_tokens
 from vllm_ppd.kernels.cpu import CpuTreeFiller
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
-from vllm_ppd.trees.bigram_learning import OnlineBigram
+from vllm_ppd.trees.bigram import OnlineBigram
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import TreeMenu
 

@@ -10,7 +10,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_ppd.kernels.tree_walk import Walk
-from vllm_ppd.trees.bigram_learning import OnlineBigram, learn_bigrams
+from vllm_ppd.trees.bigram import OnlineBigram, learn_bigrams
 
 __all__ = ["EVERY", "BigramLearner"]
 

@@ -22,8 +22,8 @@ from vllm_ppd.engine.v2.step_trees import StepBuffers, step_of
 from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
 from vllm_ppd.kernels.triton.fill_tree import fill_tree
 from vllm_ppd.kernels.triton.ngram import match_ngrams
-from vllm_ppd.trees.bigram_learning import OnlineBigram
-from vllm_ppd.trees.drafting import POOL, BigramTensors
+from vllm_ppd.trees.bigram import BigramTensors, OnlineBigram
+from vllm_ppd.trees.drafting import POOL
 
 __all__ = ["Drafter", "PPDSpeculator", "RequestContext", "WordDraftsHandler"]
 

@@ -1,5 +1,5 @@
 // Online learning of a bigram table: the fast form of learn_bigrams in
-// vllm_ppd/trees/bigram_learning.py. Needs simd.hpp and fill_tree.cpp.
+// vllm_ppd/trees/bigram.py. Needs simd.hpp and fill_tree.cpp.
 
 struct OnlineTable {  // mirrored in bigram.py
   int32_t* ids;        // [V, n]

@@ -8,8 +8,13 @@ import numpy as np
 import torch
 
 from vllm_ppd.kernels.cpu.build import load_library, struct
-from vllm_ppd.trees.bigram import SMOOTHING
-from vllm_ppd.trees.bigram_learning import LISTED, MOST, OnlineBigram, learn_bigrams
+from vllm_ppd.trees.bigram import (
+    OBSERVED,
+    ROW_MEMORY,
+    SMOOTHING,
+    OnlineBigram,
+    learn_bigrams,
+)
 
 __all__ = ["CpuBigramLearner"]
 
@@ -20,14 +25,14 @@ _OnlineTable = struct(  # as in bigram.cpp
 
 
 class CpuBigramLearner:
-    """`trees.bigram_learning.learn_bigrams` for one table, compiled where possible."""
+    """`trees.bigram.learn_bigrams` for one table, compiled where possible."""
 
     def __init__(self, online: OnlineBigram) -> None:
         self._online = online
         counted = (online.counts, online.totals, online.base, online.base_total)
         pointers = [tensor.data_ptr() for tensor in (*online.table, *counted)]
         vocabulary, n = online.table.ids.shape
-        self._listed = min(LISTED, vocabulary)
+        self._listed = min(OBSERVED, vocabulary)
         self._struct = _OnlineTable(*pointers, vocabulary, n)
         self._address = ctypes.addressof(self._struct)
         library = load_library()
@@ -46,5 +51,5 @@ class CpuBigramLearner:
             logits.data_ptr(),
             self._listed,
             SMOOTHING,
-            MOST,
+            ROW_MEMORY,
         )

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm_ppd.kernels.cpu.build import load_library, struct
-from vllm_ppd.trees.bigram import BigramTable
-from vllm_ppd.trees.drafting import POOL, BigramTensors, DraftInputs, fill_trees
+from vllm_ppd.trees.bigram import BigramTable, BigramTensors
+from vllm_ppd.trees.drafting import POOL, DraftInputs, fill_trees
 from vllm_ppd.trees.layout import TreeTables
 
 __all__ = ["CpuTreeFiller"]

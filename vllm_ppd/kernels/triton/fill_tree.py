@@ -12,7 +12,7 @@ import triton.language as tl
 
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
-from vllm_ppd.trees.drafting import BigramTensors
+from vllm_ppd.trees.bigram import BigramTensors
 
 __all__ = ["fill_tree"]
 

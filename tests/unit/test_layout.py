@@ -1,12 +1,11 @@
-"""Layout, verification, KV moves and candidates against brute-force oracles."""
+"""Layout, verification and KV moves against brute-force oracles."""
 
 import numpy as np
 import pytest
 
 from tests.unit.test_tree import random_tree
-from vllm_ppd.trees.drafting import fill_drafts
-from vllm_ppd.trees.layout import TreeTables, pack_mask
-from vllm_ppd.trees.layout import TreeStep, ranges, spread
+from vllm_ppd.trees.layout import TreeStep, TreeTables, pack_mask, ranges, spread
+from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
@@ -42,12 +41,12 @@ def test_packed_masks_hold_every_bit(q):
 
 
 def test_a_small_step():
-    # Request 0 runs the tree of state 2 at row 3, request 1 only its root at row 12.
+    # Request 0 runs tree 2 at row 3, request 1 only its root at row 12.
     step = TreeStep(TABLES, np.array([2, 0]), np.array([3, 12]), np.array([9, 1]))
     assert step.node_rows.tolist() == [3, 4, 5, 6, 12]
-    rows, states, inner = step.tree_rows()
+    rows, tree_ids, inner = step.tree_rows()
     assert rows.tolist() == list(range(3, 12))
-    assert TABLES.depths[states, inner].tolist() == [0, 1, 1, 2, 1, 2, 2, 2, 3]
+    assert TABLES.depths[tree_ids, inner].tolist() == [0, 1, 1, 2, 1, 2, 2, 2, 3]
     # The target follows root -> b; nothing hangs on b, so its token ends the step.
     walk = TreeWalk(step, np.array([1, 7, 8, 9, 1]))
     walk.run_greedy(np.array([8, 9, 42, 0, 5]))
@@ -61,14 +60,28 @@ def test_a_small_step():
     assert (rows.tolist(), counts.tolist()) == ([10], [1, 0])
 
 
-def test_candidates_and_soft_ids_of_a_small_batch():
-    best = np.array([[7, 8], [9, 10], [11, 12]])
-    drafts = fill_drafts(TABLES, np.array([2, 0, 1]), np.array([2, 0, 1]), best)
-    assert drafts == [
-        [7, 8, 9, 100, 101, 100, 100, 100],
-        [100, 101],
-        [11, 100, 100],
-    ]
+def test_tables_of_a_menu():
+    fork = TreePolicy((chain_tree(0, (1,)), SparseTree((0, 0, 1), (0, 1, 0), (1,) * 4)))
+    menu = TreeMenu((MenuEntry((fork, fork)),))
+    tables = TreeTables(menu, first_soft_id=100)
+    # Tree 0 is root-only; 1 and 2 are of match class 0, 3 and 4 of class 1.
+    assert tables.num_rows.tolist() == [1, 2, 8, 2, 8]
+    assert tables.soft_ids[2].tolist() == [0] * 4 + [100] * 4
+    # The n-gram draft is the first child of the first child. Node 3 is below node 1.
+    assert tables.on_ngram[2].tolist() == [False] * 4
+    assert tables.on_ngram[4].tolist() == [True, True, False, True]
+    assert tables.tries_ngram.tolist() == [False] * 4 + [True]
+    assert tables.max_children == 2
+
+
+def test_soft_ids_are_prompt_major_and_ept_minor():
+    tree = chain_tree(1, (2, 1), num_ept=2)
+    tables = TreeTables(TreePolicy((tree, tree, tree)), 100, num_rows=10)
+    assert tables.soft_ids[0].tolist() == [0, 0, 100, 101, 102, 103, 100, 101, 0, 0]
+    depths, shifts, ancestors = tables.layout(0, 5)
+    assert depths.tolist() == [0, 1, 1, 1, 2]
+    assert shifts.tolist() == [0, 0, -1, -2, -2]
+    assert (ancestors == tables.ancestors[0, :5]).all()
 
 
 def oracle(tree: SparseTree, tokens: list[int], picked: list[int]):
@@ -95,11 +108,11 @@ def test_batches_of_cut_trees_equal_a_walk_of_each(num_ept):
                 trees.append(tree)
         tables = TreeTables(TreePolicy(tuple(trees)), VOCABULARY)
         batch = int(rng.integers(1, 7))
-        states = rng.integers(0, 4, batch)
-        num_rows = np.array([rng.integers(1, trees[s].num_rows + 1) for s in states])
+        tree_ids = rng.integers(0, 4, batch)
+        num_rows = np.array([rng.integers(1, trees[s].num_rows + 1) for s in tree_ids])
         gaps = rng.integers(0, 5, batch)
         starts = np.cumsum(gaps + num_rows) - num_rows
-        step = TreeStep(tables, states, starts, num_rows)
+        step = TreeStep(tables, tree_ids, starts, num_rows)
         # Few token values, so that siblings often differ and paths often match.
         tokens, picked = [], []
         for nodes in step.num_nodes:
@@ -108,8 +121,8 @@ def test_batches_of_cut_trees_equal_a_walk_of_each(num_ept):
         walk = TreeWalk(step, np.concatenate(tokens))
         walk.run_greedy(np.concatenate(picked))
         slots = {}
-        for b, (state, rows) in enumerate(zip(states, num_rows, strict=True)):
-            part = trees[state].prefix(int(rows))
+        for b, (tree_id, rows) in enumerate(zip(tree_ids, num_rows, strict=True)):
+            part = trees[tree_id].prefix(int(rows))
             out, path, node = oracle(part, tokens[b], picked[b])
             assert walk.tokens_out[b, : walk.lengths[b]].tolist() == out
             assert (walk.tokens_out[b, walk.lengths[b] :] == -1).all()
@@ -119,9 +132,12 @@ def test_batches_of_cut_trees_equal_a_walk_of_each(num_ept):
             first = part.num_nodes + num_ept * sum(part.prompts[:node])
             count = part.prompts[node] * num_ept
             rows_b = list(range(starts[b] + first, starts[b] + first + count))
-            one = TreeStep(tables, states[[b]], starts[[b]], num_rows[[b]])
-            found, counts = one.prompt_rows(walk.nodes[[b]])
-            assert (found.tolist(), counts.tolist()) == (rows_b, [part.prompts[node]])
+            one = TreeStep(tables, tree_ids[[b]], starts[[b]], num_rows[[b]])
+            prompt_rows, counts = one.prompt_rows(walk.nodes[[b]])
+            assert (prompt_rows.tolist(), counts.tolist()) == (
+                rows_b,
+                [part.prompts[node]],
+            )
         # Copying in order leaves every accepted node where its depth says.
         memory = np.arange(int(starts[-1] + num_rows[-1]))
         for source, target in zip(*kv_moves(step, walk), strict=True):
@@ -144,27 +160,27 @@ def test_a_padded_first_step_has_inert_rows():
 
 
 def test_greedy_walks_equal_token_by_token_decoding_of_a_fake_model():
-    """Whatever is guessed, the emitted tokens are the model's own."""
+    """Whatever the draft tokens are, the emitted tokens are the model's own."""
     rng = np.random.default_rng(5)
     follow = rng.integers(0, 12, (12, 12))  # next token given the last two
     history = [0, 1]
-    state = 0
+    num_prompted = 0
     while len(history) < 300:
-        tree = POLICY.trees[state]
+        tree = POLICY.trees[num_prompted]
         tokens = [history[-1]] + [0] * (tree.num_nodes - 1)
         for c, parent in enumerate(tree.parents):
             tokens[c + 1] = (tokens[parent] + 1 + 5 * tree.ranks[c]) % 12
         picked = []
         for node in range(tree.num_nodes):
-            before = history[-2] if node == 0 else tokens[tree.parents[node - 1]]
-            picked.append(int(follow[before, tokens[node]]))
+            last = history[-2] if node == 0 else tokens[tree.parents[node - 1]]
+            picked.append(int(follow[last, tokens[node]]))
         step = TreeStep(
-            TABLES, np.array([state]), np.array([0]), np.array([tree.num_rows])
+            TABLES, np.array([num_prompted]), np.array([0]), np.array([tree.num_rows])
         )
         walk = TreeWalk(step, np.array(tokens))
         walk.run_greedy(np.array(picked))
         history += walk.tokens_out[0, : walk.lengths[0]].tolist()
-        state = int(step.prompt_rows(walk.nodes)[1][0])
+        num_prompted = int(step.prompt_rows(walk.nodes)[1][0])
     plain = [0, 1]
     while len(plain) < len(history):
         plain.append(int(follow[plain[-2], plain[-1]]))

@@ -1,10 +1,11 @@
-"""The bigram table and the matcher of earlier text."""
+"""The bigram table: counts, gains, files. Learning is in tests/kernels."""
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from vllm_ppd.trees.bigram import BigramCounts, BigramError, BigramTable
-from vllm_ppd.trees.ngram import MAX_NGRAM_DRAFTS, match_chain
+from vllm_ppd.files import FormatError
+from vllm_ppd.trees.bigram import BigramCounts, BigramTable
 
 
 def counted(pairs, vocabulary=6, size=3, smoothing=2.0):
@@ -24,7 +25,7 @@ def test_a_small_table():
     expected = np.log((6 / base + 2) / (8 + 2))
     assert table.gains[0, 0] == pytest.approx(expected, abs=1e-6)
     assert table.floor[0] == pytest.approx(np.log(2 / 10), abs=1e-6)
-    # Nothing is known of 5: the commonest tokens, all at gain 0.
+    # Token 5 was not observed: the commonest tokens, all at gain 0.
     assert table.floor[5] == 0
     assert table.gains[5].tolist() == [0, 0, 0]
     assert table.weights == (1.0, 1.0)
@@ -40,9 +41,9 @@ def test_against_a_dense_count():
     np.add.at(dense, (pairs[:, 0], pairs[:, 1]), 1)
     base = (dense.sum(0) + 1) / (dense.sum() + 10)
     for u in range(10):
-        seen = np.count_nonzero(dense[u])
-        best = np.sort(dense[u])[::-1][: min(4, seen)]
-        listed = table.ids[u][: min(4, seen)]
+        size = min(4, np.count_nonzero(dense[u]))
+        best = np.sort(dense[u])[::-1][:size]
+        listed = table.ids[u][:size]
         assert dense[u, listed].tolist() == best.tolist()
         gains = np.log((dense[u, listed] / base[listed] + 2) / (dense[u].sum() + 2))
         np.testing.assert_allclose(table.gains[u][: len(listed)], gains, atol=1e-5)
@@ -56,12 +57,20 @@ def test_files(tmp_path):
     np.testing.assert_array_equal(read.ids, table.ids)
     np.testing.assert_allclose(read.gains, table.gains, atol=1e-2)
     np.testing.assert_array_equal(read.base, table.base)
-    with pytest.raises(BigramError, match="is for 6 tokens and 2 prompt tokens"):
+    with pytest.raises(FormatError, match="is for 6 tokens and 2 prompt tokens"):
         BigramTable.load(path, 7, 2)
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(BigramError, match=r"bigram\.safetensors"):
+    with pytest.raises(FormatError, match=r"bigram\.safetensors cannot be used"):
         BigramTable.load(path, 6, 2)
-    with pytest.raises(BigramError, match="nothing"):
+    for notes, message in (
+        ({"format": "other"}, "its format is 'other' version None; expected 'ppd_bigr"),
+        ({"format": "ppd_bigram", "format_version": "2"}, "version 2; expected"),
+        ({"format": "ppd_bigram", "format_version": "1"}, "ids"),
+    ):
+        save_file({"gains": table.gains}, path, notes)
+        with pytest.raises(FormatError, match=message):
+            BigramTable.load(path, 6, 2)
+    with pytest.raises(FormatError, match="nothing"):
         BigramTable.load(tmp_path / "nothing", 6, 2)
 
 
@@ -85,35 +94,5 @@ def test_bad_tables(change, message):
         "weights": (1.0,),
         "base": np.full(4, 0.25),
     }
-    with pytest.raises(BigramError, match=message):
+    with pytest.raises(FormatError, match=message):
         BigramTable(**{**good, **change})
-
-
-def test_matches():
-    # 7 8 came before, followed by 1 2 3 ...
-    match_class, chain = match_chain(np.array([7, 8, 1, 2, 3, 9, 7, 8]))
-    assert (match_class, chain.tolist()) == (1, [1, 2, 3, 9, 7, 8])
-    match_class, chain = match_chain(np.array([5, 6, 7, 8, 1, 5, 6, 7, 8]))
-    assert (match_class, chain.tolist()) == (2, [1, 5, 6, 7, 8])
-    assert match_chain(np.array([1, 2, 3]))[0] == 0
-    assert match_chain(np.array([4]))[0] == 0
-    # One token is no match; the chain has a limit.
-    assert match_chain(np.array([1, 2, 1]))[0] == 0
-    assert len(match_chain(np.tile([1, 2, 3], 20))[1]) == MAX_NGRAM_DRAFTS
-
-
-def brute_force(context):
-    n = len(context)
-    for length in range(min(8, n - 1), 1, -1):
-        for end in range(length, n):
-            if context[end - length : end] == context[n - length :]:
-                return (2 if length >= 4 else 1), context[end : end + MAX_NGRAM_DRAFTS]
-    return 0, []
-
-
-def test_matches_against_brute_force():
-    rng = np.random.default_rng(0)
-    for _ in range(400):
-        context = rng.integers(0, int(rng.integers(2, 6)), int(rng.integers(1, 30)))
-        match_class, chain = match_chain(context)
-        assert (match_class, chain.tolist()) == brute_force(context.tolist())
