@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import random
 import subprocess
 import sys
 import tempfile
@@ -141,6 +142,7 @@ def launch_attention(dtype, cache_dtype, dim, kv_heads, group, rows, window, spl
 
 
 def launch_small_kernels():
+    random.seed(0)
     tables = DeviceTables.on("cpu", tables_of(random_policy(), num_rows=64))
     trees, longs = ints(4), ints(128, dtype=torch.int64)
     walk = tree_walk.tree_walk(tables, trees, trees, trees, ints(128), longs, trees)

@@ -223,6 +223,21 @@ def test_too_many_rows_for_the_mask_is_an_error(attend):
         attend(step.query, step.cache, output, narrow, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "expected"),
+    [
+        ("block_table", torch.zeros(1), r"int32 \[1, 1\]"),
+        ("starts", torch.zeros(2).int(), r"int32 or int64 \[1\]"),
+        ("ancestors", torch.zeros(7, 1).int(), r"int64 \[7, 1\]"),
+        ("depths", torch.zeros(3).long(), r"int32 or int64 \[7\]"),
+    ],
+)
+def test_a_batch_of_other_shapes_or_types_is_an_error(name, tensor, expected):
+    batch = one_head(Request(3, 4))[0].batch
+    with pytest.raises(ValueError, match=f"{name} must be {expected}, not"):
+        replace(batch, **{name: tensor})
+
+
 def test_mixed_types_are_an_error():
     if load_library() is None:
         pytest.skip("no C++ compiler")

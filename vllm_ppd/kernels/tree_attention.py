@@ -1,6 +1,6 @@
 """Tree attention over a paged KV cache: the step's inputs and the torch reference.
 
-A decode step feeds each tree request q rows: the root, candidates (parents before
+A decode step feeds each tree request q rows: the root, draft tokens (parents before
 children) and prompt rows. Row i of a request attends to the request's whole context
 and to the in-step rows on its path in the tree, itself included:
 
@@ -41,30 +41,24 @@ class TreeBatch:
     max_rows: int | None = None  # no request has more rows; None: 64 * W
 
     def __post_init__(self) -> None:
-        requests = self.block_table.shape[0]
-        if self.block_table.dim() != 2 or self.block_table.dtype != torch.int32:
-            raise ValueError(
-                "block_table must be int32 [R, max_blocks], not "
-                f"{self.block_table.dtype} {list(self.block_table.shape)}"
-            )
-        for name in ("starts", "num_rows", "context_lens"):
+        requests, tokens = len(self.block_table), len(self.ancestors)
+        words = self.ancestors.shape[-1]
+        width = self.block_table.shape[-1]
+        for name, shape, dtypes in (
+            ("block_table", (requests, width), (torch.int32,)),
+            ("starts", (requests,), _INTEGERS),
+            ("num_rows", (requests,), _INTEGERS),
+            ("context_lens", (requests,), _INTEGERS),
+            ("ancestors", (tokens, words), (torch.int64,)),
+            ("depths", (tokens,), _INTEGERS),
+        ):
             tensor = getattr(self, name)
-            if tensor.shape != (requests,) or tensor.dtype not in _INTEGERS:
+            if tensor.shape != shape or tensor.dtype not in dtypes:
+                names = " or ".join(str(dtype).split(".")[1] for dtype in dtypes)
                 raise ValueError(
-                    f"{name} must be int32 or int64 [{requests}], not "
+                    f"{name} must be {names} {list(shape)}, not "
                     f"{tensor.dtype} {list(tensor.shape)}"
                 )
-        if self.ancestors.dim() != 2 or self.ancestors.dtype != torch.int64:
-            raise ValueError(
-                "ancestors must be int64 [T, W], not "
-                f"{self.ancestors.dtype} {list(self.ancestors.shape)}"
-            )
-        tokens = self.ancestors.shape[:1]
-        if self.depths.shape != tokens or self.depths.dtype not in _INTEGERS:
-            raise ValueError(
-                f"depths must be int32 or int64 {list(tokens)}, not "
-                f"{self.depths.dtype} {list(self.depths.shape)}"
-            )
 
 
 def tree_attention_reference(

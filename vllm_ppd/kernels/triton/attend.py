@@ -1,6 +1,6 @@
-"""The first kernel of tree attention: one KV head, one tile of rows, one split.
+"""The first kernel of tree attention in Triton: one KV head, tile of rows and split.
 
-All query heads of the KV head's group go together: member ``m`` of a tile is row
+All query heads of the KV head's group form one tile: member ``m`` of a tile is row
 ``m // GROUP`` of the tree and head ``m % GROUP`` of the group. Context slots that every
 row sees need no mask and are most of the work; the tree's own slots, the end of the
 context and the start of a sliding window go through a second, masked loop.
@@ -100,11 +100,11 @@ def _attend_tile(
         scores = softcap * (1 - 2 / (1 + tl.exp2(scores)))
     if MASKED:
         tl.static_assert(TILE <= 128, "two words of mask bits per tile at most")
-        before = tile * TILE - context
-        bits = _mask_bits(ancestors_ptr, row, before, num_rows, WORDS)[:, None]
+        offset = tile * TILE - context
+        bits = _mask_bits(ancestors_ptr, row, offset, num_rows, WORDS)[:, None]
         index = tl.arange(0, TILE)
         if TILE > 64:
-            more = _mask_bits(ancestors_ptr, row, before + 64, num_rows, WORDS)
+            more = _mask_bits(ancestors_ptr, row, offset + 64, num_rows, WORDS)
             bits = tl.where((index < 64)[None, :], bits, more[:, None])
         seen = (bits >> (index % 64)[None, :].to(tl.uint64)) & 1
         seen = (seen != 0) & in_range[None, :]
@@ -200,29 +200,21 @@ def attend_kernel(
     row = member // GROUP
     head = kv_head * GROUP + member % GROUP
     dims = tl.arange(0, D)
-    there = row < num_rows
-    mask = there[:, None] & (dims < HEAD_SIZE)[None, :]
+    in_tree = row < num_rows
+    mask = in_tree[:, None] & (dims < HEAD_SIZE)[None, :]
     query_at = (start + row) * query_stride_token + head * query_stride_head
     query = tl.load(query_ptr + query_at[:, None] + dims[None, :], mask=mask, other=0.0)
     query = query.to(tl.float32 if WIDE else output_ptr.dtype.element_ty)
-    depth = tl.load(depths_ptr + start + row, mask=there, other=0)
+    depth = tl.load(depths_ptr + start + row, mask=in_tree, other=0)
 
     if q_scale_ptr is not None:
         scale *= tl.load(q_scale_ptr + kv_head * q_scale_stride)
     if k_scale_ptr is not None:
         scale *= tl.load(k_scale_ptr + kv_head * k_scale_stride)
-    keys = (
-        key_ptr + kv_head.to(tl.int64) * key_stride_head,
-        key_stride_block,
-        key_stride_slot,
-        key_stride_element,
-    )
-    values = (
-        value_ptr + kv_head.to(tl.int64) * value_stride_head,
-        value_stride_block,
-        value_stride_slot,
-        value_stride_element,
-    )
+    key_ptr += kv_head.to(tl.int64) * key_stride_head
+    value_ptr += kv_head.to(tl.int64) * value_stride_head
+    keys = (key_ptr, key_stride_block, key_stride_slot, key_stride_element)
+    values = (value_ptr, value_stride_block, value_stride_slot, value_stride_element)
     table_ptr += request.to(tl.int64) * table_stride
     tree = (ancestors_ptr + start * WORDS, depths_ptr + start)
     bounds = (first, context, num_rows)
@@ -264,5 +256,5 @@ def attend_kernel(
         heads = tl.num_programs(1) * GROUP
         at = ((request * max_rows + row).to(tl.int64) * heads + head) * SPLITS + split
         tl.store(partial_ptr + at[:, None] * D + dims[None, :], acc, mask=mask)
-        tl.store(tops_ptr + at, top, mask=there)
-        tl.store(totals_ptr + at, total, mask=there)
+        tl.store(tops_ptr + at, top, mask=in_tree)
+        tl.store(totals_ptr + at, total, mask=in_tree)

@@ -59,12 +59,10 @@ def _kv_compact_kernel(
         if row != depth:
             source = tl.load(slots_ptr + start + row)
             target = tl.load(slots_ptr + start + depth)
-            source = source // block_size * stride_block + (
-                source % block_size * stride_slot
-            )
-            target = target // block_size * stride_block + (
-                target % block_size * stride_slot
-            )
+            from_block, from_slot = source // block_size, source % block_size
+            to_block, to_slot = target // block_size, target % block_size
+            source = from_block * stride_block + from_slot * stride_slot
+            target = to_block * stride_block + to_slot * stride_slot
             values = tl.load(cache + source + inner, mask=mask)
             tl.store(cache + target + inner, values, mask=mask)
 
@@ -78,10 +76,10 @@ class _Layers:
         size = caches[0].element_size()
         addresses = [cache.data_ptr() for cache in caches]
         *outer, last = self.strides
-        # Strides of axes of length 1 say nothing, and are not used.
+        # Strides of axes of length 1 say nothing and do not count.
         lengths = caches[0].shape[:-1]
-        used = [s for s, n in zip(outer, lengths, strict=True) if n > 1]
-        bytes_ = [*addresses, self.width * size, *(stride * size for stride in used)]
+        strides = [s * size for s, n in zip(outer, lengths, strict=True) if n > 1]
+        bytes_ = [*addresses, self.width * size, *strides]
         if last == 1 and all(number % 8 == 0 for number in bytes_) and size < 8:
             # A copy does not care what its elements are; larger ones are faster.
             factor = 8 // size
@@ -124,23 +122,15 @@ class KVCompactor:
         paths: torch.Tensor,
         lengths: torch.Tensor,
     ) -> None:
-        """As :func:`vllm_ppd.kernels.kv_compact.compact_paths_reference`."""
+        """As `vllm_ppd.kernels.kv_compact.compact_paths_reference`."""
         batch, path_width = paths.shape
         if batch == 0:
             return
         for layers in self._groups:
             programs = triton.cdiv(layers.heads, layers.heads_per_program)
             _kv_compact_kernel[(batch, len(layers.addresses), programs)](
-                layers.addresses,
-                slots,
-                starts,
-                paths,
-                lengths,
-                layers.element,
-                path_width,
-                layers.heads,
-                layers.width,
-                layers.block_size,
+                *(layers.addresses, slots, starts, paths, lengths, layers.element),
+                *(path_width, layers.heads, layers.width, layers.block_size),
                 *layers.strides,
                 ALIGNED=layers.aligned,
                 HEADS=layers.heads_per_program,

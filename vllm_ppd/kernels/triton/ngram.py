@@ -82,13 +82,7 @@ def match_ngrams(
     drafts = classes.new_empty((batch, MAX_NGRAM_DRAFTS))
     if batch:
         _match_ngrams_kernel[(batch,)](
-            token_ids,
-            token_ids.stride(0),
-            slots,
-            ends,
-            classes,
-            drafts,
-            context,
+            *(token_ids, token_ids.stride(0), slots, ends, classes, drafts, context),
             LOW=tuple(low for low, _ in LENGTHS),
             HIGH=tuple(high for _, high in LENGTHS),
             LONGEST=_LONGEST,

@@ -67,18 +67,8 @@ def place_tree(
     if len(trees) == 0:
         return
     _place_tree_kernel[(len(trees),)](
-        trees,
-        num_rows,
-        query_starts,
-        seq_lens,
-        tables.depths,
-        tables.ancestors,
-        positions,
-        ancestors,
-        depths,
-        starts,
-        context_lens,
-        rows,
+        *(trees, num_rows, query_starts, seq_lens, tables.depths, tables.ancestors),
+        *(positions, ancestors, depths, starts, context_lens, rows),
         WORDS=words,
         BLOCK=triton.next_power_of_2(rows),
         num_warps=1,

@@ -1,4 +1,4 @@
-"""Tree attention split over the context: who takes which tiles, and the second kernel.
+"""Tree attention split over the context: the tiles of a split, and the second kernel.
 
 Every split leaves, per row and head, its sum of values, the largest score and the sum
 of weights relative to it; the second kernel joins them (flash decoding).
@@ -62,11 +62,11 @@ def join_splits_kernel(
     member = row_tile * M + tl.arange(0, M)
     row = member // GROUP
     head = kv_head * GROUP + member % GROUP
-    there = row < num_rows
+    in_tree = row < num_rows
     heads = tl.num_programs(1) * GROUP
     at = ((request * max_rows + row).to(tl.int64) * heads + head) * SPLITS
     split = tl.arange(0, SPLITS)
-    written = there[:, None] & (split < num_splits)[None, :]
+    written = in_tree[:, None] & (split < num_splits)[None, :]
     tops = tl.load(tops_ptr + at[:, None] + split, mask=written, other=float("-inf"))
     totals = tl.load(totals_ptr + at[:, None] + split, mask=written, other=0.0)
     highest = tl.max(tops, axis=1)
@@ -79,11 +79,11 @@ def join_splits_kernel(
     result = tl.zeros([M, D], dtype=tl.float32)
     # Unrolled, so that all loads are under way together.
     for index in tl.static_range(SPLITS):
-        used = row < tl.where(num_splits > index, num_rows, 0)
-        top = tl.load(tops_ptr + at + index, mask=used, other=float("-inf"))
+        written = row < tl.where(num_splits > index, num_rows, 0)
+        top = tl.load(tops_ptr + at + index, mask=written, other=float("-inf"))
         partial = tl.load(
             partial_ptr + (at + index)[:, None] * D + dims[None, :],
-            mask=used[:, None] & in_head[None, :],
+            mask=written[:, None] & in_head[None, :],
             other=0.0,
         )
         result += partial * tl.exp2(top - highest)[:, None]
@@ -93,5 +93,5 @@ def join_splits_kernel(
     start = tl.load(starts_ptr + request).to(tl.int64)
     output_at = (start + row) * output_stride_token + head * output_stride_head
     result = result.to(output_ptr.dtype.element_ty)
-    mask = there[:, None] & in_head[None, :]
+    mask = in_tree[:, None] & in_head[None, :]
     tl.store(output_ptr + output_at[:, None] + dims[None, :], result, mask=mask)

@@ -59,19 +59,19 @@ def _choose_shape(
         multiprocessors = properties.multi_processor_count
         hopper = properties.major in (9, 10)  # 228 KB of shared memory, and wgmma
     # These sizes keep everything in registers; float32 takes no tensor cores.
-    most, tile, num_warps = 128, 64, 8
+    max_m, tile, num_warps = 128, 64, 8
     if device.type == "cuda" and item_size == 4:
-        most, tile = 16, 16
+        max_m, tile = 16, 16
     elif padded > 128:
-        most, tile = 64 if hopper else 32, max(16, 8192 // padded)
+        max_m, tile = 64 if hopper else 32, max(16, 8192 // padded)
     members = max_rows * group
-    block_m = max(16, min(most, triton.next_power_of_2(members)))
+    block_m = max(16, min(max_m, triton.next_power_of_2(members)))
 
     def splits_of(block_m: int) -> int:
         # Two programs for each multiprocessor, in one wave.
         tiles = triton.cdiv(members, block_m)
-        wanted = 2 * multiprocessors // (requests * tiles * kv_heads)
-        return 1 << max(0, min(wanted, _MAX_SPLITS).bit_length() - 1)
+        splits = 2 * multiprocessors // (requests * tiles * kv_heads)
+        return 1 << max(0, min(splits, _MAX_SPLITS).bit_length() - 1)
 
     if hopper and item_size < 4 and padded == 128 and members > 64:
         # Grouped heads: measured, benchmarks/gpu_kernels.py --sweep.
@@ -102,7 +102,7 @@ def tree_attention(
     v_scale: torch.Tensor | None = None,
     num_splits: int | None = None,
 ) -> None:
-    """As :func:`vllm_ppd.kernels.tree_attention.tree_attention_reference`.
+    """As `vllm_ppd.kernels.tree_attention.tree_attention_reference`.
 
     The products are taken in the output's type and summed in float32. ``num_splits``,
     a power of two, overrides the number of splits that the batch and the GPU suggest.
@@ -118,53 +118,32 @@ def tree_attention(
     kv_heads, block_size = key_cache.shape[1:3]
     max_rows = batch.max_rows or 64 * batch.ancestors.shape[1]
     group = heads // kv_heads
-    shape = _choose_shape(
-        requests,
-        max_rows,
-        kv_heads,
-        group,
-        head_size,
-        output.element_size(),
-        num_splits,
-        query.device,
-    )
-    has_cap, window = softcap > 0, max(window, 0)
+    sizes = (requests, max_rows, kv_heads, group, head_size, output.element_size())
+    shape = _choose_shape(*sizes, num_splits, query.device)
     splits, padded = shape.splits, shape.padded_head
     partial = tops = totals = None
     if splits > 1:
         count = requests * max_rows * heads * splits
         space = query.new_empty(count * (padded + 2), dtype=torch.float32)
         partial, tops, totals = space.split([count * padded, count, count])
+    has_cap = softcap > 0
     constants = {
         "GROUP": group,
         "HEAD_SIZE": head_size,
-        "WINDOW": window,
+        "WINDOW": max(window, 0),
         "SPLITS": splits,
         "TILE": shape.tile,
         "D": padded,
     }
     attend_kernel[(requests * shape.row_tiles, kv_heads, splits)](
-        query,
-        key_cache,
-        value_cache,
-        output,
-        partial,
-        tops,
-        totals,
-        batch.block_table,
-        batch.starts,
-        batch.num_rows,
-        batch.context_lens,
-        batch.ancestors,
-        batch.depths,
-        q_scale,
-        k_scale,
-        v_scale,
+        *(query, key_cache, value_cache, output, partial, tops, totals),
+        *(batch.block_table, batch.starts, batch.num_rows, batch.context_lens),
+        *(batch.ancestors, batch.depths, q_scale, k_scale, v_scale),
         2 * LOG2_E * scale / softcap if has_cap else LOG2_E * scale,
         LOG2_E * softcap,
         max_rows,
         shape.row_tiles,
-        *(_scale_stride(s) for s in (q_scale, k_scale, v_scale)),
+        *(_scale_stride(factor) for factor in (q_scale, k_scale, v_scale)),
         batch.block_table.stride(0),
         *query.stride()[:2],
         *output.stride()[:2],
@@ -182,17 +161,9 @@ def tree_attention(
     if splits > 1:
         row_tiles = triton.cdiv(max_rows * group, _JOIN_M)
         join_splits_kernel[(requests * row_tiles, kv_heads)](
-            partial,
-            tops,
-            totals,
-            output,
-            batch.starts,
-            batch.num_rows,
-            batch.context_lens,
-            v_scale,
-            _scale_stride(v_scale),
-            max_rows,
-            row_tiles,
+            *(partial, tops, totals, output),
+            *(batch.starts, batch.num_rows, batch.context_lens),
+            *(v_scale, _scale_stride(v_scale), max_rows, row_tiles),
             *output.stride()[:2],
             **constants,
             M=_JOIN_M,
@@ -212,27 +183,26 @@ def _check(
     output: torch.Tensor,
     batch: TreeBatch,
 ) -> None:
-    _, heads, _ = query.shape
     if (
-        query.stride(2) != 1
-        or output.stride(2) != 1
-        or output.shape != query.shape
-        or output.dtype not in _FLOATS
-        or key_cache.shape != value_cache.shape
-        or key_cache.shape[3] != query.shape[2]
-        or heads % key_cache.shape[1]
-        or batch.block_table.stride(1) != 1
-        or not batch.ancestors.is_contiguous()
+        query.stride(2) == output.stride(2) == batch.block_table.stride(1) == 1
+        and output.shape == query.shape
+        and output.dtype in _FLOATS
+        and key_cache.shape == value_cache.shape
+        and key_cache.shape[3] == query.shape[2]
+        and query.shape[1] % key_cache.shape[1] == 0
+        and batch.ancestors.is_contiguous()
     ):
-        described = ", ".join(
-            f"{name} {tensor.dtype} {list(tensor.shape)} strides {tensor.stride()}"
-            for name, tensor in (
-                ("query", query),
-                ("key cache", key_cache),
-                ("value cache", value_cache),
-                ("output", output),
-                ("block table", batch.block_table),
-                ("ancestors", batch.ancestors),
-            )
-        )
-        raise ValueError(f"tree attention cannot work on these tensors: {described}")
+        return
+    tensors = {
+        "query": query,
+        "key cache": key_cache,
+        "value cache": value_cache,
+        "output": output,
+        "block table": batch.block_table,
+        "ancestors": batch.ancestors,
+    }
+    described = ", ".join(
+        f"{name} {tensor.dtype} {list(tensor.shape)} strides {tensor.stride()}"
+        for name, tensor in tensors.items()
+    )
+    raise ValueError(f"tree attention cannot work on these tensors: {described}")

@@ -100,30 +100,15 @@ def tree_walk(
     sizes = [batch, batch, batch * depth, batch, batch * prompt_width]
     flat = sampled.new_empty(sum(sizes), dtype=torch.int32)
     num_sampled, end_nodes, paths, num_prompted, prompt_rows = flat.split(sizes)
-    walk = Walk(
-        tokens,
-        num_sampled,
-        end_nodes,
-        paths.view(batch, depth),
-        num_prompted,
-        prompt_rows.view(batch, prompt_width),
-    )
+    paths, prompt_rows = paths.view(batch, depth), prompt_rows.view(batch, prompt_width)
+    walk = Walk(tokens, num_sampled, end_nodes, paths, num_prompted, prompt_rows)
     if batch:
         _tree_walk_kernel[(batch,)](
-            trees,
-            starts,
-            num_rows,
-            input_ids,
-            sampled,
-            sampled_starts,
-            tables.num_nodes,
-            tables.parents,
-            tables.prompts,
-            tables.first_prompt_rows,
+            *(trees, starts, num_rows, input_ids, sampled, sampled_starts),
+            *(tables.num_nodes, tables.parents),
+            *(tables.prompts, tables.first_prompt_rows),
             *walk,
-            tables.parents.shape[1],
-            prompt_width,
-            tables.num_ept,
+            *(tables.parents.shape[1], prompt_width, tables.num_ept),
             DEPTH=tables.max_depth,
             BLOCK_N=triton.next_power_of_2(tables.parents.shape[1]),
             BLOCK_P=triton.next_power_of_2(max(1, prompt_width)),
