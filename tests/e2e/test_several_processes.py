@@ -15,7 +15,7 @@ pytest.importorskip("accelerate")
 
 from tests.unit.tiny_base import write_texts, write_tiny_model
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
-from vllm_ppd.train.batch import Batch
+from vllm_ppd.train.data import Batch
 from vllm_ppd.train.forward import insertion_loss
 from vllm_ppd.train.job import TrainJob
 from vllm_ppd.train.settings import Distillation, TrainSettings

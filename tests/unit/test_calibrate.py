@@ -16,8 +16,8 @@ from vllm_ppd.calibrate.reliability import EDGES, Reliability  # noqa: E402
 from vllm_ppd.calibrate.settings import CalibrationSettings  # noqa: E402
 from vllm_ppd.train.continuation import continue_prompts, end_tokens  # noqa: E402
 from vllm_ppd.train.data import TokenStream  # noqa: E402
-from vllm_ppd.train.documents import DataError  # noqa: E402
 from vllm_ppd.train.model import FrozenModel  # noqa: E402
+from vllm_ppd.train.settings import TrainingError  # noqa: E402
 from vllm_ppd.trees.layout import TreeTables  # noqa: E402
 from vllm_ppd.trees.tree import SparseTree, TreePolicy  # noqa: E402
 
@@ -200,7 +200,7 @@ def test_prompts_of_chats_end_where_the_assistant_writes():
     allowed[[3, 10, 11, 12, 30]] = True
     starts = prompt_starts(TokenStream(torch.arange(40), allowed), 5)
     assert starts.tolist() == [5, 25]
-    with pytest.raises(DataError, match="no prompt of 35 tokens"):
+    with pytest.raises(TrainingError, match="no prompt of 35 tokens"):
         prompt_starts(TokenStream(torch.arange(40), allowed), 35)
 
 
@@ -240,7 +240,7 @@ def test_reliability_of_believable_and_of_boastful_rows():
 def test_a_model_that_ends_at_once(stream):
     silent = FrozenModel(tiny_llama())
     silent.model.generation_config.eos_token_id = list(range(VOCAB))
-    with pytest.raises(DataError, match="after none of 8 prompts"):
+    with pytest.raises(TrainingError, match="after none of 8 prompts"):
         measure(silent, table(2, 1), stream, SETTINGS)
 
 

@@ -13,6 +13,7 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from vllm_ppd.search.acceptance_table import AcceptanceError, AcceptanceStats  # noqa: E402
 
 from tests.unit.test_calibrate import table, tiny_llama  # noqa: E402
 from vllm_ppd.calibrate import job as calibration_job  # noqa: E402
@@ -20,10 +21,7 @@ from vllm_ppd.cli import calibrate as command  # noqa: E402
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint  # noqa: E402
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError  # noqa: E402
 from vllm_ppd.search.acceptance import AcceptanceModel  # noqa: E402
-from vllm_ppd.search.acceptance_table import AcceptanceError, AcceptanceStats  # noqa: E402
-from vllm_ppd.train.documents import DataError  # noqa: E402
-from vllm_ppd.train.model import ModelError  # noqa: E402
-from vllm_ppd.train.settings import SettingsError  # noqa: E402
+from vllm_ppd.train.settings import TrainingError  # noqa: E402
 from vllm_ppd.trees.bigram import BigramTable  # noqa: E402
 
 
@@ -74,7 +72,7 @@ def test_writes_table_record_and_plot(folders, prompts_folder, capsys):
     assert len(source["reliability"]) == 2
     new = {p.name for p in prompts_folder.iterdir()} - set(before)
     plotted = "no plot" not in capsys.readouterr().out
-    written = {"acceptance.json", "acceptance.json", "bigram.safetensors"}
+    written = {"acceptance.json", "bigram.safetensors"}
     assert new == written | ({"acceptance.png"} if plotted else set())
     acceptance = AcceptanceModel.load(prompts_folder / "acceptance.json")
     assert acceptance.prompted.shape == (2, 9)
@@ -144,14 +142,14 @@ def test_a_failed_write_leaves_the_earlier_table(folders, prompts_folder, monkey
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
-        ("--points 0", SettingsError, "points is 0"),
-        ("--temperature -1", SettingsError, "temperature is -1"),
-        ("--temperature nan", SettingsError, "temperature is nan"),
-        ("--dtype int4", SettingsError, "dtype is 'int4'"),
-        ("--continue 3", SettingsError, "too short for 2 prompt tokens.*at least 4"),
-        ("--ranks 1000", SettingsError, "vocabulary has 257 tokens"),
-        ("--continue 60", ModelError, "length 68 exceeds the model's 64 positions"),
-        ("--prompt-length 5000 --continue 9", DataError, "at least 5000"),
+        ("--points 0", TrainingError, "points is 0"),
+        ("--temperature -1", TrainingError, "temperature is -1"),
+        ("--temperature nan", TrainingError, "temperature is nan"),
+        ("--dtype int4", TrainingError, "dtype is 'int4'"),
+        ("--continue 3", TrainingError, "too short for 2 prompt tokens.*at least 4"),
+        ("--ranks 1000", TrainingError, "vocabulary has 257 tokens"),
+        ("--continue 60", TrainingError, "length 68 exceeds the model's 64 positions"),
+        ("--prompt-length 5000 --continue 9", TrainingError, "at least 5000"),
         ("--out nowhere/a.json", ValueError, "nowhere is no folder"),
         ("--out weights.bin", ValueError, "ending in .json"),
     ],
@@ -165,9 +163,9 @@ def test_bad_settings(folders, prompts_folder, flags, error, message):
 def test_bad_data_model_and_prompt_tokens(folders, prompts_folder, tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.touch()
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(TrainingError, match="holds no text"):
         calibrate(folders, prompts_folder, data=empty)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(TrainingError, match="cannot be read"):
         calibrate(folders, prompts_folder, data=tmp_path / "missing.txt")
     with pytest.raises(ValueError, match="missing"):
         calibrate(folders, tmp_path / "missing")

@@ -13,14 +13,14 @@ pytest.importorskip("accelerate")
 
 from vllm_ppd.cli import main
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
-from vllm_ppd.train.early_stop import (
+from vllm_ppd.train.job import TrainJob
+from vllm_ppd.train.settings import TrainingError
+from vllm_ppd.train.trainer import (
+    Trainer,
     best_record,
     evaluations_since_best,
     held_out_loss,
 )
-from vllm_ppd.train.job import TrainJob
-from vllm_ppd.train.settings import SettingsError
-from vllm_ppd.train.trainer import Trainer
 
 
 def history(*losses: float) -> list[dict]:
@@ -36,9 +36,6 @@ def test_waiting_counts_evaluations_after_the_best() -> None:
     assert evaluations_since_best(history(5.0), 0.8) == 0
     assert evaluations_since_best(history(5.0, 4.0, 4.5, 4.2), 0.8) == 2
     assert best_record(history(5.0, 4.0, 4.5, 4.0), 0.8)["step"] == 10
-    # A slow step that skipped evaluations records one of them several times.
-    records = history(5.0, 6.0)
-    assert evaluations_since_best([*records, records[1], records[1]], 0.8) == 1
 
 
 @pytest.fixture
@@ -120,5 +117,5 @@ def test_command_says_which_table_it_kept(patient: TrainJob, capsys) -> None:
 
 @pytest.mark.parametrize("patience", [0, -1, 1.5])
 def test_bad_patience(job: TrainJob, patience) -> None:
-    with pytest.raises(SettingsError, match="patience is"):
+    with pytest.raises(TrainingError, match="patience is"):
         dataclasses.replace(job.settings, patience=patience)

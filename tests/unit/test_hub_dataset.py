@@ -18,10 +18,11 @@ from vllm_ppd.calibrate.job import CalibrationJob
 from vllm_ppd.calibrate.settings import CalibrationSettings
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
-from vllm_ppd.train.corpus import text_files
+from vllm_ppd.train.data import text_files
 from vllm_ppd.train.datasets import DatasetName, copy_dataset
-from vllm_ppd.train.documents import DataError, find_documents
+from vllm_ppd.train.documents import find_documents
 from vllm_ppd.train.job import TrainJob
+from vllm_ppd.train.settings import TrainingError
 
 ROWS = [{"text": f"row {i} of some text", "id": i} for i in range(50)]
 
@@ -151,7 +152,7 @@ def test_bad_data_sets(library, tmp_path: Path, error, rows, word) -> None:
     if not rows:
         library.rows = types.SimpleNamespace(shuffle=lambda seed: iter(()))
     name = DatasetName("org/bad", None, "train", False)
-    with pytest.raises(DataError, match=word) as caught:
+    with pytest.raises(TrainingError, match=word) as caught:
         copy_dataset(name, tmp_path / "data", max_bytes=1000)
     assert "\n" not in str(caught.value)
     assert "org/bad@train" in str(caught.value)
@@ -160,7 +161,7 @@ def test_bad_data_sets(library, tmp_path: Path, error, rows, word) -> None:
 
 def test_without_the_package(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="pip install datasets"):
+    with pytest.raises(TrainingError, match="pip install datasets"):
         text_files(["org/text"], tmp_path / "data", max_tokens=100)
     assert not (tmp_path / "data").exists()
 
@@ -171,7 +172,7 @@ def test_a_full_disk(library, tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr("vllm_ppd.train.datasets.os.fsync", full)
     name = DatasetName("org/text", None, "train", False)
-    with pytest.raises(DataError, match="No space left"):
+    with pytest.raises(TrainingError, match="No space left"):
         copy_dataset(name, tmp_path, max_bytes=1000)
     assert os.listdir(tmp_path) == []
 

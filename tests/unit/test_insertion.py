@@ -10,8 +10,6 @@ import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
 
-from torch.nn.attention.flex_attention import create_mask  # noqa: E402
-
 from vllm_ppd.train.forward import insertion_loss  # noqa: E402
 from vllm_ppd.train.insertion import (  # noqa: E402
     Insertion,
@@ -19,8 +17,9 @@ from vllm_ppd.train.insertion import (  # noqa: E402
     token_positions,
 )
 from vllm_ppd.train.loss import NO_TOKEN, Targets, prompt_loss  # noqa: E402
-from vllm_ppd.train.model import FrozenModel, ModelError  # noqa: E402
+from vllm_ppd.train.model import FrozenModel  # noqa: E402
 from vllm_ppd.train.scores import token_rank  # noqa: E402
+from vllm_ppd.train.settings import TrainingError  # noqa: E402
 
 VOCAB, HIDDEN, LENGTH, BATCH = 61, 32, 20, 3
 ALPHA = 0.8
@@ -172,43 +171,6 @@ def test_mask_against_nested_loops(padding: str) -> None:
             assert insertion.position_ids()[b, r] == positions[b, p] + token + 1
 
 
-@pytest.mark.parametrize(("m", "e"), [(1, 1), (3, 1), (3, 2), (2, 5)])
-@pytest.mark.parametrize("padding", list(PADDING))
-def test_mask_function_is_the_mask(padding: str, m: int, e: int) -> None:
-    _, insertion, _ = make_batch(padding, m, e, points=4)
-    mask = insertion.mask()
-    count = mask.shape[2]
-    made = create_mask(
-        insertion.mask_mod(), BATCH, None, count, LENGTH + count, device="cpu"
-    )
-    assert torch.equal(made, mask)
-
-
-# FlexAttention warns that it is not compiled: that is for graphics cards.
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("padding", list(PADDING))
-def test_flex_attention_agrees_with_the_plain_mask(padding: str) -> None:
-    """Forward only: FlexAttention has no gradients on the CPU."""
-    ids, insertion, table = make_batch(padding, m=3, e=2)
-    model = FrozenModel(tiny_llama())
-    with torch.no_grad():
-        expected, _ = insertion_loss(model, table, ids, insertion, alpha=ALPHA)
-        model.use_flex_attention()
-        assert model.uses_flex_attention
-        with torch.compiler.set_stance("force_eager"):
-            found, _ = insertion_loss(model, table, ids, insertion, alpha=ALPHA)
-    torch.testing.assert_close(found, expected, **TOLERANCE)
-
-
-def test_architectures_without_flex_attention_are_refused() -> None:
-    class Rigid(transformers.LlamaForCausalLM):
-        _supports_flex_attn = False
-
-    model = FrozenModel(Rigid(tiny_llama().config))
-    with pytest.raises(ModelError, match=r"Rigid.*--attention plain"):
-        model.use_flex_attention()
-
-
 @pytest.mark.parametrize("padding", list(PADDING))
 def test_sampled_points(padding: str) -> None:
     mask, m = PADDING[padding].bool(), 3
@@ -357,7 +319,7 @@ def test_unknown_ways_to_compute_logits_are_refused() -> None:
             output.logits = output.logits * 1.5
             return output
 
-    with pytest.raises(ModelError, match="computes its logits"):
+    with pytest.raises(TrainingError, match="computes its logits"):
         FrozenModel(Strange(tiny_llama().config))
 
 
@@ -371,7 +333,7 @@ def test_models_that_look_ahead_are_refused() -> None:
         num_attention_heads=2,
         initializer_range=0.3,
     )
-    with pytest.raises(ModelError, match="see later ones"):
+    with pytest.raises(TrainingError, match="see later ones"):
         FrozenModel(transformers.BertLMHeadModel(config))
 
 
@@ -386,7 +348,7 @@ def test_too_long_for_the_model(limits: dict, word: str) -> None:
     base = tiny_llama()
     for key, value in limits.items():
         setattr(base.config, key, value)
-    with pytest.raises(ModelError, match=word):
+    with pytest.raises(TrainingError, match=word):
         FrozenModel(base, max_length=20)
 
 

@@ -16,13 +16,12 @@ from vllm_ppd.cli import main
 from vllm_ppd.train import self_distillation
 from vllm_ppd.train.continuation import end_tokens
 from vllm_ppd.train.data import read_stream
-from vllm_ppd.train.documents import DataError
 from vllm_ppd.train.job import TrainJob
 from vllm_ppd.train.model import FrozenModel
 from vllm_ppd.train.self_distillation import SelfDistillation
 from vllm_ppd.train.settings import (
     Distillation,
-    SettingsError,
+    TrainingError,
     TrainSettings,
 )
 from vllm_ppd.train.trainer import Interrupted
@@ -107,7 +106,7 @@ def test_more_texts_than_prompts(writing: SelfDistillation) -> None:
     # Another text from the same prompt, not the same one.
     assert len({tuple(p + c) for p, c in pairs}) > 180
     greedy = dataclasses.replace(many, temperature=0.0)
-    with pytest.raises(DataError, match="one way only; expected at least 200"):
+    with pytest.raises(TrainingError, match="one way only; expected at least 200"):
         dataclasses.replace(writing, settings=greedy).stream()
 
 
@@ -168,12 +167,12 @@ def test_damaged_and_foreign_files(writing: SelfDistillation) -> None:
     content = writing.file.read_bytes()
     lines = content.splitlines(keepends=True)
     writing.file.write_bytes(b"".join([lines[0], b"[[1, 2\n", *lines[1:]]))
-    with pytest.raises(DataError, match="line 2 is damaged"):
+    with pytest.raises(TrainingError, match="line 2 is damaged"):
         writing.stream()
     header = json.loads(lines[0])
     header["run"]["base_model"] = "another"
     writing.file.write_bytes(json.dumps(header).encode() + b"\n")
-    with pytest.raises(DataError, match="not the text that this run would write"):
+    with pytest.raises(TrainingError, match="not the text that this run would write"):
         writing.stream()
 
 
@@ -199,7 +198,7 @@ def test_a_full_disk(writing: SelfDistillation, monkeypatch) -> None:
     monkeypatch.setattr(
         self_distillation, "open", lambda *a: Full(real(*a)), raising=False
     )
-    with pytest.raises(DataError, match="No space left"):
+    with pytest.raises(TrainingError, match="No space left"):
         writing.stream()
 
 
@@ -214,14 +213,14 @@ def test_a_full_disk(writing: SelfDistillation, monkeypatch) -> None:
     ],
 )
 def test_bad_settings(changes: dict, word: str) -> None:
-    with pytest.raises(SettingsError, match=word):
+    with pytest.raises(TrainingError, match=word):
         dataclasses.replace(GREEDY, **changes)
 
 
 def test_prompts_must_leave_room() -> None:
     fits = Distillation(continuations=1, prompt_length=20)
     TrainSettings(steps=1, length=24, distillation=fits)
-    with pytest.raises(SettingsError, match="expected at most 20"):
+    with pytest.raises(TrainingError, match="expected at most 20"):
         TrainSettings(
             steps=1,
             length=24,
@@ -270,7 +269,7 @@ def test_ctrl_c_keeps_what_is_written(distilling: TrainJob, monkeypatch, capsys)
 def test_too_little_text(distilling: TrainJob) -> None:
     few = dataclasses.replace(SAMPLED, continuations=1)
     settings = dataclasses.replace(distilling.settings, distillation=few)
-    with pytest.raises(DataError, match="the model wrote 24 tokens"):
+    with pytest.raises(TrainingError, match="the model wrote 24 tokens"):
         dataclasses.replace(distilling, settings=settings).run()
 
 

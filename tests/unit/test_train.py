@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
 import shutil
@@ -21,18 +20,12 @@ from accelerate import Accelerator  # noqa: E402
 
 from vllm_ppd.cli import train as command  # noqa: E402
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError  # noqa: E402
-from vllm_ppd.train import model as model_module  # noqa: E402
-from vllm_ppd.train.checkpoint import CheckpointError  # noqa: E402
 from vllm_ppd.train.data import read_stream  # noqa: E402
-from vllm_ppd.train.documents import (  # noqa: E402
-    DataError,
-    find_documents,
-    sha256_of_files,
-)
+from vllm_ppd.train.documents import find_documents, sha256_of_files  # noqa: E402
+from vllm_ppd.train.forward import evaluate  # noqa: E402
 from vllm_ppd.train.job import TrainJob  # noqa: E402
-from vllm_ppd.train.model import FrozenModel, ModelError  # noqa: E402
-from vllm_ppd.train.settings import SettingsError, TrainSettings  # noqa: E402
-from vllm_ppd.train.table import initial_table  # noqa: E402
+from vllm_ppd.train.model import FrozenModel, initial_table  # noqa: E402
+from vllm_ppd.train.settings import TrainingError, TrainSettings  # noqa: E402
 from vllm_ppd.train.trainer import Interrupted, Trainer  # noqa: E402
 
 SETTINGS = TrainSettings(
@@ -88,7 +81,7 @@ def tables_of_stopped_run(job: TrainJob, monkeypatch, stop) -> tuple:
         with pytest.raises((Interrupted, RuntimeError)):
             job.run()
     assert os.listdir(job.out) == ["checkpoint.safetensors"]
-    with pytest.raises(CheckpointError, match="--resume"):
+    with pytest.raises(TrainingError, match="--resume"):
         job.run()
     resumed = dataclasses.replace(job, resume=True).run()
     assert "checkpoint.safetensors" not in os.listdir(job.out)
@@ -151,10 +144,10 @@ def test_checkpoint_of_another_run(job: TrainJob, monkeypatch) -> None:
     interrupted(job, monkeypatch)
     settings = dataclasses.replace(SETTINGS, learning_rate=0.02)
     other = dataclasses.replace(job, settings=settings, resume=True)
-    with pytest.raises(CheckpointError, match=r"learning_rate 0\.01 instead of 0\.02;"):
+    with pytest.raises(TrainingError, match=r"learning_rate 0\.01 instead of 0\.02;"):
         other.run()
     (Path(job.out) / "checkpoint.safetensors").write_bytes(b"no")
-    with pytest.raises(CheckpointError, match="not a training checkpoint"):
+    with pytest.raises(TrainingError, match="not a training checkpoint"):
         dataclasses.replace(job, resume=True).run()
 
 
@@ -225,7 +218,7 @@ def test_chats_allow_the_assistant_only(tmp_path: Path, tokenizer) -> None:
 def test_bad_data(tmp_path: Path, tokenizer, content: str | bytes, word: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError, match=word) as caught:
+    with pytest.raises(TrainingError, match=word) as caught:
         read_stream([path], tokenizer, max_tokens=1000, least_tokens=48)
     assert str(path) in str(caught.value)
 
@@ -234,7 +227,7 @@ def test_chat_data_without_template(tmp_path: Path, tokenizer, monkeypatch) -> N
     monkeypatch.setattr(tokenizer, "chat_template", None)
     path = tmp_path / "chat.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "hi"}]}')
-    with pytest.raises(DataError, match="no chat template"):
+    with pytest.raises(TrainingError, match="no chat template"):
         read_stream([path], tokenizer, max_tokens=1000, least_tokens=1)
 
 
@@ -257,7 +250,7 @@ def test_chat_data_without_template(tmp_path: Path, tokenizer, monkeypatch) -> N
     ],
 )
 def test_bad_settings(changes: dict, word: str) -> None:
-    with pytest.raises(SettingsError, match=word):
+    with pytest.raises(TrainingError, match=word):
         dataclasses.replace(SETTINGS, **changes)
 
 
@@ -276,11 +269,11 @@ def test_the_default_learning_rate_follows_the_embeddings(
     job: TrainJob, monkeypatch
 ) -> None:
     settings = dataclasses.replace(SETTINGS, learning_rate=None, steps=2)
-    used = []
+    rates = []
     step = torch.optim.AdamW.step
 
     def watched(self, *args, **kwargs):
-        used.extend(group["lr"] for group in self.param_groups)
+        rates.extend(group["lr"] for group in self.param_groups)
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
@@ -289,7 +282,7 @@ def test_the_default_learning_rate_follows_the_embeddings(
     # Embeddings were drawn with a standard deviation of 0.2.
     assert recorded["learning_rate"] == pytest.approx(0.4, rel=0.1)
     peak = recorded["learning_rate"] * 2 / recorded["rate_steps"]
-    assert used == pytest.approx([peak, peak / 2])
+    assert rates == pytest.approx([peak, peak / 2])
 
 
 def test_a_time_budget_guesses_the_steps_for_the_learning_rate(job: TrainJob) -> None:
@@ -298,8 +291,44 @@ def test_a_time_budget_guesses_the_steps_for_the_learning_rate(job: TrainJob) ->
         model=None, train_stream=None, held_out=None, settings=settings,
         accelerator=Accelerator(cpu=True), folder=Path(job.out), run_id={},
     )  # fmt: skip
-    trainer._done, trainer._busy, trainer._used = 30, 5.0, 15.0
+    trainer._steps_here, trainer._busy, trainer._elapsed = 30, 5.0, 15.0
     assert trainer._progress() == (0.25, 360.0, False)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "due"),
+    # Of a minute, evaluations may take six seconds: the first one and so many more.
+    [(0.0, 8), (0.6, 8), (1.5, 3), (3.0, 1), (60.0, 1)],
+)
+def test_evaluations_take_a_tenth_of_a_time_budget(
+    job: TrainJob, seconds: float, due: int
+) -> None:
+    trainer = Trainer(
+        model=None, train_stream=None, held_out=None, folder=Path(job.out), run_id={},
+        settings=dataclasses.replace(SETTINGS, steps=None, minutes=1.0),
+        accelerator=Accelerator(cpu=True),
+    )  # fmt: skip
+    trainer._history = [{"progress": 0.0}]
+    trainer._evaluation_seconds = seconds
+    for percent in range(1, 103):
+        if trainer._evaluation_due(percent / 100):
+            trainer._history.append({"progress": percent / 100})
+    assert len(trainer._history) == 1 + due
+    assert trainer._history[-1]["progress"] == 1.0
+
+
+def test_short_evaluations_are_of_the_first_windows(
+    job: TrainJob, model_folder: Path, data: Path, tokenizer
+) -> None:
+    model = FrozenModel.load(model_folder)
+    stream = read_stream([data], tokenizer, max_tokens=500, least_tokens=1)
+    table = initial_table("text", (3, 1), model, stream, seed=0)
+    short, count = evaluate(model, table, stream, SETTINGS, 20, seconds=0.0)
+    assert count == SETTINGS.batch_size
+    same, _ = evaluate(model, table, stream, SETTINGS, 20, limit=count)
+    assert same.summary() == short.summary()
+    whole, count = evaluate(model, table, stream, SETTINGS, 20)
+    assert count == 20 and whole.points[0] == 10 * short.points[0]
 
 
 def test_updates_follow_the_length() -> None:
@@ -315,10 +344,10 @@ def test_bad_models(job: TrainJob, model_folder: Path, tmp_path: Path) -> None:
     (encoder / "config.json").write_text(
         json.dumps(config | {"d_model": 8, "vocab_size": 10})
     )
-    with pytest.raises(ModelError, match="causal language model"):
+    with pytest.raises(TrainingError, match="causal language model"):
         dataclasses.replace(job, model=str(encoder)).run()
     settings = dataclasses.replace(SETTINGS, length=100)
-    with pytest.raises(ModelError, match="exceeds the model's 64"):
+    with pytest.raises(TrainingError, match="exceeds the model's 64"):
         dataclasses.replace(job, settings=settings).run()
     assert not Path(job.out).exists()
 
@@ -332,58 +361,17 @@ def test_damaged_models(job: TrainJob, model_folder: Path, tmp_path: Path) -> No
     weights.write_bytes(content[:-100])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         dataclasses.replace(job, model=str(broken)).run()
-    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+    with pytest.raises(TrainingError, match="cannot be loaded") as caught:
         FrozenModel.load(broken)
     assert "\n" not in str(caught.value)
     weights.unlink()
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(TrainingError, match="cannot be loaded"):
         dataclasses.replace(job, model=str(broken)).run()
     weights.write_bytes(content)
     (broken / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match="no usable tokenizer"):
+    with pytest.raises(TrainingError, match="no usable tokenizer"):
         dataclasses.replace(job, model=str(broken)).run()
     assert not Path(job.out).exists()
-
-
-def test_four_bits_need_a_gpu_and_bitsandbytes(job: TrainJob, monkeypatch) -> None:
-    settings = dataclasses.replace(SETTINGS, quantization="4bit")
-    with pytest.raises(ModelError, match=r"NVIDIA GPU.*cpu; leave out --load-in-4bit"):
-        dataclasses.replace(job, settings=settings).run()
-    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ModelError, match="pip install bitsandbytes"):
-        FrozenModel.load(job.model, device="cuda", quantization="4bit")
-
-
-def test_four_bits_are_asked_of_transformers(job: TrainJob, monkeypatch) -> None:
-    """What from_pretrained gets, on a machine that only pretends to have both."""
-    asked = {}
-
-    def from_pretrained(folder, **options):
-        asked.update(options)
-        raise OSError("as far as this goes")
-
-    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda _: object())
-    monkeypatch.setattr(
-        model_module.AutoModelForCausalLM, "from_pretrained", from_pretrained
-    )
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "9.0.0")
-    with pytest.raises(ModelError, match="as far as this goes"):
-        FrozenModel.load(job.model, device="cuda:1", quantization="4bit")
-    quantisation = asked["quantization_config"]
-    assert quantisation.load_in_4bit
-    assert quantisation.bnb_4bit_quant_type == "nf4"
-    assert quantisation.bnb_4bit_compute_dtype == asked["dtype"] == torch.bfloat16
-    assert asked["device_map"] == {"": torch.device("cuda:1")}
-
-
-def test_attention_is_checked(job: TrainJob) -> None:
-    with pytest.raises(SettingsError, match="attention is 'sparse'"):
-        dataclasses.replace(job, attention="sparse").run()
-    with pytest.raises(SettingsError, match=r"no gradients on cpu.*--attention plain"):
-        dataclasses.replace(job, attention="flex").run()
-    dataclasses.replace(job, settings=dataclasses.replace(SETTINGS, steps=1)).run()
-    record = json.loads((Path(job.out) / "training.json").read_text())
-    assert record["attention"] == "plain"
 
 
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from vllm_ppd.train.batch import Batch
+from vllm_ppd.train.data import Batch
 from vllm_ppd.train.forward import insertion_loss
 from vllm_ppd.train.job import TrainJob
 from vllm_ppd.train.model import FrozenModel

@@ -51,7 +51,6 @@ def footprint() -> Footprint:
     # Its checks compare numbers, which there are none of.
     model = FrozenModel.__new__(FrozenModel)
     model.model, model.config = llama.eval().requires_grad_(False), config
-    model.uses_flex_attention = False
     points = torch.arange(POINTS, device="meta").expand(BATCH, -1)
     insertion = Insertion(
         points=points,

@@ -30,20 +30,18 @@ from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
 from vllm_ppd.search.acceptance_table import AcceptanceStats
 from vllm_ppd.search.defaults import ACCEPTANCE_FILE
 from vllm_ppd.search.latency import default_profile
-from vllm_ppd.train.corpus import text_files
-from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream
+from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream, text_files
 from vllm_ppd.train.documents import sha256_of_files
 from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.train.settings import TrainingError
 from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable
 
-__all__ = ["CalibrationJob", "OutputError"]
+__all__ = [
+    "CalibrationJob",
+]
 
 # Text beyond this many tokens is left unread.
 _MAX_TOKENS = 4_000_000
-
-
-class OutputError(ValueError):
-    """A file that cannot be, or should not be, written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +142,7 @@ class CalibrationJob:
             if not Path(self.path).expanduser().is_dir():
                 # Also when it is nothing at all: then this says what is wrong.
                 resolve_path(self.path)
-                raise OutputError(
+                raise TrainingError(
                     f"{self.path!r} comes from the hub; name a file for the table "
                     "with --out"
                 )
@@ -152,18 +150,18 @@ class CalibrationJob:
         else:
             file = Path(self.out).expanduser()
         if file.suffix != ".json":
-            raise OutputError(
+            raise TrainingError(
                 f"{file} cannot be the table; expected a name ending in .json"
             )
         beside = [file.with_name(name) for name in (ACCEPTANCE_FILE, BIGRAM_FILE)]
         for each in (file, file.with_suffix(".png"), *beside):
             if each.is_dir() or (each.exists() and not self.overwrite):
-                raise OutputError(
+                raise TrainingError(
                     f"{each} is there already; allow replacing it with --overwrite, or "
                     "choose another file with --out"
                 )
         if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-            raise OutputError(
+            raise TrainingError(
                 f"{file.parent} is no folder that can be written; choose another file "
                 "with --out"
             )
@@ -196,7 +194,7 @@ class CalibrationJob:
         except ImportError:
             return None
         except OSError as error:
-            raise OutputError(
+            raise TrainingError(
                 f"{table_file} is written, but its plot {file} cannot be: "
                 f"{error.strerror}"
             ) from error

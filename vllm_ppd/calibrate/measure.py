@@ -26,10 +26,10 @@ from vllm_ppd.calibrate.reliability import Reliability
 from vllm_ppd.calibrate.settings import CalibrationSettings
 from vllm_ppd.train.continuation import Continuation, continue_prompts
 from vllm_ppd.train.data import TokenStream, prompt_starts
-from vllm_ppd.train.documents import DataError
 from vllm_ppd.train.insertion import Insertion, sample_insertion
 from vllm_ppd.train.model import FrozenModel
 from vllm_ppd.train.scores import token_rank
+from vllm_ppd.train.settings import TrainingError
 
 __all__ = ["Measurement", "measure", "prompt_starts"]
 
@@ -115,8 +115,8 @@ def measure(
     counts: also counts what serving's other candidate lists would have held.
 
     Goes through prompts cut from `stream` until it has the points asked for or there
-    are no more prompts. Raises SettingsError when settings, prompt tokens and model do
-    not go together, DataError when not a single point is found.
+    are no more prompts. Raises TrainingError when settings, prompt tokens and model do
+    not go together, TrainingError when not a single point is found.
     """
     distances = embeddings.shape[0]
     settings.check_fits(distances, model.vocab_size)
@@ -149,7 +149,7 @@ def measure(
                 bar.update(min(found.num_points, bar.total - bar.n))
             used += part.numel()
     if done == 0:
-        raise DataError(
+        raise TrainingError(
             f"after none of {used} prompts does the model write {distances + 2} tokens "
             "before it ends its text; use other text or a higher temperature"
         )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vllm_ppd.train.settings import DTYPES, SettingsError
+from vllm_ppd.train.settings import DTYPES, TrainingError
 
 __all__ = ["CalibrationSettings"]
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """Raises SettingsError for a value out of range."""
+    """Raises TrainingError for a value out of range."""
 
     points: int = 20_000
     """Insertion points, as far as the text goes."""
@@ -48,34 +48,34 @@ class CalibrationSettings:
         ):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise SettingsError(
+                raise TrainingError(
                     f"{name} is {value!r}; expected a whole number of at least 1"
                 )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise SettingsError(
+            raise TrainingError(
                 f"temperature is {self.temperature}; expected 0 (greedy) or above"
             )
         for name in ("bigram", "bigram_tokens"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
-                raise SettingsError(
+                raise TrainingError(
                     f"{name} is {value!r}; expected a whole number of at least 0"
                 )
         if self.dtype not in DTYPES:
-            raise SettingsError(
+            raise TrainingError(
                 f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}"
             )
 
     def check_fits(self, num_prompt_tokens: int, vocab_size: int) -> None:
-        """Raise SettingsError unless a point and its m distances find room."""
+        """Raise TrainingError unless a point and its m distances find room."""
         least = num_prompt_tokens + 2
         if self.continuation < least:
-            raise SettingsError(
+            raise TrainingError(
                 f"continuation is {self.continuation}, too short for "
                 f"{num_prompt_tokens} prompt tokens; expected at least {least}"
             )
         if self.ranks > vocab_size:
-            raise SettingsError(
+            raise TrainingError(
                 f"ranks is {self.ranks}, but the vocabulary has {vocab_size} tokens; "
                 f"expected at most {vocab_size}"
             )

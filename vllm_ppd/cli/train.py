@@ -21,159 +21,140 @@ from vllm_ppd.train.settings import (
     TrainSettings,
 )
 
-_DEFAULTS = {
-    field.name: field.default
+_SETTINGS = {
+    field.name: field
     for field in dataclasses.fields(TrainSettings)
-    # These are made of flags of other names.
-    if field.name not in ("distillation", "quantization", "rate_steps")
+    # One is made of the --self-distill flags, the other of --learning-rate.
+    if field.name not in ("distillation", "rate_steps")
+}
+_DISTILLATION = {
+    field.name: field.default for field in dataclasses.fields(Distillation)
+}
+_CHOICES = {"loss": get_args(LossKind), "dtype": DTYPES}
+# A text with a full stop has no default to add.
+_TEXTS = {
+    "budget (steps or minutes)": {
+        "steps": "Number of optimizer steps.",
+        "minutes": "Minutes of training, evaluations included.",
+        "patience": "Stop after this many held-out evaluations without improvement and "
+        "keep the best table (default: train to the end and keep the last).",
+    },
+    "prompt tokens": {
+        "num_prompt_tokens": "Tokens predicted beyond the next one",
+        "num_ept": "Ensemble members per prompt token",
+        "init": "Initial embeddings: text or vocabulary (those of tokens drawn from "
+        "it), or a folder of prompt tokens",
+    },
+    "optimization": {
+        "max_tokens": "Largest number of training tokens to read",
+        "length": "Tokens per training sequence",
+        "batch_size": "Sequences per forward pass and process",
+        "points": "Insertion points per sequence and step",
+        "updates": "Optimizer steps per forward pass of the frozen model (default: one "
+        f"for every {TOKENS_PER_UPDATE} tokens of a sequence).",
+        "learning_rate": "Peak learning rate of AdamW, decayed by a cosine (default: "
+        "twice the root mean square of the model's embeddings, less in runs of under "
+        f"{RATE_STEPS} steps).",
+        "alpha": "Weight of distance i in the loss is alpha^(i-1)",
+        "loss": "Target: kl (the model's distribution) or labels (the text)",
+        "dtype": "Number format of the model",
+        "seed": "Seed of data order, insertion points and initial embeddings",
+    },
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `vllm-ppd train`."""
-
-    def setting(group: Any, name: str, kind: Any, text: str, **more: Any) -> None:
-        flag = "--" + name.replace("_", "-")
-        default = _DEFAULTS[name]
-        shown = "" if default is None else f" (default: {default})"
-        group.add_argument(
-            flag, dest=name, type=kind, default=default, help=text + shown, **more
-        )
-
     group = parser.add_argument_group("model and data")
-    group.add_argument(
-        "--model", required=True, help="folder or hub id of the model; it stays frozen"
+    add = group.add_argument
+    add(
+        "--model", required=True, help="Folder or hub id of the model; it stays frozen."
     )
-    group.add_argument(
-        "--model-name",
-        help="name of the model to record (default: hub id or folder name)",
-    )
-    group.add_argument(
+    add("--model-name", help="Model name to record (default: hub id or folder name).")
+    add(
         "--data",
         required=True,
         nargs="+",
         metavar="TEXT",
-        help='training text: .jsonl with {"text": ...} or {"messages": [...]} a line, '
-        "plain text files, or Hugging Face data sets (a folder or a hub id, as "
-        "NAME:CONFIGURATION@SPLIT)",
+        help='Training text: .jsonl files with {"text": ...} or {"messages": [...]} on '
+        "every line, plain text files, or Hugging Face data sets (a folder or a hub "
+        "id, as NAME:CONFIGURATION@SPLIT).",
     )
-    group.add_argument(
+    add(
         "--held-out",
         nargs="+",
         default=[],
         metavar="TEXT",
-        help="text to measure accuracy on (default: the end of the training text)",
+        help="Text to measure accuracy on (default: the end of the training text).",
     )
-    setting(group, "max_tokens", int, "leave training text beyond this unread")
-    group.add_argument(
+    add(
         "--self-distill",
         type=int,
         metavar="N",
-        help="train on N texts that the model writes itself, going on from pieces of "
-        "the data; they are kept in the output folder",
+        help="Train on N texts that the model generates from pieces of the data; they "
+        "are kept in the output folder.",
     )
-    distillation = {f.name: f.default for f in dataclasses.fields(Distillation)}
     for flag, name, text in (
-        ("prompt", "prompt_length", "tokens of the data that each goes on from"),
-        ("temperature", "temperature", "of their sampling; 0 is greedy"),
-        ("batch-size", "batch_size", "texts written at once"),
+        ("prompt", "prompt_length", "Tokens of data at the start of each such text"),
+        (
+            "temperature",
+            "temperature",
+            "Sampling temperature of the texts (0 = greedy)",
+        ),
+        ("batch-size", "batch_size", "Number of texts to generate at once"),
     ):
-        default: Any = distillation[name]
-        group.add_argument(
+        default: Any = _DISTILLATION[name]
+        add(
             f"--self-distill-{flag}",
             dest=f"distill_{name}",
             type=type(default),
             default=default,
-            help=f"{text} (default: {default})",
+            help=f"{text} (default: {default}).",
         )
 
     group = parser.add_argument_group("output")
-    group.add_argument("--out", required=True, help="folder for the prompt tokens")
-    group.add_argument(
+    add = group.add_argument
+    add("--out", required=True, help="Folder for the prompt tokens.")
+    add(
         "--resume",
         action="store_true",
-        help="continue from the folder's checkpoint if there is one",
+        help="Continue from the checkpoint in the output folder, if it has one.",
     )
-    group.add_argument(
+    add(
         "--overwrite",
         action="store_true",
-        help="replace the prompt tokens or the checkpoint that the folder has",
+        help="Replace the prompt tokens or the checkpoint in the output folder.",
     )
 
-    group = parser.add_argument_group("budget (steps or minutes)")
-    setting(group, "steps", int, "optimiser steps")
-    setting(group, "minutes", float, "minutes of training, evaluations included")
-
-    setting(
-        group,
-        "patience",
-        int,
-        "stop after so many held-out evaluations without a better one, and keep the "
-        "best (default: go on to the end, and keep the last)",
-    )
-
-    group = parser.add_argument_group("prompt tokens")
-    setting(group, "num_prompt_tokens", int, "tokens guessed beyond the next one")
-    setting(group, "num_ept", int, "ensemble members per prompt token")
-    setting(group, "init", str, "text, vocabulary, or a prompt-token folder")
-
-    group = parser.add_argument_group("optimisation")
-    setting(group, "length", int, "tokens per training sequence")
-    setting(group, "batch_size", int, "sequences per pass and process")
-    setting(group, "points", int, "insertion points per sequence and step")
-    setting(
-        group,
-        "updates",
-        int,
-        "steps per pass of a batch through the frozen model (default: one for every "
-        f"{TOKENS_PER_UPDATE} tokens of a sequence)",
-    )
-    setting(
-        group,
-        "learning_rate",
-        float,
-        "AdamW's peak, decayed by a cosine (default: twice the root mean square of "
-        f"the model's embeddings, and less in runs of under {RATE_STEPS} steps)",
-    )
-    setting(group, "alpha", float, "distance i counts alpha^(i-1)")
-    kinds = get_args(LossKind)
-    setting(group, "loss", str, "target: the model or the text", choices=kinds)
-    setting(group, "dtype", str, "number format of the model", choices=DTYPES)
-    group.add_argument(
-        "--load-in-4bit",
-        action="store_true",
-        help="quantise the frozen model (NF4; needs a GPU and bitsandbytes)",
-    )
-    group.add_argument(
-        "--attention",
-        choices=("auto", "plain", "flex"),
-        default="auto",
-        help="of the prompt rows: flex (FlexAttention, on a GPU), plain, or flex where "
-        "it can be (default: auto)",
-    )
-    setting(group, "seed", int, "of data order, insertion points and start")
-    group.add_argument("--cpu", action="store_true", help="use no GPU")
+    for title, texts in _TEXTS.items():
+        group = parser.add_argument_group(title)
+        for name, text in texts.items():
+            field = _SETTINGS[name]
+            kind = {"int": int, "float": float}.get(str(field.type).split()[0], str)
+            group.add_argument(
+                "--" + name.replace("_", "-"),
+                dest=name,
+                type=kind,
+                choices=_CHOICES.get(name),
+                default=field.default,
+                help=text if text[-1] == "." else f"{text} (default: {field.default}).",
+            )
+    group.add_argument("--cpu", action="store_true", help="Use no GPU.")
 
     group = parser.add_argument_group("reporting")
-    group.add_argument(
-        "--evaluations",
-        type=int,
-        default=8,
-        help="held-out evaluations during the run (default: 8)",
-    )
-    group.add_argument(
-        "--evaluation-sequences",
-        type=int,
-        default=64,
-        help="held-out sequences per evaluation (default: 64)",
-    )
-    group.add_argument(
-        "--checkpoint-every",
-        type=int,
-        default=100,
-        help="steps between checkpoints (default: 100)",
-    )
-    group.add_argument("--quiet", action="store_true", help="no progress")
+    for flag, default, text in (
+        ("--evaluations", 8, "Number of held-out evaluations during the run"),
+        (
+            "--evaluation-sequences",
+            64,
+            "Held-out sequences per evaluation; fewer where evaluations would take "
+            "more than a tenth of --minutes",
+        ),
+        ("--checkpoint-every", 100, "Steps between checkpoints"),
+    ):
+        text = f"{text} (default: {default})."
+        group.add_argument(flag, type=int, default=default, help=text)
+    group.add_argument("--quiet", action="store_true", help="Show no progress.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -191,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
     # Its bar for loading weights would be the longest output of a short run.
     disable_progress_bar()
     try:
-        job = TrainJob(
+        result = TrainJob(
             model=args.model,
             data=args.data,
             out=args.out,
@@ -201,15 +182,13 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             overwrite=args.overwrite,
             cpu=args.cpu,
-            attention=args.attention,
             schedule=Schedule(
                 evaluations=args.evaluations,
                 evaluation_sequences=args.evaluation_sequences,
                 checkpoint_every=args.checkpoint_every,
             ),
             quiet=args.quiet,
-        )
-        result = job.run()
+        ).run()
     except Interrupted as stop:
         print(f"{stop}; continue with --resume", file=sys.stderr)
         return 130
@@ -219,16 +198,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> TrainSettings:
-    names = [field.name for field in dataclasses.fields(Distillation)]
-    own = {name: getattr(args, f"distill_{name}", None) for name in names}
     distillation = None
     if args.self_distill is not None:
+        own = {n: getattr(args, f"distill_{n}", None) for n in _DISTILLATION}
         distillation = Distillation(**{**own, "continuations": args.self_distill})
-    return TrainSettings(
-        **{name: getattr(args, name) for name in _DEFAULTS},
-        quantization="4bit" if args.load_in_4bit else None,
-        distillation=distillation,
-    )
+    values = {name: getattr(args, name) for name in _SETTINGS}
+    return TrainSettings(**values, distillation=distillation)
 
 
 def _report(out: str, result: Any) -> None:
@@ -236,11 +211,10 @@ def _report(out: str, result: Any) -> None:
     early = ", stopped early" if result.stopped_early else ""
     print(
         f"{result.steps} steps in {result.seconds:.0f} s{early}, "
-        f"{result.positions_per_second:.0f} predictions/s; "
-        f"prompt tokens are in {out}"
+        f"{result.positions_per_second:.0f} positions/s; prompt tokens are in {out}"
     )
     if last["step"] != result.steps:
-        print(f"they are those of step {last['step']}, the best on held-out text")
+        print(f"They are those of step {last['step']}, the best on held-out text.")
     print("held-out accuracy            top-1   top-10")
     for name, label in (
         ("model", "the model's argmax"),

@@ -1,13 +1,17 @@
 """State of an unfinished run in one file, written atomically.
 
 Every batch depends on the seed and the step only, so the table, AdamW's moments, the
-step and the time used are all that a run needs to continue as if never stopped.
+step and the elapsed time are all that a run needs to continue as if never stopped.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 
 from vllm_ppd.files import write_bytes
+from vllm_ppd.train.settings import TrainingError
 
-__all__ = ["Checkpoint", "CheckpointError"]
+__all__ = ["Checkpoint", "stopping_signals"]
 
 _TENSORS = ("table", "exp_avg", "exp_avg_sq")
 _BEST = "best"
 _METADATA = "ppd_train"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or continued."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Checkpoint:
     step: int
     """Optimiser steps done."""
     seconds: float
-    """Training time used, over all starts."""
+    """Training time, over all starts."""
     positions: int
     """Supervised predictions so far, of one process."""
     run: dict[str, Any]
@@ -53,7 +54,7 @@ class Checkpoint:
     """float32 [m, e, hidden]: the best table so far, of a run that may stop early."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write atomically, over an earlier checkpoint. Raises CheckpointError."""
+        """Write atomically, over an earlier checkpoint. Raises TrainingError."""
         about = {
             "step": self.step,
             "seconds": self.seconds,
@@ -68,7 +69,7 @@ class Checkpoint:
         try:
             write_bytes(path, serialise(tensors, metadata=metadata))
         except OSError as error:
-            raise CheckpointError(
+            raise TrainingError(
                 f"the checkpoint cannot be written to {path}: {error.strerror}"
             ) from error
 
@@ -76,7 +77,7 @@ class Checkpoint:
     def load(cls, path: str | os.PathLike[str], run: dict[str, Any]) -> Checkpoint:
         """Read the checkpoint of `run`.
 
-        Raises CheckpointError when it is unreadable or of another run, naming what
+        Raises TrainingError when it is unreadable or of another run, naming what
         differs.
         """
         path = Path(path)
@@ -85,25 +86,25 @@ class Checkpoint:
                 about = json.loads(file.metadata()[_METADATA])
                 optional = {_BEST} & set(file.keys())
                 tensors = {n: file.get_tensor(n) for n in (*_TENSORS, *optional)}
-            found = cls(**tensors, **about)
+            checkpoint = cls(**tensors, **about)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
+            raise TrainingError(
                 f"{path} is not a training checkpoint ({error}); start again without "
                 "resuming"
             ) from error
         # Through JSON, as the saved one went: it knows no tuples.
-        wanted, got = _flat(json.loads(json.dumps(run))), _flat(found.run)
+        expected, saved = _flat(json.loads(json.dumps(run))), _flat(checkpoint.run)
         differing = [
-            f"{key} {got.get(key)!r} instead of {wanted.get(key)!r}"
-            for key in sorted({*wanted, *got})
-            if got.get(key) != wanted.get(key)
+            f"{key} {saved.get(key)!r} instead of {expected.get(key)!r}"
+            for key in sorted({*expected, *saved})
+            if saved.get(key) != expected.get(key)
         ]
         if differing:
-            raise CheckpointError(
+            raise TrainingError(
                 f"{path} belongs to another run: it has {', '.join(differing)}; give "
                 "the same arguments, or start again without resuming"
             )
-        return found
+        return checkpoint
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -115,3 +116,30 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+@contextmanager
+def stopping_signals(ask: Callable[[], None]) -> Iterator[None]:
+    """Call `ask` at the first Ctrl-C or termination signal; a second acts at once.
+
+    Does nothing outside the main thread, where Python delivers no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: Any) -> None:
+        restore()
+        ask()
+
+    for number in handlers:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        restore()

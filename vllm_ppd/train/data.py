@@ -1,4 +1,4 @@
-"""Training text as one stream of tokens, cut into windows.
+"""Training text as one stream of tokens, and the batches that are drawn from it.
 
 Documents are shuffled (seeded), tokenised, closed with the end-of-text token and
 packed, so that no row of a batch is wasted on padding. In chats, insertions are
@@ -7,25 +7,41 @@ allowed in the assistant's turns only: nothing else is ever decoded.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from vllm_ppd.train.chat import ChatError, render_chat
-from vllm_ppd.train.documents import DataError, Document, find_documents
+from vllm_ppd.train.datasets import DatasetName, copy_dataset
+from vllm_ppd.train.documents import Document, find_documents, render_chat
+from vllm_ppd.train.insertion import Insertion, sample_insertion
+from vllm_ppd.train.settings import TrainingError, TrainSettings
 
-__all__ = ["TokenStream", "load_tokenizer", "prompt_starts", "read_stream"]
+__all__ = [
+    "DATA_FOLDER",
+    "Batch",
+    "TokenStream",
+    "load_tokenizer",
+    "mixed_seed",
+    "prompt_starts",
+    "read_stream",
+    "text_files",
+]
 
+
+DATA_FOLDER = "data"
+"""Folder of a run for copies of data sets and self-distilled text."""
 _DOCUMENTS_AT_ONCE = 256
-
-
-# Text is dealt in so many pieces or more, each of at least and at most so many tokens.
+# `TokenStream.deal` cuts text into at least so many pieces, of so many tokens each.
 _PIECES, _SHORT_PIECE, _PIECE = 32, 512, 8192
+# A token is 3 to 5 bytes in nearly all text; a longer copy would go unread.
+_BYTES_PER_TOKEN = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +89,13 @@ class TokenStream:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
-    """The tokenizer of a model folder. Raises DataError when it has none."""
+    """The tokenizer of a model folder. Raises TrainingError when it has none."""
     try:
         return AutoTokenizer.from_pretrained(folder)
     # Besides OSError and ValueError, missing packages and the tokenizers library's own.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
+        raise TrainingError(
             f"{os.fspath(folder)!r} has no usable tokenizer: {reason}"
         ) from error
 
@@ -95,7 +111,7 @@ def read_stream(
 ) -> TokenStream:
     """Tokenise files until they end or `max_tokens` are reached.
 
-    Raises DataError for unreadable, empty or malformed files, for chats that the
+    Raises TrainingError for unreadable, empty or malformed files, for chats that the
     tokenizer cannot render, and when fewer than `least_tokens` come out.
     """
     documents = [document for path in paths for document in find_documents(path)]
@@ -118,7 +134,7 @@ def read_stream(
             if total >= max_tokens:
                 break
     if total < least_tokens:
-        raise DataError(
+        raise TrainingError(
             f"{', '.join(map(str, paths))} gives {total} tokens; expected at least "
             f"{least_tokens}: use more text or a smaller length"
         )
@@ -131,8 +147,8 @@ def read_stream(
 def prompt_starts(stream: TokenStream, length: int) -> torch.Tensor:
     """int64 [count]: starts of all prompts, not overlapping each other.
 
-    In chats a prompt ends where the assistant goes on writing. Raises DataError when
-    there is none.
+    In chats a prompt ends where the assistant goes on writing. Raises TrainingError
+    for text without a prompt.
     """
     last = stream.tokens.numel() - length
     if stream.allowed is None:
@@ -146,7 +162,7 @@ def prompt_starts(stream: TokenStream, length: int) -> torch.Tensor:
             at = int(torch.searchsorted(usable, picked[-1] + length))
         starts = torch.tensor(picked, dtype=torch.long)
     if starts.numel() == 0:
-        raise DataError(
+        raise TrainingError(
             f"the text of {stream.tokens.numel()} tokens has no prompt of {length} "
             "tokens to continue; use more text or a smaller prompt length"
         )
@@ -167,8 +183,8 @@ def _tokenise(
             continue
         try:
             rendered = render_chat(content, tokenizer)
-        except ChatError as error:
-            raise DataError(f"{document.place}: {error}") from error
+        except TrainingError as error:
+            raise TrainingError(f"{document.place}: {error}") from error
         if rendered is not None:
             texts.append(rendered[0])
             spans.append(rendered[1])
@@ -200,3 +216,90 @@ def _tokenise_texts(
                 for start, end in encoded["offset_mapping"]
             ],
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences that run through the frozen model once."""
+
+    ids: torch.Tensor
+    """int64 [batch, T]."""
+    insertions: tuple[Insertion, ...]
+    """One per update, each drawn by itself."""
+
+    @classmethod
+    def draw(
+        cls, stream: TokenStream, settings: TrainSettings, number: int, process: int
+    ) -> Batch:
+        """Batch `number` of `process`, on the CPU; the same at every call.
+
+        Raises TrainingError when the text allows no insertion.
+        """
+        generator = torch.Generator().manual_seed(
+            mixed_seed(settings.seed, number, process)
+        )
+        # In chats a whole batch may be the user's words; draw again then.
+        for _ in range(100):
+            ids, allowed = stream.windows(
+                stream.random_starts(settings.batch_size, settings.length, generator),
+                settings.length,
+            )
+            insertions = tuple(
+                sample_insertion(
+                    torch.ones_like(ids),
+                    settings.points,
+                    settings.num_prompt_tokens,
+                    settings.num_ept,
+                    generator,
+                    allowed,
+                )
+                for _ in range(settings.updates)
+            )
+            # A sequence with any place for a point has one in every insertion.
+            if bool(insertions[0].valid.any()):
+                return cls(ids, insertions)
+        raise TrainingError(
+            f"no window of {settings.length} tokens has "
+            f"{settings.num_prompt_tokens + 1} tokens of the assistant in a row; use "
+            "data with longer answers"
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(
+            self.ids.to(device), tuple(part.to(device) for part in self.insertions)
+        )
+
+
+def text_files(
+    sources: Sequence[str],
+    folder: str | os.PathLike[str],
+    *,
+    max_tokens: int,
+    seed: int = 0,
+    quiet: bool = True,
+) -> list[Path]:
+    """Files of `sources`, each a file or a data set; copies of the latter go to
+    `folder`, up to what `max_tokens` can take. Raises TrainingError.
+    """
+    files = []
+    for source in sources:
+        name = DatasetName.parse(source)
+        files.append(
+            Path(source)
+            if name is None
+            else copy_dataset(
+                name,
+                folder,
+                max_bytes=_BYTES_PER_TOKEN * max_tokens,
+                seed=seed,
+                quiet=quiet,
+            )
+        )
+    return files
+
+
+def mixed_seed(*parts: int | str) -> int:
+    """A seed from several numbers or words, alike on every platform and Python."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -19,7 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_ppd.train.documents import DataError, content_of
+from vllm_ppd.train.documents import content_of
+from vllm_ppd.train.settings import TrainingError
 
 __all__ = ["DatasetName", "copy_dataset"]
 
@@ -48,17 +49,17 @@ class DatasetName:
         """None for what can only be a text file: one that exists, or looks like one."""
         if Path(text).is_file():
             return None
-        found = _FOLDER.fullmatch(text)
-        is_folder = found is not None and Path(found["path"]).is_dir()
+        match = _FOLDER.fullmatch(text)
+        is_folder = match is not None and Path(match["path"]).is_dir()
         if not is_folder:
-            found = _NAME.fullmatch(text)
-            if found is None or found["path"].endswith(_TEXT_SUFFIXES):
+            match = _NAME.fullmatch(text)
+            if match is None or match["path"].endswith(_TEXT_SUFFIXES):
                 return None
-            # A file that is missing from a folder that is there.
-            if Path(found["path"]).parent.is_dir():
+            # A missing file of an existing folder.
+            if Path(match["path"]).parent.is_dir():
                 return None
-        assert found is not None
-        return cls(found["path"], found["config"], found["split"] or "train", is_folder)
+        assert match is not None
+        return cls(match["path"], match["config"], match["split"] or "train", is_folder)
 
     def __str__(self) -> str:
         config = f":{self.config}" if self.config else ""
@@ -85,11 +86,11 @@ def copy_dataset(
     seed: int = 0,
     quiet: bool = True,
 ) -> Path:
-    """The .jsonl file in `folder` with the data set's rows; made if it is not there.
+    """The .jsonl file in `folder` with the data set's rows; made if missing.
 
     Rows come shuffled (a stream within a buffer) until `max_bytes` are written. Raises
-    DataError when the package `datasets` is missing, the data set cannot be loaded or
-    has rows of unknown form, and when the file cannot be written.
+    TrainingError when the package `datasets` is missing, the data set cannot be loaded
+    or has rows of unknown form, and when the file cannot be written.
     """
     target = Path(folder) / name.file_name(max_bytes, seed)
     if target.is_file():
@@ -111,7 +112,7 @@ def copy_dataset(
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise DataError(
+        raise TrainingError(
             f"the copy of data set {name} cannot be written to {target}: "
             f"{error.strerror}"
         ) from error
@@ -130,7 +131,7 @@ def _write(
         for number, row in enumerate(rows, start=1):
             content = content_of(row)
             if content is None:
-                raise DataError(
+                raise TrainingError(
                     f"row {number} of data set {name} has the columns {list(row)}; "
                     'expected "text", "messages" or "conversations"'
                 )
@@ -143,14 +144,16 @@ def _write(
             if written >= max_bytes:
                 break
     if not written:
-        raise DataError(f"data set {name} has no rows; expected at least one document")
+        raise TrainingError(
+            f"data set {name} has no rows; expected at least one document"
+        )
 
 
 def _library(name: DatasetName) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
+        raise TrainingError(
             f"{str(name)!r} is a Hugging Face data set, which needs the package "
             "datasets: pip install datasets, or give a .jsonl or text file"
         ) from error
@@ -174,7 +177,7 @@ def _rows(datasets: Any, name: DatasetName, seed: int) -> Iterator[Mapping[str, 
     # datasets raises many unrelated types (HTTP, OS, missing split, bad JSON).
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
+        raise TrainingError(
             f"data set {name} cannot be read ({type(error).__name__}: "
             f"{reason.rstrip('.')}); check its name, configuration and split "
             "(NAME:CONFIGURATION@SPLIT), or give a .jsonl or text file"

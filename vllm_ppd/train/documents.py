@@ -1,4 +1,4 @@
-"""Documents inside text files, found without holding them in memory.
+"""Documents and chats in text files, located without holding them in memory.
 
 Files ending in .jsonl hold one JSON object a line: {"text": ...}, or {"messages":
 [{"role": ..., "content": ...}, ...]}, or a chat as ShareGPT has it, {"conversations":
@@ -16,21 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_ppd.train.settings import TrainingError
+
 __all__ = [
-    "DataError",
     "Document",
     "content_of",
     "find_documents",
+    "render_chat",
     "sha256_of_files",
 ]
+
 
 _PLAIN_BYTES = 1 << 16
 # Names of the two speakers in ShareGPT's data, the paper's training text.
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-class DataError(ValueError):
-    """Training text that cannot be used; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +45,26 @@ class Document:
     """Number of its first line, from 1."""
 
     def read(self) -> str | list[dict[str, Any]]:
-        """Its text, or its chat messages. Raises DataError with file and line."""
+        """Its text, or its chat messages. Raises TrainingError with file and line."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            content = file.read(self.size)
+            encoded = file.read(self.size)
         try:
-            text = content.decode()
+            text = encoded.decode()
             if self.path.suffix != ".jsonl":
                 return text
             record = json.loads(text)
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.place} is not UTF-8 text: {error}") from error
+            raise TrainingError(f"{self.place} is not UTF-8 text: {error}") from error
         except json.JSONDecodeError as error:
-            raise DataError(f"{self.place} is not JSON: {error}") from error
-        found = content_of(record) if isinstance(record, dict) else None
-        if found is None:
-            raise DataError(
+            raise TrainingError(f"{self.place} is not JSON: {error}") from error
+        content = content_of(record) if isinstance(record, dict) else None
+        if content is None:
+            raise TrainingError(
                 f'{self.place} has neither "text" (a string) nor "messages" (a list of '
                 "objects with a role); expected one of them on every line"
             )
-        return found
+        return content
 
     @property
     def place(self) -> str:
@@ -100,37 +99,37 @@ def _has_strings(turns: Any, key: str) -> bool:
 def find_documents(path: str | os.PathLike[str]) -> list[Document]:
     """Documents of a file, in order; blank lines of .jsonl are passed over.
 
-    Raises DataError when it cannot be read or holds nothing.
+    Raises TrainingError when it cannot be read or holds nothing.
     """
     path = Path(path)
     if path.is_dir():
-        raise DataError(f"{path} is a folder; expected a .jsonl or text file")
+        raise TrainingError(f"{path} is a folder; expected a .jsonl or text file")
     try:
         with open(path, "rb") as file:
             pieces = _lines(file) if path.suffix == ".jsonl" else _blocks(file)
-            found = [Document(path, *piece) for piece in pieces]
+            documents = [Document(path, *piece) for piece in pieces]
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    if not found:
-        raise DataError(f"{path} holds no text; expected at least one document")
-    return found
+        raise TrainingError(f"{path} cannot be read: {error.strerror}") from error
+    if not documents:
+        raise TrainingError(f"{path} holds no text; expected at least one document")
+    return documents
 
 
 def sha256_of_files(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
-    """File name (without folders) -> sha256 of its bytes. Raises DataError.
+    """File name (without folders) -> sha256 of its bytes. Raises TrainingError.
 
     Later files of one name are numbered: "text.jsonl (2)".
     """
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for path in map(Path, paths):
         try:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
-        same = sum(name.split(" (")[0] == path.name for name in found)
-        found[f"{path.name} ({same + 1})" if same else path.name] = digest
-    return found
+            raise TrainingError(f"{path} cannot be read: {error.strerror}") from error
+        same = sum(name.split(" (")[0] == path.name for name in hashes)
+        hashes[f"{path.name} ({same + 1})" if same else path.name] = digest
+    return hashes
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, int, int]]:
@@ -154,3 +153,41 @@ def _blocks(file: Iterable[bytes]) -> Iterator[tuple[int, int, int]]:
             start = None
     if start is not None:
         yield start, end - start, first
+
+
+def render_chat(
+    messages: list[dict[str, Any]], tokenizer: Any
+) -> tuple[str, list[tuple[int, int]]] | None:
+    """The conversation as the tokenizer's chat template has it, and assistant spans.
+
+    A span is (first, last + 1) in characters: what the model writes in that turn, its
+    end-of-turn mark included. None when the template rewrites earlier turns as a
+    conversation grows (some drop the reasoning), so that spans cannot be told. Raises
+    TrainingError without a chat template or when the template refuses the messages.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise TrainingError(
+            "the data has chat messages, but this model's tokenizer has no chat "
+            'template; use {"text": ...} lines or a chat model'
+        )
+    render = tokenizer.apply_chat_template
+    try:
+        text = render(messages, tokenize=False)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = render(
+                messages[:index], tokenize=False, add_generation_prompt=True
+            )
+            after = render(messages[: index + 1], tokenize=False)
+            if not (after.startswith(prompt) and text.startswith(after)):
+                return None
+            spans.append((len(prompt), len(after)))
+    # Templates are code: jinja2 and Python errors of any type come out of them.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TrainingError(
+            f"the chat template refuses the messages: {reason}"
+        ) from error
+    return text, spans

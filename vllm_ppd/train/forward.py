@@ -1,16 +1,21 @@
-"""One pass: a batch of sequences with all its insertion points, and their loss."""
+"""Loss of one batch with all its insertion points, and accuracy on held-out text."""
 
 from __future__ import annotations
 
-import torch
+import math
+import time
 
-from vllm_ppd.train.insertion import Insertion
+import torch
+from tqdm import tqdm
+
+from vllm_ppd.train.data import TokenStream
+from vllm_ppd.train.insertion import Insertion, sample_insertion
 from vllm_ppd.train.loss import NO_TOKEN, Targets, prompt_loss
 from vllm_ppd.train.model import FrozenModel, OrdinaryRows
 from vllm_ppd.train.scores import Scores
-from vllm_ppd.train.settings import LossKind
+from vllm_ppd.train.settings import LossKind, TrainingError, TrainSettings
 
-__all__ = ["insertion_loss"]
+__all__ = ["evaluate", "insertion_loss"]
 
 
 def insertion_loss(
@@ -63,6 +68,91 @@ def insertion_loss(
         chunk_elements=chunk_elements,
         with_scores=with_scores,
     )
+
+
+# Held-out windows do not depend on a run's seed, so that runs can be compared.
+_SEED = 20_240_528
+# Accuracies need more insertion points than a step of training does.
+_LEAST_POINTS = 32
+
+
+@torch.no_grad()
+def evaluate(
+    model: FrozenModel,
+    embeddings: torch.Tensor,
+    stream: TokenStream,
+    settings: TrainSettings,
+    sequences: int = 64,
+    *,
+    limit: int | None = None,
+    seconds: float = math.inf,
+    quiet: bool = True,
+) -> tuple[Scores, int]:
+    """Scores of `embeddings` [m, e, hidden] on held-out windows of `stream`.
+
+    The windows lie evenly over the text, in a random order. They and their insertion
+    points are the same at every call, also the first few of them.
+
+    Args:
+        model, embeddings, stream, settings: of the run.
+        sequences: how many windows there are.
+        limit: take the first so many of them only.
+        seconds: begin no further batch of windows after so long.
+        quiet: show no progress.
+
+    Returns:
+        the scores, and of how many windows they are.
+
+    Raises:
+        TrainingError: the stream is shorter than a window.
+    """
+    last = stream.tokens.numel() - settings.length
+    if last < 0:
+        raise TrainingError(
+            f"the held-out text has {stream.tokens.numel()} tokens; expected at least "
+            f"one window of {settings.length}: use more text or a smaller length"
+        )
+    starts = torch.linspace(0, last, min(sequences, last + 1)).long()
+    generator = torch.Generator().manual_seed(_SEED)
+    starts = starts[torch.randperm(starts.numel(), generator=generator)][:limit]
+    scores = Scores.zeros(settings.num_prompt_tokens)
+    begun, done = time.monotonic(), 0
+    with tqdm(
+        total=starts.numel(),
+        desc="held-out evaluation",
+        unit="seq",
+        leave=False,
+        disable=quiet,
+    ) as bar:
+        for part in starts.split(settings.batch_size):
+            if done and time.monotonic() - begun >= seconds:
+                break
+            done += part.numel()
+            bar.update(part.numel())
+            ids, allowed = stream.windows(part, settings.length)
+            insertion = sample_insertion(
+                torch.ones_like(ids),
+                max(settings.points, _LEAST_POINTS),
+                settings.num_prompt_tokens,
+                settings.num_ept,
+                generator,
+                allowed,
+            ).to(model.device)
+            # Chats may leave windows without any word of the assistant.
+            if not bool(insertion.valid.any()):
+                continue
+            _, batch = insertion_loss(
+                model,
+                embeddings,
+                ids.to(model.device),
+                insertion,
+                alpha=settings.alpha,
+                with_scores=True,
+                with_greedy=True,
+            )
+            assert batch is not None  # asked for
+            scores += batch
+    return scores, done
 
 
 @torch.no_grad()

@@ -1,20 +1,19 @@
-"""Where prompt tokens are inserted into training sequences, and what they may see.
+"""Insertion points of prompt tokens in training sequences, and their attention mask.
 
 Row layout of one sequence (the paper has one insertion, here are many at once):
 
     [T ordinary rows][point 0: m * e prompt rows][point 1: m * e prompt rows] ...
 
 Within a point the rows are prompt-token major, EPT minor. An insertion point p is the
-index of its root, the last token that its prompt rows see. Prompt token i (1..m) sits
-at the root's position + i and learns the frozen model's distribution there, that is,
-the prediction of token p + i + 1. EPT j of prompt token i sees the ordinary rows up to
-p and EPT j of prompt tokens 1..i of its own point. Ordinary rows never see prompt rows,
+index of its root, the last token that its prompt rows attend to. Prompt token i (1..m)
+sits at the root's position + i and learns the frozen model's distribution there: that
+of token p + i + 1. EPT j of prompt token i attends to the ordinary rows up to p and to
+EPT j of prompt tokens 1..i of its own point. Ordinary rows never attend to prompt rows,
 so they give the target distributions in the same pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,7 +57,7 @@ class Insertion:
         return (roots[:, :, None] + steps).flatten(1)
 
     def mask(self) -> torch.Tensor:
-        """bool [batch, 1, R, T + R]: True where a prompt row may look.
+        """bool [batch, 1, R, T + R]: True where a prompt row attends.
 
         These are the last R rows of the square mask over [T ordinary][R prompt] rows;
         the first T are the causal mask, False on every prompt row.
@@ -73,43 +72,13 @@ class Insertion:
         row = torch.arange(count, device=device)
         point, token = row // per_point, row % per_point // self.num_ept
         ept = row % self.num_ept
-        chain = (
+        earlier = (
             (point[:, None] == point)
             & (ept[:, None] == ept)
             & (token[:, None] >= token)
         )
-        mask = torch.cat([context, chain.expand(batch, -1, -1)], dim=2)
+        mask = torch.cat([context, earlier.expand(batch, -1, -1)], dim=2)
         return mask[:, None]
-
-    def mask_mod(self) -> Callable[..., torch.Tensor]:
-        """The same mask as a function of (batch, head, row, column), for FlexAttention.
-
-        It takes index tensors that broadcast and returns a bool tensor; rows count from
-        the first prompt row.
-        """
-        ept, length = self.num_ept, self.attention_mask.shape[1]
-        per_point = self.num_prompt_tokens * ept
-        points, tokens = self.points, self.attention_mask
-
-        def sees(
-            batch: torch.Tensor,
-            head: torch.Tensor,
-            row: torch.Tensor,
-            column: torch.Tensor,
-        ) -> torch.Tensor:
-            root = points[batch, row // per_point]
-            # Both terms are evaluated everywhere, so the index must be one everywhere.
-            context = (column <= root) & tokens[batch, column.clamp(max=length - 1)]
-            other = column - length
-            chain = (
-                (other >= 0)
-                & (other <= row)
-                & (other // per_point == row // per_point)
-                & (other % ept == row % ept)
-            )
-            return context | chain
-
-        return sees
 
     def target_index(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the V valid points find their targets.
@@ -164,9 +133,9 @@ def sample_insertion(
     if in_a_row:
         order, total = places.cumsum(dim=1) - 1, places.sum(dim=1, keepdim=True)
         draw = torch.rand(len(places), 1, generator=generator)
-        # Also before the first place, so that all places are as often in a run.
-        before = (count - 1) * (total > count)
-        first = (draw * (total + before).clamp(min=1)).long() - before
+        # A run may begin left of the first place; so all places are as often in one.
+        overhang = (count - 1) * (total > count)
+        first = (draw * (total + overhang).clamp(min=1)).long() - overhang
         first = torch.where(total > count, first, 0)
         places = places & (order >= first) & (order < first + count)
         score = places.float()

@@ -18,14 +18,17 @@ from vllm_ppd.files import write_json
 from vllm_ppd.hub import resolve_model_path, resolve_path
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, check_destination
-from vllm_ppd.train.checkpoint import CheckpointError
-from vllm_ppd.train.corpus import DATA_FOLDER, text_files
-from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream
-from vllm_ppd.train.documents import DataError, sha256_of_files
-from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.train.data import (
+    DATA_FOLDER,
+    TokenStream,
+    load_tokenizer,
+    read_stream,
+    text_files,
+)
+from vllm_ppd.train.documents import sha256_of_files
+from vllm_ppd.train.model import FrozenModel, default_learning_rate, initial_table
 from vllm_ppd.train.self_distillation import SelfDistillation
-from vllm_ppd.train.settings import INITS, RATE_STEPS, SettingsError, TrainSettings
-from vllm_ppd.train.table import default_learning_rate, initial_table
+from vllm_ppd.train.settings import INITS, RATE_STEPS, TrainingError, TrainSettings
 from vllm_ppd.train.trainer import (
     CHECKPOINT_FILE,
     Interrupted,
@@ -34,17 +37,12 @@ from vllm_ppd.train.trainer import (
     Trainer,
 )
 
-__all__ = ["ATTENTIONS", "RECORD_FILE", "OutputError", "TrainJob"]
+__all__ = ["RECORD_FILE", "TrainJob"]
 
-ATTENTIONS = ("auto", "plain", "flex")
 RECORD_FILE = "training.json"
 RECORD_VERSION = 1
 # Without a held-out file, this part of the training text, up to so many tokens.
 _HELD_OUT_PART, _HELD_OUT_TOKENS = 0.05, 200_000
-
-
-class OutputError(ValueError):
-    """A folder that cannot be written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +67,6 @@ class TrainJob:
     """Replace prompt tokens, or drop a checkpoint, that the folder already has."""
     cpu: bool = False
     """Use no accelerator even if there is one."""
-    attention: str = "auto"
-    """How prompt rows attend: plain (a mask), flex (FlexAttention, on a GPU only), or
-    auto, which is flex where it can be. Changes results by rounding only."""
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     quiet: bool = False
 
@@ -79,13 +74,11 @@ class TrainJob:
         """Train, and write prompt tokens and training.json into `out`.
 
         Raises ValueError subclasses that name what is wrong with model, data, settings
-        or folder, before any training where they can be known; Interrupted when asked
-        to stop.
+        or folder, before the training if possible; Interrupted when asked to stop.
         """
         folder = Path(self.out)
         self._check_folder(folder)
         accelerator = Accelerator(cpu=self.cpu)
-        flex = self._wants_flex(accelerator)
         quiet = self.quiet or not accelerator.is_main_process
         base, model_folder = self._base_model()
         init = self._init(base)
@@ -103,7 +96,6 @@ class TrainJob:
             dtype=settings.dtype,
             device=accelerator.device,
             max_length=settings.length,
-            quantization=settings.quantization,
         )
         train_stream = self._read(files, tokenizer, self._least_tokens(), quiet)
         held_out = None
@@ -122,8 +114,6 @@ class TrainJob:
             train_stream = self._distilled(model, train_stream, accelerator, run_id)
         if held_out is None:
             train_stream, held_out = self._split(train_stream)
-        if flex and (self.attention == "flex" or model.supports_flex_attention):
-            model.use_flex_attention()
         if settings.learning_rate is None:
             rate = default_learning_rate(model, train_stream)
             chosen: dict[str, Any] = {"learning_rate": rate, "rate_steps": RATE_STEPS}
@@ -151,24 +141,9 @@ class TrainJob:
         result = trainer.run(initial, resume=self.resume)
         if accelerator.is_main_process:
             tokens = train_stream.tokens.numel()
-            attention = "flex" if model.uses_flex_attention else "plain"
-            record = self._record(run_id, result, tokens, attention, accelerator)
+            record = self._record(run_id, result, tokens, accelerator)
             self._write(PromptTokens(result.table, base), record)
         return result
-
-    def _wants_flex(self, accelerator: Accelerator) -> bool:
-        if self.attention not in ATTENTIONS:
-            raise SettingsError(
-                f"attention is {self.attention!r}; expected one of "
-                f"{', '.join(ATTENTIONS)}"
-            )
-        on_gpu = accelerator.device.type == "cuda"
-        if self.attention == "flex" and not on_gpu:
-            raise SettingsError(
-                "FlexAttention has no gradients on "
-                f"{accelerator.device.type}; use --attention plain"
-            )
-        return self.attention != "plain" and on_gpu
 
     def _files(self, quiet: bool) -> tuple[list[Path], list[Path]]:
         """Training and held-out files; data sets are copied beside the run."""
@@ -189,7 +164,7 @@ class TrainJob:
         try:
             Path(self.out).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(
+            raise TrainingError(
                 f"{self.out} cannot be made: {error.strerror}; choose another folder"
             ) from error
 
@@ -197,7 +172,7 @@ class TrainJob:
         check_destination(folder, overwrite=self.overwrite)
         checkpoint = folder / CHECKPOINT_FILE
         if checkpoint.exists() and not (self.resume or self.overwrite):
-            raise CheckpointError(
+            raise TrainingError(
                 f"{folder} has the checkpoint of an unfinished run; continue it with "
                 "--resume, drop it with --overwrite, or choose another folder"
             )
@@ -210,7 +185,7 @@ class TrainJob:
             # Last: until all is written, the run can be continued.
             (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         except OSError as error:
-            raise OutputError(
+            raise TrainingError(
                 f"{folder / RECORD_FILE} cannot be written: {error.strerror}"
             ) from error
 
@@ -275,7 +250,6 @@ class TrainJob:
                 "data_sha256": run_id["data_sha256"]["train"],
                 "max_tokens": settings.max_tokens,
                 "dtype": settings.dtype,
-                "quantization": settings.quantization,
             },
             process=accelerator.process_index,
             processes=accelerator.num_processes,
@@ -290,7 +264,7 @@ class TrainJob:
             ) from None
         least = settings.length * (1 if self.held_out else 2)
         if text.tokens.numel() < least:
-            raise DataError(
+            raise TrainingError(
                 f"the model wrote {text.tokens.numel()} tokens, prompts included; "
                 f"expected at least {least}: allow more continuations"
             )
@@ -301,7 +275,6 @@ class TrainJob:
         run_id: dict[str, Any],
         result: Result,
         tokens: int,
-        attention: str,
         accelerator: Accelerator,
     ) -> dict[str, Any]:
         versions = {
@@ -320,7 +293,6 @@ class TrainJob:
             "positions": result.positions,
             "positions_per_second": round(result.positions_per_second, 1),
             "device": accelerator.device.type,
-            "attention": attention,
             "versions": versions,
             "stopped_early": result.stopped_early,
             "held_out": result.held_out,

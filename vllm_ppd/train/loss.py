@@ -34,7 +34,7 @@ NO_TOKEN = -100
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What the predictions of V insertion points are held against."""
+    """Targets of the predictions of V insertion points."""
 
     hidden: torch.Tensor
     """[V, m, hidden]: last-layer output of the ordinary rows p + 1 .. p + m."""
@@ -106,32 +106,32 @@ class _Rows:
 
     def loss(self, prompt: torch.Tensor, part: slice) -> torch.Tensor:
         """Weighted loss of rows `part`, given their `prompt` [n, e, hidden]."""
-        guess = F.log_softmax(self.head(prompt).mean(dim=1), dim=-1)
+        draft = F.log_softmax(self.head(prompt).mean(dim=1), dim=-1)
         if self.kind == "labels":
             token = self.token[part].clamp(min=0)
-            losses = -guess.gather(1, token[:, None])[:, 0]
+            losses = -draft.gather(1, token[:, None])[:, 0]
         if self.kind == "kl" or self.scores is not None:
             with torch.no_grad():
                 target = F.log_softmax(self.head(self.target[part]), dim=-1)
-            divergence = _divergence(target, guess)
+            divergence = _divergence(target, draft)
             if self.kind == "kl":
                 losses = divergence
             if self.scores is not None:
-                self.scores += self._score(target, guess, divergence, part)
+                self.scores += self._score(target, draft, divergence, part)
         return (losses * self.weight[part]).sum()
 
     @torch.no_grad()
     def _score(
         self,
         target: torch.Tensor,
-        guess: torch.Tensor,
+        draft: torch.Tensor,
         divergence: torch.Tensor,
         part: slice,
     ) -> Scores:
         at, token = self.distance[part], self.token[part]
-        known, on_path = token != NO_TOKEN, self.on_path[part]
-        model_rank = token_rank(guess, target.argmax(dim=1))
-        true_rank = token_rank(guess, token.clamp(min=0))
+        labelled, on_path = token != NO_TOKEN, self.on_path[part]
+        model_rank = token_rank(draft, target.argmax(dim=1))
+        true_rank = token_rank(draft, token.clamp(min=0))
         distances = int(self.distance[-1]) + 1
 
         def total(values: torch.Tensor) -> torch.Tensor:
@@ -144,18 +144,18 @@ class _Rows:
             kl=total(divergence),
             model_top1=total(model_rank < 1),
             model_top10=total(model_rank < TOP),
-            labelled=total(known),
-            true_top1=total(known & (true_rank < 1)),
-            true_top10=total(known & (true_rank < TOP)),
+            labelled=total(labelled),
+            true_top1=total(labelled & (true_rank < 1)),
+            true_top10=total(labelled & (true_rank < TOP)),
             greedy=total(on_path),
             greedy_top1=total(on_path & (model_rank < 1)),
             greedy_top10=total(on_path & (model_rank < TOP)),
         )
 
 
-def _divergence(target: torch.Tensor, guess: torch.Tensor) -> torch.Tensor:
-    """KL(target || guess) in nats, [n], of log-probabilities [n, vocabulary]."""
-    return F.kl_div(guess, target, reduction="none", log_target=True).sum(dim=1)
+def _divergence(target: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+    """KL(target || draft) in nats, [n], of log-probabilities [n, vocabulary]."""
+    return F.kl_div(draft, target, reduction="none", log_target=True).sum(dim=1)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -165,13 +165,13 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, prompt: torch.Tensor, rows: _Rows, chunk: int
     ) -> torch.Tensor:
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(prompt) if wanted else None
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(prompt) if needs_gradient else None
         total = torch.zeros((), dtype=torch.float32, device=prompt.device)
         for start in range(0, prompt.shape[0], chunk):
             part = slice(start, start + chunk)
-            leaf = prompt[part].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
+            leaf = prompt[part].detach().requires_grad_(needs_gradient)
+            with torch.set_grad_enabled(needs_gradient):
                 loss = rows.loss(leaf, part)
             if gradient is not None:
                 (gradient[part],) = torch.autograd.grad(loss, leaf)

@@ -1,4 +1,4 @@
-"""The frozen Hugging Face model, seen as embeddings, transformer and vocabulary head.
+"""The frozen Hugging Face model, and the table of prompt embeddings trained for it.
 
 The ordinary rows run once without gradients and leave their keys and values in the
 model's own cache; the prompt rows run after them against that cache. This is one pass
@@ -10,7 +10,6 @@ one call over all rows, it saves their backward pass and their activations.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,27 +17,33 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    DynamicCache,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.train.data import TokenStream
 from vllm_ppd.train.insertion import Insertion, token_positions
-from vllm_ppd.train.settings import Quantization
+from vllm_ppd.train.settings import TrainingError
 
-__all__ = ["FrozenModel", "ModelError", "OrdinaryRows"]
+__all__ = [
+    "FrozenModel",
+    "OrdinaryRows",
+    "PromptTable",
+    "default_learning_rate",
+    "initial_table",
+]
 
-
-class ModelError(ValueError):
-    """A model that prompt tokens cannot be trained for."""
+# Copies of one ensemble member would get equal gradients and stay equal for ever.
+_COPY_NOISE = 0.02
+# AdamW moves every coordinate by about the learning rate, whatever the gradient, so
+# the rate that suits a model is in proportion to its embeddings. Two is for trainings
+# of RATE_STEPS steps and more.
+_RATE_PER_RMS = 2.0
+_RATE_SAMPLE = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class OrdinaryRows:
-    """What the pass over the sequence leaves for the prompt rows."""
+    """Output and KV cache of the ordinary rows, which the prompt rows need."""
 
     hidden: torch.Tensor
     """[batch, T, hidden], the last layer's output, ready for the vocabulary head."""
@@ -59,7 +64,7 @@ class OrdinaryRows:
 class FrozenModel:
     """Any decoder-only Hugging Face model with full attention; never trained.
 
-    Raises ModelError when the model has no vocabulary head, when its logits are
+    Raises TrainingError when the model has no vocabulary head, when its logits are
     computed in a way unknown here, when tokens see later ones, or when `max_length`
     does not fit its attention.
     """
@@ -68,11 +73,10 @@ class FrozenModel:
         self.model = model.eval().requires_grad_(False)
         self.config = model.config.get_text_config()
         if model.get_output_embeddings() is None:
-            raise ModelError(
+            raise TrainingError(
                 f"{type(model).__name__} has no vocabulary head; expected a causal "
                 "language model"
             )
-        self.uses_flex_attention = False
         self._check_length(max_length)
         self._check_head()
 
@@ -84,19 +88,13 @@ class FrozenModel:
         dtype: str = "auto",
         device: torch.device | str = "cpu",
         max_length: int | None = None,
-        quantization: Quantization | None = None,
     ) -> FrozenModel:
         """Read a model folder; `dtype` is one of auto, float32, bfloat16, float16.
 
-        With `quantization` the weights but embeddings and head take 4 bits (NF4), and
-        auto is bfloat16. Raises ModelError when the folder holds no causal language
-        model, or when 4 bits are asked for without a GPU or bitsandbytes.
+        Raises TrainingError when the folder holds no causal language model.
         """
-        options: dict[str, Any] = {"dtype": dtype}
-        if quantization is not None:
-            options = _four_bit_options(dtype, torch.device(device))
         try:
-            model = AutoModelForCausalLM.from_pretrained(Path(folder), **options)
+            model = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=dtype)
         except (
             OSError,
             ValueError,
@@ -105,11 +103,10 @@ class FrozenModel:
             SafetensorError,
         ) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(
+            raise TrainingError(
                 f"{str(folder)!r} cannot be loaded as a causal language model: {reason}"
             ) from error
-        # Quantised weights are where they belong already, and refuse to be moved.
-        return cls(model if quantization else model.to(device), max_length)
+        return cls(model.to(device), max_length)
 
     @property
     def hidden_size(self) -> int:
@@ -127,25 +124,6 @@ class FrozenModel:
     def device(self) -> torch.device:
         return self.model.device
 
-    @property
-    def supports_flex_attention(self) -> bool:
-        """Whether transformers has FlexAttention for this architecture."""
-        return bool(getattr(self.model, "_supports_flex_attn", False))
-
-    def use_flex_attention(self) -> None:
-        """Attend by FlexAttention from now on, the prompt rows with a block mask.
-
-        It skips blocks that no row sees, where the plain mask is added to every score;
-        gradients need a GPU. Raises ModelError when the architecture has none.
-        """
-        if not self.supports_flex_attention:
-            raise ModelError(
-                f"{type(self.model).__name__} does not support FlexAttention; use "
-                "--attention plain"
-            )
-        self.model.set_attn_implementation("flex_attention")
-        self.uses_flex_attention = True
-
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings [..., hidden] of token ids [...], in the model's dtype."""
         return self.model.get_input_embeddings()(ids)
@@ -153,7 +131,7 @@ class FrozenModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits [..., vocabulary] of last-layer rows [..., hidden]."""
         logits = self.model.get_output_embeddings()(hidden)
-        # What some families do between head and logits, under the names they share.
+        # Architectures scale or cap logits under these shared names.
         if (scale := getattr(self.config, "logit_scale", None)) is not None:
             logits = logits * scale
         if (scaling := getattr(self.config, "logits_scaling", None)) is not None:
@@ -200,19 +178,8 @@ class FrozenModel:
         )
         return output.last_hidden_state
 
-    def _prompt_mask(self, insertion: Insertion) -> torch.Tensor | BlockMask:
-        # Four-dimensional masks go through transformers untouched.
-        if self.uses_flex_attention:
-            batch, length = insertion.attention_mask.shape
-            count = insertion.position_ids().shape[1]
-            return create_block_mask(
-                insertion.mask_mod(),
-                batch,
-                None,
-                count,
-                length + count,
-                device=self.device,
-            )
+    def _prompt_mask(self, insertion: Insertion) -> torch.Tensor:
+        # transformers leaves four-dimensional masks as they are.
         allowed = insertion.mask()
         mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
         # Additive masks suit the eager and the sdpa attention alike.
@@ -232,7 +199,7 @@ class FrozenModel:
             if length is None or not isinstance(limit, int) or off:
                 continue
             if length > limit:
-                raise ModelError(
+                raise TrainingError(
                     f"length {length} exceeds the model's {limit} {unit}; "
                     f"expected at most {limit}: lower the length"
                 )
@@ -242,9 +209,9 @@ class FrozenModel:
         """Our parts put together must give the model's own logits, and causally."""
         ids = torch.tensor([[1, 2, 3, 4]], device=self.device)
         own = self.model(input_ids=ids, use_cache=False).logits.float()
-        before = self.model(input_ids=ids[:, :2], use_cache=False).logits.float()
-        if not _agree(own[:, :2], before):
-            raise ModelError(
+        shorter = self.model(input_ids=ids[:, :2], use_cache=False).logits.float()
+        if not _agree(own[:, :2], shorter):
+            raise TrainingError(
                 f"{type(self.model).__name__} lets tokens see later ones; expected a "
                 "causal language model"
             )
@@ -254,39 +221,74 @@ class FrozenModel:
             hidden = self.ordinary_rows(ids, mask).hidden
         if hidden is not None and _agree(own, self.logits(hidden)):
             return
-        raise ModelError(
+        raise TrainingError(
             f"{type(self.model).__name__} computes its logits in a way that is not "
             "supported (base model and vocabulary head do not reproduce them); "
             "expected a decoder-only text model"
         )
 
 
-def _four_bit_options(dtype: str, device: torch.device) -> dict[str, Any]:
-    """Arguments of from_pretrained for NF4 weights on `device`."""
-    if device.type != "cuda":
-        raise ModelError(
-            f"a 4-bit model needs an NVIDIA GPU, and this runs on {device.type}; leave "
-            "out --load-in-4bit"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            "a 4-bit model needs the package bitsandbytes: pip install bitsandbytes, "
-            "or leave out --load-in-4bit"
-        )
-    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    return {
-        "dtype": compute,
-        "device_map": {"": device},
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-        ),
-    }
-
-
 def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:
     # Half precision rounds the two paths differently, by far less than a wrong scale.
     spread: Any = one.std()
     return one.shape == other.shape and bool((one - other).abs().max() < 0.05 * spread)
+
+
+class PromptTable(torch.nn.Module):
+    """`embeddings`, a float32 parameter [m, e, hidden]; calling it returns them."""
+
+    def __init__(self, embeddings: torch.Tensor) -> None:
+        super().__init__()
+        self.embeddings = torch.nn.Parameter(embeddings.detach().float().clone())
+
+    def forward(self) -> torch.Tensor:
+        # A view, so that wrappers that hook a module's output see a non-leaf.
+        return self.embeddings.view_as(self.embeddings)
+
+
+def default_learning_rate(model: FrozenModel, stream: TokenStream) -> float:
+    """AdamW's rate for the table: twice the root mean square of the embeddings.
+
+    Taken over the first tokens of the training text, and rounded to two digits, so
+    that a run continued elsewhere finds the same.
+    """
+    ids = stream.tokens[:_RATE_SAMPLE].long().to(model.device)
+    rms = model.embed(ids).float().square().mean().sqrt().item()
+    return float(f"{_RATE_PER_RMS * rms:.2g}")
+
+
+def initial_table(
+    init: str | PromptTokens,
+    shape: tuple[int, int],
+    model: FrozenModel,
+    stream: TokenStream,
+    seed: int,
+) -> torch.Tensor:
+    """float32 [m, e, hidden] to start training `shape` = (m, e) from.
+
+    `init` is "text" (embeddings of tokens drawn from the training text), "vocabulary"
+    (of tokens drawn from the vocabulary), or prompt tokens, of which further prompt
+    tokens repeat the last, and further ensemble members repeat the given ones with a
+    little noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(init, PromptTokens):
+        return _resized(init.embeddings, shape, generator)
+    if init == "text":
+        drawn = torch.randint(stream.tokens.numel(), shape, generator=generator)
+        ids = stream.tokens[drawn].long()
+    else:
+        ids = torch.randint(model.vocab_size, shape, generator=generator)
+    return model.embed(ids.to(model.device)).float()
+
+
+def _resized(
+    table: torch.Tensor, shape: tuple[int, int], generator: torch.Generator
+) -> torch.Tensor:
+    distances, ept = shape
+    rows = torch.arange(distances).clamp(max=table.shape[0] - 1)
+    members = torch.arange(ept)
+    grown = table[rows][:, members % table.shape[1]]
+    noise = torch.randn(grown.shape, generator=generator) * table.std() * _COPY_NOISE
+    copied = (members >= table.shape[1])[None, :, None]
+    return torch.where(copied, grown + noise, grown)

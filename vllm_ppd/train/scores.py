@@ -1,4 +1,4 @@
-"""How well prompt tokens guess, counted per distance."""
+"""Accuracy of prompt tokens' predictions, counted per distance."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class Scores:
     kl: torch.Tensor
     """float64 [m]: KL(target || prompt) in nats."""
     model_top1: torch.Tensor
-    """int64 [m]: the frozen model's argmax was the first guess."""
+    """int64 [m]: the frozen model's argmax was the best rank."""
     model_top10: torch.Tensor
-    """int64 [m]: the frozen model's argmax was among the first ten guesses."""
+    """int64 [m]: the frozen model's argmax was among the ten best ranks."""
     labelled: torch.Tensor
-    """int64 [m]: predictions whose true token is known."""
+    """int64 [m]: predictions with a true token inside the sequence."""
     true_top1: torch.Tensor
-    """int64 [m]: the true token was the first guess."""
+    """int64 [m]: the true token was the best rank."""
     true_top10: torch.Tensor
-    """int64 [m]: the true token was among the first ten guesses."""
+    """int64 [m]: the true token was among the ten best ranks."""
     greedy: torch.Tensor
-    """int64 [m]: predictions on the greedy path: the text from the root's successor up
-    to the predicted token's predecessor is what the model itself would have written."""
+    """int64 [m]: predictions on the greedy path: the text between the root and the
+    predicted token is what the model itself would have written."""
     greedy_top1: torch.Tensor
     """int64 [m]: as model_top1, on the greedy path: what greedy decoding accepts."""
     greedy_top10: torch.Tensor
@@ -58,14 +58,14 @@ class Scores:
         """Means per distance 1..m: KL in nats, accuracies in 0..1; 0 without data."""
         groups = {"points": ("kl", "model"), "labelled": ("true",)}
         groups["greedy"] = ("greedy",)
-        found: dict[str, list[float]] = {}
+        means: dict[str, list[float]] = {}
         for total, names in groups.items():
             count = getattr(self, total).clamp(min=1).double()
             for name in names:
                 keys = ["kl"] if name == "kl" else [f"{name}_top1", f"{name}_top10"]
                 for key in keys:
-                    found[key] = (getattr(self, key) / count).tolist()
-        return found
+                    means[key] = (getattr(self, key) / count).tolist()
+        return means
 
 
 @torch.no_grad()

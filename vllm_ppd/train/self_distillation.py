@@ -1,8 +1,8 @@
 """Training text that the frozen model writes itself, kept in a file as it grows.
 
-Prompt tokens guess what the model will say, which it says more surely in its own words
-than in anyone's text. Pieces of the data are prompts, the model goes on from them by
-sampling, and insertions take place in what it wrote.
+Prompt tokens predict the model's own output, whose distributions are sharper than those
+in other text. Pieces of the data are prompts, the model continues them by sampling, and
+insertions take place in the continuations only.
 
 Every batch has its own seed, so batches can be written by several processes, and by a
 run that was stopped and started again, with the same result. A process appends its
@@ -22,11 +22,9 @@ import torch
 from tqdm import tqdm
 
 from vllm_ppd.train.continuation import continue_prompts
-from vllm_ppd.train.data import TokenStream, prompt_starts
-from vllm_ppd.train.documents import DataError
+from vllm_ppd.train.data import TokenStream, mixed_seed, prompt_starts
 from vllm_ppd.train.model import FrozenModel
-from vllm_ppd.train.seeds import mixed_seed
-from vllm_ppd.train.settings import Distillation
+from vllm_ppd.train.settings import Distillation, TrainingError
 
 __all__ = ["SelfDistillation"]
 
@@ -60,8 +58,8 @@ class SelfDistillation:
     ) -> TokenStream:
         """All sequences, with insertions allowed in the model's own words.
 
-        `gather` collects the batches of all processes. Raises DataError when the data
-        have too few prompts, or the file cannot be read or written.
+        `gather` collects the batches of all processes. Raises TrainingError when the
+        data have too few prompts, or the file cannot be read or written.
         """
         batches = sorted(gather(list(self._own_batches())))
         tokens, allowed = [], []
@@ -97,9 +95,9 @@ class SelfDistillation:
             self.process :: self.processes
         ]
         try:
-            found, size = self._read()
-            yield from zip([number for number, _ in own], found, strict=False)
-            if len(found) >= len(own):
+            done, size = self._read()
+            yield from zip([number for number, _ in own], done, strict=False)
+            if len(done) >= len(own):
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.file, "r+b" if size else "wb") as file:
@@ -108,54 +106,54 @@ class SelfDistillation:
                 file.seek(size)
                 if not size:
                     file.write(json.dumps(self._header()).encode() + b"\n")
-                with self._bar(own, len(found)) as bar:
-                    for number, part in own[len(found) :]:
+                with self._bar(own, len(done)) as bar:
+                    for number, part in own[len(done) :]:
                         sequences = self._write(number, part)
                         file.write(json.dumps(sequences).encode() + b"\n")
                         file.flush()
                         bar.update(sum(map(len, sequences)))
                         yield number, sequences
         except OSError as error:
-            raise DataError(
+            raise TrainingError(
                 f"{self.file} cannot be read or written: {error.strerror}"
             ) from error
 
     def _starts(self) -> torch.Tensor:
         """int64 [continuations]: where prompts start, in an order of the seed's."""
-        wanted = self.settings.continuations
+        count = self.settings.continuations
         starts = prompt_starts(self.prompts, self.settings.prompt_length)
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, "prompts"))
         order = torch.randperm(starts.numel(), generator=generator)
-        if self.settings.temperature == 0 and wanted > starts.numel():
-            raise DataError(
+        if self.settings.temperature == 0 and count > starts.numel():
+            raise TrainingError(
                 f"the data have {starts.numel()} prompts of "
                 f"{self.settings.prompt_length} tokens, and greedy decoding continues "
-                f"each in one way only; expected at least {wanted}: use more text, "
+                f"each in one way only; expected at least {count}: use more text, "
                 "fewer continuations or a temperature above 0"
             )
-        return starts[order[torch.arange(wanted) % starts.numel()]]
+        return starts[order[torch.arange(count) % starts.numel()]]
 
     def _write(self, number: int, starts: torch.Tensor) -> list[list[int]]:
         prompts, _ = self.prompts.windows(starts, self.settings.prompt_length)
         generator = torch.Generator().manual_seed(
             mixed_seed(self.seed, "continuations", number)
         )
-        found = continue_prompts(
+        continuation = continue_prompts(
             self.model,
             prompts,
             self.length - self.settings.prompt_length,
             self.settings.temperature,
             generator,
         )
-        lengths = self.settings.prompt_length + found.written.sum(dim=1)
-        pairs = zip(found.tokens.tolist(), lengths.tolist(), strict=True)
+        lengths = self.settings.prompt_length + continuation.written.sum(dim=1)
+        pairs = zip(continuation.tokens.tolist(), lengths.tolist(), strict=True)
         return [ids[:length] for ids, length in pairs]
 
     def _read(self) -> tuple[list[list[list[int]]], int]:
         """Finished batches of the file, and the bytes that they and the header take."""
         if not self.file.exists():
             return [], 0
-        found, size = [], 0
+        batches, size = [], 0
         with open(self.file, "rb") as file:
             for index, line in enumerate(file):
                 if not line.endswith(b"\n"):
@@ -163,25 +161,25 @@ class SelfDistillation:
                 try:
                     content = json.loads(line)
                 except ValueError as error:
-                    raise DataError(
+                    raise TrainingError(
                         f"{self.file}, line {index + 1} is damaged ({error}); remove "
                         "the file"
                     ) from error
                 if index == 0 and content != json.loads(json.dumps(self._header())):
-                    raise DataError(
+                    raise TrainingError(
                         f"{self.file} is not the text that this run would write; "
                         "remove it"
                     )
                 size += len(line)
-                found += [content] if index else []
-        return found, size
+                batches += [content] if index else []
+        return batches, size
 
     def _bar(self, own: list[tuple[int, torch.Tensor]], done: int) -> tqdm:
         count = sum(part.numel() for _, part in own)
-        before = sum(part.numel() for _, part in own[:done])
+        finished = sum(part.numel() for _, part in own[:done])
         return tqdm(
             total=count * self.length,
-            initial=before * self.length,
+            initial=finished * self.length,
             unit="tok",
             unit_scale=True,
             desc="self-distilling",

@@ -13,13 +13,11 @@ __all__ = [
     "TOKENS_PER_UPDATE",
     "Distillation",
     "LossKind",
-    "Quantization",
-    "SettingsError",
     "TrainSettings",
+    "TrainingError",
 ]
 
 LossKind = Literal["kl", "labels"]
-Quantization = Literal["4bit"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 INITS = ("text", "vocabulary")
 TOKENS_PER_UPDATE = 32
@@ -28,15 +26,15 @@ RATE_STEPS = 1200
 _OPTIONAL_COUNTS = ("steps", "patience", "rate_steps")
 
 
-class SettingsError(ValueError):
-    """A training setting that cannot be used; the message names it."""
+class TrainingError(ValueError):
+    """Settings, text, model or files that training or calibration cannot use."""
 
 
 @dataclass(frozen=True)
 class Distillation:
     """Training text that the frozen model writes itself, going on from the data.
 
-    Raises SettingsError for a value out of range.
+    Raises TrainingError for a value out of range.
     """
 
     continuations: int
@@ -52,12 +50,12 @@ class Distillation:
         for name in ("continuations", "prompt_length", "batch_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise SettingsError(
+                raise TrainingError(
                     f"{name} of the self-distillation is {value!r}; expected a whole "
                     "number of at least 1"
                 )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise SettingsError(
+            raise TrainingError(
                 f"temperature of the self-distillation is {self.temperature}; expected "
                 "0 (greedy) or above"
             )
@@ -67,7 +65,7 @@ class Distillation:
 class TrainSettings:
     """Defaults follow the paper's training where it gives a value.
 
-    Raises SettingsError for a value out of range.
+    Raises TrainingError for a value out of range.
     """
 
     steps: int | None = None
@@ -78,7 +76,7 @@ class TrainSettings:
     """Held-out evaluations without a better one after which to stop, keeping the best
     table; None goes on to the end and keeps the last."""
     num_prompt_tokens: int = 3
-    """m: tokens guessed beyond the next one."""
+    """m: tokens predicted beyond the next one."""
     num_ept: int = 1
     """e: ensemble members per prompt token."""
     length: int = 256
@@ -108,8 +106,6 @@ class TrainSettings:
     """text or vocabulary (embeddings of ordinary tokens), or a prompt-token folder."""
     dtype: str = "auto"
     """Number format of the frozen model; auto is the checkpoint's own."""
-    quantization: Quantization | None = None
-    """4bit (NF4, by bitsandbytes) or None."""
     seed: int = 0
     max_tokens: int = 20_000_000
     """Training text beyond this many tokens is left unread."""
@@ -121,7 +117,7 @@ class TrainSettings:
             updates = max(1, self.length // TOKENS_PER_UPDATE)
             object.__setattr__(self, "updates", updates)  # frozen, but not yet made
         if (self.steps is None) == (self.minutes is None):
-            raise SettingsError(
+            raise TrainingError(
                 f"steps is {self.steps} and minutes is {self.minutes}; "
                 "expected exactly one of the two"
             )
@@ -141,31 +137,30 @@ class TrainSettings:
             if value is not None:
                 self._check(name, math.isfinite(value), None, "a number")
         if not 0 < self.alpha <= 1:
-            raise SettingsError(f"alpha is {self.alpha}; expected above 0, at most 1")
+            raise TrainingError(f"alpha is {self.alpha}; expected above 0, at most 1")
         for name, choices in (
             ("loss", get_args(LossKind)),
             ("dtype", DTYPES),
-            ("quantization", (None, *get_args(Quantization))),
         ):
             if getattr(self, name) not in choices:
-                raise SettingsError(
+                raise TrainingError(
                     f"{name} is {getattr(self, name)!r}; "
                     f"expected one of {', '.join(map(str, choices))}"
                 )
         if self.length <= self.num_prompt_tokens:
-            raise SettingsError(
+            raise TrainingError(
                 f"length is {self.length}, too short to insert "
                 f"{self.num_prompt_tokens} prompt tokens; "
                 f"expected at least {self.num_prompt_tokens + 1}"
             )
         if self.distillation is not None:
             # The model's first token, and m more after it, must find room.
-            most = self.length - self.num_prompt_tokens - 1
-            if self.distillation.prompt_length > most:
-                raise SettingsError(
+            longest = self.length - self.num_prompt_tokens - 1
+            if self.distillation.prompt_length > longest:
+                raise TrainingError(
                     f"prompt_length of the self-distillation is "
                     f"{self.distillation.prompt_length}, which leaves no room in "
-                    f"sequences of {self.length} tokens; expected at most {most}"
+                    f"sequences of {self.length} tokens; expected at most {longest}"
                 )
 
     def _check(self, name: str, typed: bool, least: int | None, kind: str) -> None:
@@ -173,7 +168,7 @@ class TrainSettings:
         in_range = typed and (value >= least if least is not None else value > 0)
         if not in_range:
             bound = f"of at least {least}" if least is not None else "above 0"
-            raise SettingsError(f"{name} is {value!r}; expected {kind} {bound}")
+            raise TrainingError(f"{name} is {value!r}; expected {kind} {bound}")
 
     @property
     def text_tokens_per_step(self) -> float:
@@ -184,10 +179,10 @@ class TrainSettings:
         """Cosine from the peak at progress 0 to zero at 1 and beyond.
 
         steps: of the whole run, or what it will come to at its present speed.
-        Raises SettingsError while `learning_rate` is None.
+        Raises TrainingError while `learning_rate` is None.
         """
         if self.learning_rate is None:
-            raise SettingsError("learning_rate is None; expected it resolved by now")
+            raise TrainingError("learning_rate is None; expected it resolved by now")
         part = min(1.0, steps / self.rate_steps) if self.rate_steps else 1.0
         done = min(max(progress, 0.0), 1.0)
         return self.learning_rate * part * 0.5 * (1.0 + math.cos(math.pi * done))

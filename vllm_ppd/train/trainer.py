@@ -1,9 +1,9 @@
-"""The training loop (as the paper trains): AdamW on the prompt table, model frozen.
+"""The training loop: AdamW on the table of prompt embeddings, the model frozen.
 
 A batch runs through the frozen model once and serves several steps, each with other
-insertion points: what the pass leaves does not change with the table. Batches depend on
-the seed, the step and the process only, never on what came before, so a run continued
-from its checkpoint, also in the middle of a batch, is the run that was never stopped.
+insertion points: the hidden states, keys and values of a text do not change with the
+table. A batch depends on the seed, the step and the process only. A run continued from
+its checkpoint, also in the middle of a batch, therefore equals the undisturbed run.
 (With a time budget the learning rate follows the clock; then this holds up to timing.)
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,24 +21,29 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from vllm_ppd.train.batch import Batch
-from vllm_ppd.train.checkpoint import Checkpoint
-from vllm_ppd.train.data import TokenStream
-from vllm_ppd.train.early_stop import best_record, evaluations_since_best
-from vllm_ppd.train.evaluation import evaluate
-from vllm_ppd.train.forward import insertion_loss
-from vllm_ppd.train.model import FrozenModel, OrdinaryRows
-from vllm_ppd.train.progress import Moment, joined, training_bar
+from vllm_ppd.train.checkpoint import Checkpoint, stopping_signals
+from vllm_ppd.train.data import Batch, TokenStream
+from vllm_ppd.train.forward import evaluate, insertion_loss
+from vllm_ppd.train.model import FrozenModel, OrdinaryRows, PromptTable
 from vllm_ppd.train.scores import Scores
 from vllm_ppd.train.settings import TrainSettings
-from vllm_ppd.train.stopping import stopping_signals
-from vllm_ppd.train.table import PromptTable
 
-__all__ = ["Interrupted", "Result", "Schedule", "Trainer"]
+__all__ = [
+    "CHECKPOINT_FILE",
+    "Interrupted",
+    "Result",
+    "Schedule",
+    "Trainer",
+    "best_record",
+    "evaluations_since_best",
+    "held_out_loss",
+]
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 # Scores cost about as much as the loss; the progress bar needs only a sample of them.
 _SCORE_EVERY = 10
+# Held-out evaluations take at most this part of a time budget.
+_EVALUATION_SHARE = 0.1
 
 
 class Interrupted(Exception):
@@ -46,11 +52,12 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often things happen; changes no result."""
+    """When to evaluate and to save; changes no table."""
 
     evaluations: int = 8
     """Held-out evaluations, evenly spread over the run, besides one at its start."""
     evaluation_sequences: int = 64
+    """At most; with a time budget, all evaluations together take a tenth of it."""
     checkpoint_every: int = 100
     """Steps."""
 
@@ -72,13 +79,13 @@ class Result:
     positions_per_second: float
     """Of the last start, evaluations not counted."""
     history: list[dict[str, Any]]
-    """Held-out evaluations: step, seconds, and `Scores.summary`."""
+    """Held-out evaluations: step, progress, seconds, sequences and `Scores.summary`."""
     stopped_early: bool = False
 
 
 @dataclass
 class Trainer:
-    """One run. `run_id` tells its checkpoint from those of other runs."""
+    """One run. `run_id` identifies the run that a checkpoint belongs to."""
 
     model: FrozenModel
     train_stream: TokenStream
@@ -92,11 +99,13 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._step = 0
-        self._used = 0.0
+        self._elapsed = 0.0
         # Seconds and number of this start's steps.
-        self._busy, self._done = 1e-9, 0
+        self._busy, self._steps_here = 1e-9, 0
         self._positions = 0
         self._history: list[dict[str, Any]] = []
+        # Of the longest evaluation of this start.
+        self._evaluation_seconds = 0.0
         self._best: torch.Tensor | None = None
         self._pass: tuple[int, Batch, OrdinaryRows] | None = None
         self._stop = False
@@ -109,40 +118,34 @@ class Trainer:
         """Train from `initial` [m, e, hidden], or from the folder's checkpoint.
 
         Raises Interrupted after Ctrl-C or a termination signal, with the checkpoint
-        saved; CheckpointError when the checkpoint is another run's or cannot be
-        written; DataError when the data allow no insertion.
+        saved; TrainingError when the checkpoint is another run's or cannot be written,
+        and when the data allow no insertion.
         """
-        table = PromptTable(initial.to(self.accelerator.device))
+        saved = None
         if resume and self.checkpoint_path.exists():
             saved = Checkpoint.load(self.checkpoint_path, self.run_id)
-        else:
-            saved = None
-        if saved is not None:
-            table = PromptTable(saved.table.to(self.accelerator.device))
-        self._table = table
-        optimiser = torch.optim.AdamW(
+            initial = saved.table
+        self._table = PromptTable(initial.to(self.accelerator.device))
+        self._optimiser = torch.optim.AdamW(
             # The rate is set step by step.
-            table.parameters(),
+            self._table.parameters(),
             lr=0.0,
             weight_decay=0.0,
         )
-        self._optimiser = optimiser
         if saved is not None:
             self._restore(saved)
-        module, wrapped = self.accelerator.prepare(table, optimiser)
+        module, wrapped = self.accelerator.prepare(self._table, self._optimiser)
         with stopping_signals(self._ask_to_stop):
             return self._loop(module, wrapped)
 
     def _loop(self, module: Any, optimiser: Any) -> Result:
-        start = time.monotonic() - self._used
+        start = time.monotonic() - self._elapsed
         processes = self.accelerator.num_processes
-        tokens = self.settings.text_tokens_per_step
-        before, smooth = self._positions, math.nan
+        first_positions, smooth = self._positions, math.nan
         recent = Scores.zeros(self.settings.num_prompt_tokens)
-        hidden = self.quiet or not self.accelerator.is_main_process
-        with training_bar(self.settings, self._step, self._used, hidden) as bar:
+        with self._bar() as bar:
             while True:
-                self._used = time.monotonic() - start
+                self._elapsed = time.monotonic() - start
                 progress, steps, stop = self._progress()
                 exhausted = self._evaluate_if_due(progress)
                 if progress >= 1.0 or exhausted:
@@ -159,31 +162,25 @@ class Trainer:
                     module, optimiser, self.settings.learning_rate_at(progress, steps)
                 )
                 self._busy += time.monotonic() - begun
-                self._done += 1
+                self._steps_here += 1
                 self._positions += count
                 smooth = loss if math.isnan(smooth) else 0.95 * smooth + 0.05 * loss
                 if scores is not None:
                     recent = scores
                 self._step += 1
-                Moment(
-                    step=self._step,
-                    start=start,
-                    loss=smooth,
-                    scores=recent,
-                    positions_per_second=(self._positions - before)
-                    * processes
-                    / self._busy,
-                    tokens_per_second=self._done * tokens * processes / self._busy,
-                ).show(bar)
+                speed = (self._positions - first_positions) * processes / self._busy
+                self._show(bar, start, smooth, recent, speed)
         table, held_out = self._kept()
         return Result(
             table=table.cpu().clone(),
             held_out=held_out,
             stopped_early=exhausted and progress < 1.0,
             steps=self._step,
-            seconds=self._used,
+            seconds=self._elapsed,
             positions=self._positions * processes,
-            positions_per_second=(self._positions - before) * processes / self._busy,
+            positions_per_second=(self._positions - first_positions)
+            * processes
+            / self._busy,
             history=self._history,
         )
 
@@ -228,21 +225,25 @@ class Trainer:
         return self._pass[1:]
 
     def _progress(self) -> tuple[float, float, bool]:
-        """Part of the budget used, steps of the whole run, and whether to stop.
+        """Part of the budget that is gone, steps of the whole run, whether to stop.
 
-        Equal in all processes. With a time budget the steps are a guess, from the
+        Equal in all processes. With a time budget the steps are an estimate, from the
         speed so far.
         """
         if self.settings.steps is not None:
             steps: float = self.settings.steps
             progress = self._step / steps
         else:
-            budget = 60.0 * (self.settings.minutes or 1.0)
             # The first step has no speed to go by, but is a step.
-            steps = max(1.0, self._done / self._busy * budget)
-            progress = self._used / budget
+            steps = max(1.0, self._steps_here / self._busy * self._budget)
+            progress = self._elapsed / self._budget
         progress, steps, stop = self._agreed([progress, steps, self._stop])
         return float(progress), float(steps), bool(stop)
+
+    @property
+    def _budget(self) -> float:
+        """Seconds that the run may take; infinite if steps are its budget."""
+        return 60.0 * (self.settings.minutes or math.inf)
 
     def _agreed(self, values: list[Any]) -> list[Any]:
         """The main process's values, in all processes."""
@@ -252,29 +253,35 @@ class Trainer:
 
     def _evaluate_if_due(self, progress: float) -> bool:
         """Returns whether the run's patience is at an end."""
-        spacing = 1.0 / max(1, self.schedule.evaluations)
-        # The small surplus absorbs rounding of progress at its last multiple.
-        due = 1 + int(min(progress, 1.0) / spacing + 1e-9)
-        if len(self._history) >= due:
+        if self._history and not self._evaluation_due(progress):
             return False
-        scores = evaluate(
+        share = _EVALUATION_SHARE * self._budget / (self.schedule.evaluations + 1)
+        begun = time.monotonic()
+        scores, sequences = evaluate(
             self.model,
             self._table.embeddings.detach(),
             self.held_out,
             self.settings,
             self.schedule.evaluation_sequences,
+            # The first evaluation decides how much text all of them take.
+            limit=self._history[0]["sequences"] if self._history else None,
+            seconds=math.inf if self._history else share,
+            quiet=self._hidden,
         )
+        seconds = max(self._evaluation_seconds, time.monotonic() - begun)
+        seconds, sequences = self._agreed([seconds, sequences])
+        self._evaluation_seconds = seconds
         rates = {
             key: [round(value, 4) for value in values]
             for key, values in scores.summary().items()
         }
-        record = {"step": self._step, "seconds": round(self._used, 1), **rates}
-        # Evaluations that a slow step skipped over are the same evaluation.
-        self._history += [record] * (due - len(self._history))
+        place = {"step": self._step, "progress": progress, "sequences": sequences}
+        self._history.append({**place, "seconds": round(self._elapsed, 1), **rates})
         self._say(
-            f"step {self._step}: held-out KL {joined(rates['kl'], '.2f')}, "
-            f"top-1 {joined(rates['model_top1'], '.3f')}, "
-            f"top-10 {joined(rates['model_top10'], '.3f')}"
+            f"step {self._step}: held-out KL {_joined(rates['kl'], '.2f')}, "
+            f"top-1 {_joined(rates['model_top1'], '.3f')}, "
+            f"top-10 {_joined(rates['model_top10'], '.3f')} "
+            f"({sequences} sequences, {seconds:.0f} s)"
         )
         if self.settings.patience is None:
             return False
@@ -282,6 +289,20 @@ class Trainer:
         if waited == 0:
             self._best = self._table.embeddings.detach().clone()
         return bool(self._agreed([waited >= self.settings.patience])[0])
+
+    def _evaluation_due(self, progress: float) -> bool:
+        """Whether a multiple of the spacing lies between here and the last one."""
+        count = max(1, self.schedule.evaluations)
+        if self._evaluation_seconds:
+            # Where even one batch of sequences takes too long, there are fewer.
+            affordable = _EVALUATION_SHARE * self._budget / self._evaluation_seconds
+            count = max(1, int(min(count, affordable - 1)))
+        # The small surplus absorbs rounding of progress at its last multiple.
+        last, here = (
+            int(min(each, 1.0) * count + 1e-9)
+            for each in (self._history[-1]["progress"], progress)
+        )
+        return here > last
 
     def _kept(self) -> tuple[torch.Tensor, dict[str, Any] | None]:
         """The table that the run is for, and its evaluation."""
@@ -304,7 +325,7 @@ class Trainer:
             exp_avg_sq=state.get("exp_avg_sq", torch.zeros_like(parameter)),
             best=self._best,
             step=self._step,
-            seconds=self._used,
+            seconds=self._elapsed,
             positions=self._positions,
             run=self.run_id,
             history=self._history,
@@ -318,7 +339,7 @@ class Trainer:
                 "exp_avg": saved.exp_avg.to(parameter.device),
                 "exp_avg_sq": saved.exp_avg_sq.to(parameter.device),
             }
-        self._step, self._used = saved.step, saved.seconds
+        self._step, self._elapsed = saved.step, saved.seconds
         self._positions = saved.positions
         self._history = list(saved.history)
         if saved.best is not None:
@@ -328,6 +349,71 @@ class Trainer:
     def _ask_to_stop(self) -> None:
         self._stop = True
 
+    @property
+    def _hidden(self) -> bool:
+        return self.quiet or not self.accelerator.is_main_process
+
     def _say(self, sentence: str) -> None:
-        if self.accelerator.is_main_process and not self.quiet:
+        if not self._hidden:
             tqdm.write(sentence)
+
+    def _bar(self) -> tqdm:
+        """A progress bar over the steps, or over the seconds of a time budget."""
+        timed = self.settings.steps is None
+        return tqdm(
+            total=round(self._budget) if timed else self.settings.steps,
+            initial=int(self._elapsed) if timed else self._step,
+            unit="s" if timed else "step",
+            desc="training",
+            disable=self._hidden,
+            dynamic_ncols=True,
+        )
+
+    def _show(
+        self, bar: tqdm, start: float, loss: float, scores: Scores, speed: float
+    ) -> None:
+        """Move the bar; tqdm decides when to draw it."""
+        if bar.disable:
+            return
+        elapsed = time.monotonic() - start
+        left = self._budget - elapsed
+        done = min(int(elapsed), int(bar.total))
+        if self.settings.steps is not None:
+            # Training time of earlier starts counts, like their steps.
+            left = (self.settings.steps - self._step) * elapsed / self._step
+            done = self._step
+        end = time.strftime("%H:%M", time.localtime(time.time() + max(0.0, left)))
+        summary = scores.summary()
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, top-1 {_joined(summary['model_top1'], '.2f')}, "
+            f"{speed:.0f} positions/s, ends about {end}",
+            refresh=False,
+        )
+        bar.update(done - bar.n)
+
+
+def held_out_loss(record: dict[str, Any], alpha: float) -> float:
+    """sum_i alpha^(i-1) KL_i in nats, of an evaluation with `kl` per distance.
+
+    This decides when a run stops early, whatever loss it is trained on: draft tokens
+    are accepted where they agree with the frozen model.
+    """
+    return sum(kl * alpha**i for i, kl in enumerate(record["kl"]))
+
+
+def best_record(history: Sequence[dict[str, Any]], alpha: float) -> dict[str, Any]:
+    """The evaluation of least loss, the first of equals. Raises ValueError if none."""
+    return min(history, key=lambda record: held_out_loss(record, alpha))
+
+
+def evaluations_since_best(history: Sequence[dict[str, Any]], alpha: float) -> int:
+    """How many evaluations followed the best one."""
+    if not history:
+        return 0
+    best = best_record(history, alpha)["step"]
+    return sum(record["step"] > best for record in history)
+
+
+def _joined(values: list[float], spec: str) -> str:
+    """Numbers, one per distance."""
+    return " ".join(format(value, spec) for value in values)
