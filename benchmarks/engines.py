@@ -127,7 +127,9 @@ class Engine:
         self.card: dict[str, Any] = {}
         given = {**DEFAULTS, **os.environ, **(environment or {})}
         given["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
-        paths = [str(checkout), *filter(None, [given.get("PYTHONPATH")])]
+        # vLLM's processes, too, call functions of these scripts.
+        scripts = str(Path(__file__).resolve().parent)
+        paths = [str(checkout), scripts, *filter(None, [given.get("PYTHONPATH")])]
         given.update(PYTHONPATH=os.pathsep.join(paths), PYTHONUNBUFFERED="1")
         with tempfile.NamedTemporaryFile(
             prefix=f"engine-{name.replace(' ', '-')}-", suffix=".log", delete=False

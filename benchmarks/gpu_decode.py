@@ -1,16 +1,16 @@
 """Plain vLLM and PPD on a GPU, at an acceptance that somebody published.
 
 Models are shapes with random weights: time is what counts. PPD does all of its work,
-but which guess is right is drawn by the odds of an acceptance table, here that of the
-paper's Vicuna-7B. Decoders take turns on the same prompts:
+but which draft token is right is drawn by the probabilities of an acceptance table,
+here that of the paper's Vicuna-7B. Decoders take turns on the same prompts:
 
     plain    vLLM alone
-    ppd      the trees that PPD chooses by itself for each load
+    ppd      PPD as it is served: draft lengths follow load and measured speed
     ppd R    the best trees of R rows, whatever the load
 
-Reported are tokens per second from the first request to the last token (prompts
-included), the ratio to plain within a round, and the time between steps that all
-requests share. vLLM's n-gram is missing: nobody published its acceptance for this text;
+Reported are tokens per second from the first request on until one ends (prompts
+included), the ratio to plain within a round, and the time of a step that all requests
+share. vLLM's n-gram is missing: nobody published its acceptance for this text;
 compare_decoders.py runs it for real.
 
     python benchmarks/gpu_decode.py --out benchmarks/results/NAME.json
@@ -25,17 +25,17 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from environment import ROOT
-from gpu_engine import TimedEngine
-from gpu_timing import choose_device, finish
-from stats import summarise
-
-from vllm_ppd.search.acceptance_table import AcceptanceStats
-from vllm_ppd.search.latency import LatencyCurve
-from vllm_ppd.search.tree_search import optimal_policy
+from engines import Batch, Engine, running
+from gpu_kernels import choose_device
+from harness import Cell, measure_cell, report_cell
+from replay import load_table
+from results import ROOT, environment_card, finish, results_document
 
 TABLE = ROOT / "benchmarks" / "data" / "vicuna-7b-v1.3.json"
 # hidden, intermediate, layers, heads, KV heads, head size, vocabulary
@@ -49,18 +49,26 @@ SHAPES = {
 # vLLM's V2 runner on a CPU needs Triton's interpreter and a backend for it.
 INTERPRETED = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TRITON_INTERPRET": "1",
     "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT / "tests" / "triton_cpu_stub"),
 }
 
 
-def make_model(shape: str, stats: AcceptanceStats, folder: Path) -> tuple[str, str]:
-    """Folders of a configuration without weights, and of prompt tokens for it."""
+def make_model(
+    shape: str, table: list[list[float]], folder: Path, rows: list[int]
+) -> tuple[str, str, dict[int, str]]:
+    """Folders of a configuration without weights and of prompt tokens for it, and files
+    of the best trees by rows."""
     import torch
     from transformers import LlamaConfig
 
     from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
     from vllm_ppd.prompt_tokens.tokens import PromptTokens
+    from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
+    from vllm_ppd.search.latency import LatencyCurve
+    from vllm_ppd.search.policy_iteration import best_policy
+    from vllm_ppd.trees.menu import TreeMenu, save_menus
 
     hidden, inner, layers, heads, kv_heads, size, vocabulary = SHAPES[shape]
     config = LlamaConfig(
@@ -79,10 +87,17 @@ def make_model(shape: str, stats: AcceptanceStats, folder: Path) -> tuple[str, s
     )
     model, prompts = folder / f"model-{shape}", folder / f"prompts-{shape}"
     config.save_pretrained(model)
-    rows = torch.randn(stats.num_prompt_tokens, 1, hidden) * 0.02
-    PromptTokens(rows, BaseModelFingerprint.of_folder(str(model))).save(prompts)
-    stats.save(prompts / "acceptance.json")
-    return str(model), str(prompts)
+    embeddings = torch.randn(len(table), 1, hidden) * 0.02
+    PromptTokens(embeddings, BaseModelFingerprint.of_folder(str(model))).save(prompts)
+    acceptance = AcceptanceModel.of(table)
+    acceptance.save(prompts / ACCEPTANCE_FILE)
+    trees = {}
+    for count in rows:
+        policy = best_policy(acceptance, LatencyCurve.constant(), count)
+        menu = TreeMenu((policy.entry(),))
+        save_menus(folder / f"trees-{count}.json", menu, menu)
+        trees[count] = str(folder / f"trees-{count}.json")
+    return str(model), str(prompts), trees
 
 
 def kv_bytes(shape: str, tokens: int) -> int:
@@ -91,18 +106,18 @@ def kv_bytes(shape: str, tokens: int) -> int:
     return int(1.1 * tokens * layers * 2 * kv_heads * size * 2) + (1 << 28)
 
 
-def engines_of(
-    shape: str, stats: AcceptanceStats, args: argparse.Namespace, folder: Path
+def engine_options(
+    shape: str, table: list[list[float]], args: argparse.Namespace, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Arguments of `vllm.LLM` by decoder."""
-    model, prompts = make_model(shape, stats, folder)
+    """Arguments of `Engine` by decoder."""
+    model, prompts, trees = make_model(shape, table, folder, args.rows)
     base: dict[str, Any] = {
         "model": model,
         "load_format": "dummy",
         "skip_tokenizer_init": True,
         "dtype": args.dtype,
         # Near its longest a request gets fewer rows, of which there are no graphs.
-        "max_model_len": max(args.contexts) + args.tokens + 2 + 4 * max_rows(args),
+        "max_model_len": max(args.contexts) + args.tokens + 2 + 4 * 64,
         "max_num_batched_tokens": 512 if args.dry_run else 8192,
         "enable_prefix_caching": False,
         "enforce_eager": args.dry_run,
@@ -110,37 +125,34 @@ def engines_of(
         # Several engines hold their memory at once.
         "gpu_memory_utilization": 0.2,
     }
-    # The replayed table says nothing of earlier matches.
-    ppd = {"method": "ppd", "model": prompts, "profile": "none", "ngram": False}
-    found = {"plain": base, "ppd": {**base, "speculative_config": ppd}}
-    for rows in args.rows:
-        trees = folder / f"trees-{shape}-{rows}.json"
-        curve = LatencyCurve.constant(1.0)
-        optimal_policy(stats, curve, rows).policy.save(trees)
-        fixed = {**ppd, "tree": str(trees)}
-        found[f"ppd {rows}"] = {**base, "speculative_config": fixed}
-    found = {name: each for name, each in found.items() if name in args.decoders}
-    for name, each in found.items():
-        cells = [cell for cell in cells_of(args) if takes_part(name, cell[1], args)]
-        each["max_num_seqs"] = most = max((batch for _, batch in cells), default=1)
-        # The rows of two steps lie behind their requests' texts until they are
-        # verified.
-        room = max((c * b for c, b in cells), default=1) + most * args.tokens
-        each["kv_cache_memory_bytes"] = kv_bytes(
-            shape, room + 4 * max(args.most_rows, 1024)
-        )
-    return found
-
-
-def max_rows(args: argparse.Namespace) -> int:
-    """Of any tree."""
-    return max([*args.rows, 0 if args.dry_run else 64])
+    profile = "none" if args.dry_run else "auto"
+    # The table says nothing of n-gram matches.
+    ppd = {"method": "ppd", "model": prompts, "ngram": False, "profile": profile}
+    settings = {"plain": base, "ppd": {**base, "speculative_config": ppd}}
+    for rows, file in trees.items():
+        fixed = {**ppd, "profile": "none", "online": False, "tree": file}
+        settings[f"ppd {rows}"] = {**base, "speculative_config": fixed}
+    options: dict[str, dict[str, Any]] = {}
+    for name in args.decoders or settings:
+        loads = [cell for cell in cells_of(args) if takes_part(name, cell[1], args)]
+        largest = max((batch for _, batch in loads), default=1)
+        # The rows of two steps lie behind their requests' texts until verified.
+        room = max((c * b for c, b in loads), default=1) + largest * args.tokens
+        room += 4 * max(args.max_step_rows, 1024)
+        sizes = {
+            "max_num_seqs": largest,
+            "kv_cache_memory_bytes": kv_bytes(shape, room),
+        }
+        options[name] = {"settings": {**settings[name], **sizes}}
+        if args.dry_run:
+            options[name]["environment"] = INTERPRETED
+    return options
 
 
 def takes_part(name: str, batch: int, args: argparse.Namespace) -> bool:
     """Whether a decoder is measured: fixed trees are about rows, not about crowds."""
     rows = int(name.split()[1]) if name.startswith("ppd ") else 1
-    return rows == 1 or batch * rows <= args.most_rows
+    return rows == 1 or batch * rows <= args.max_step_rows
 
 
 def cells_of(args: argparse.Namespace) -> list[tuple[int, int]]:
@@ -149,58 +161,69 @@ def cells_of(args: argparse.Namespace) -> list[tuple[int, int]]:
     return [(first, batch) for batch in args.batches] + [(n, 1) for n in longer]
 
 
+def step_ms(batch: Batch) -> float:
+    """Median time of a step in which all requests take part."""
+    began = max(request.steps[0][0] for request in batch.requests)
+    ended = min(request.steps[-1][0] for request in batch.requests)
+    times = [at for at, _ in batch.requests[0].steps if began <= at <= ended]
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    return 1000 * median(gaps or [batch.wall_s])
+
+
+class Timed:
+    """An engine that also keeps the step times of its runs."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self.step_ms: list[float] = []
+
+    def generate(self, *args: Any, **options: Any) -> Batch:
+        batch = self._engine.generate(*args, **options)
+        self.step_ms.append(step_ms(batch))
+        return batch
+
+
 def measure_shape(
-    shape: str, stats: AcceptanceStats, args: argparse.Namespace, folder: Path
+    shape: str, engines: Mapping[str, Engine], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    table = stats.acceptance.tolist()
-    engines: dict[str, TimedEngine] = {}
     cells = []
-    try:
-        for name, settings in engines_of(shape, stats, args, folder).items():
-            accepted = None if name == "plain" else table
-            engines[name] = TimedEngine(settings, accepted)
-            if not args.together:
-                engines[name].wait_ready()
-        for name, engine in engines.items():
-            if args.together:
-                card = engine.wait_ready()
-                say(f"{shape} {name}: started in {card['start_s']} s")
-        for context, batch in cells_of(args):
-            taking_part = {
-                name: engine
-                for name, engine in engines.items()
-                if takes_part(name, batch, args)
-            }
-            task = {"batch": batch, "context": context, "tokens": args.tokens}
-            rounds: dict[str, list[dict[str, float]]] = {n: [] for n in taking_part}
-            for number in range(args.rounds + 1):
-                for name, engine in taking_part.items():
-                    figures = engine.decode(**task)
-                    if number:  # the first is a warm-up
-                        rounds[name].append(figures)
-            cells.append(
-                {
-                    "shape": shape,
-                    "context": context,
-                    "batch": batch,
-                    "decoders": summarise(rounds),
-                }
-            )
-            show(cells[-1])
-    finally:
-        for engine in engines.values():
-            engine.close()
+    vocabulary = SHAPES[shape][-1]
+    for number, (context, batch) in enumerate(cells_of(args)):
+        # Different prompts, so that no prefix is shared.
+        prompts = [
+            [
+                (7919 * (i + 31 * k + 1009 * number) + 13) % vocabulary
+                for i in range(context)
+            ]
+            for k in range(batch)
+        ]
+        timed = {
+            name: Timed(engine)
+            for name, engine in engines.items()
+            if takes_part(name, batch, args)
+        }
+        cell = Cell(batch, 0.0)
+        lengths = [args.tokens] * batch
+        measured = measure_cell(timed, prompts, cell, lengths, args.rounds)
+        for name, decoder in timed.items():
+            for figures, ms in zip(
+                measured[name].rounds, decoder.step_ms[1:], strict=True
+            ):
+                figures["step_ms"] = ms
+        report = report_cell(cell, [measured])
+        cells.append({"shape": shape, "context": context, **report})
+        show(cells[-1])
     return cells
 
 
 def show(cell: dict[str, Any]) -> None:
-    for name, found in cell["decoders"].items():
-        ratio = found.get("ratio", {"median": 1.0, "min": 1.0, "max": 1.0})
+    for name, figures in cell["decoders"].items():
+        ratio = figures.get("ratio", {"median": 1.0, "min": 1.0, "max": 1.0})
         print(
             f"{cell['shape']:5}{cell['context']:7}{cell['batch']:5}  {name:9}"
-            f"{found['tokens_per_s']['median']:10.0f}"
-            f"{found['step_ms']['median']:9.3f}"
-            f"{found['tokens_per_step']['median']:8.2f}"
+            f"{figures['tokens_per_s']['median']:10.0f}"
+            f"{figures['step_ms']['median']:9.3f}"
+            f"{figures['acceptance_length']['median']:8.2f}"
             f"{ratio['median']:8.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})",
             flush=True,
         )
@@ -210,7 +233,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -219,37 +242,39 @@ def parse_args() -> argparse.Namespace:
     add("--batches", nargs="+", type=int, default=[1, 4, 16, 64], help="requests")
     add("--contexts", nargs="+", type=int, default=[128], help="tokens per prompt")
     add("--rows", nargs="*", type=int, default=[16, 64], help="of fixed trees")
-    add("--most-rows", type=int, default=1024, help="of a step with fixed trees")
+    add("--max-step-rows", type=int, default=1024, help="of a step with fixed trees")
     add("--tokens", type=int, default=256, help="written per request")
     add("--rounds", type=int, default=3, help="turns of every decoder")
-    add("--table", type=Path, default=TABLE, help="an acceptance.json to replay")
+    add("--table", type=Path, default=TABLE, help="an acceptance table to replay")
     add("--decoders", nargs="+", help="of plain, ppd and 'ppd R'; default: all")
     add("--dtype", default="bfloat16", help="as in vllm serve")
-    add("--together", action="store_true", help="start all engines at once")
     add("--out", type=Path, help="write the JSON document here, too")
     add("--dry-run", action="store_true", help="tiny sizes; also without a GPU")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    device = choose_device(args.dry_run)
+    args = parser.parse_args(argv)
     if args.dry_run:
         args.shapes, args.batches, args.contexts, args.rows = ["tiny"], [2], [8], [6]
         args.tokens, args.rounds, args.dtype = 6, 1, "float32"
-    if device.type == "cpu":
-        # The engines' processes start with this one's path and environment.
-        sys.path.insert(0, str(ROOT / "tests" / "triton_cpu_stub"))
-        os.environ.update(INTERPRETED)
-    names = ["plain", "ppd", *(f"ppd {rows}" for rows in args.rows)]
-    args.decoders = args.decoders or names
-    stats = AcceptanceStats.load(args.table)
-    print("shape context batch decoder   tokens/s  ms/step  tok/step  vs plain")
-    cells = []
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if choose_device(args.dry_run).type == "cpu":
+        # The interpreter is for the engines' processes.
+        os.environ.pop("TRITON_INTERPRET", None)
+    table = load_table(args.table)
+    card = environment_card()
+    print("shape context batch decoder   tokens/s  ms/step  length  vs plain")
+    cells: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:
-            cells += measure_shape(shape, stats, args, Path(folder))
-    finish("ppd_gpu_decode", args, device, cells=cells)
+            options = engine_options(shape, table, args, Path(folder))
+            with running(options, say) as engines:
+                for name, engine in engines.items():
+                    if name != "plain":
+                        engine.call("replay:replay_v2", table=table)
+                cells += measure_shape(shape, engines, args)
+    finish(results_document("gpu_decode", card, vars(args), cells), args.out)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """Where a decode step's time goes: plain vLLM, PPD, and plain with as many rows.
 
 A PPD step of one request carries several rows. Plain vLLM carries as many when it
-decodes that many requests at once, so three engines are compared:
+decodes that many requests at once. Two engines take turns, and PPD's is measured with
+and without drafts:
 
     plain x1   one request, one row
     plain xR   R requests of the same context, R rows
     ppd x1     one request, R rows
-    off x1     PPD with a plan that does not speculate, one row
+    off x1     PPD at draft length 0, one row
     off xR     the same, R requests
 
 What PPD adds is its step minus the plain step of equal rows; what it adds where it does
-not speculate, `off` minus plain. Parts of a step are timed
-by wrapping the model runner's methods (a few microseconds each, so parts are slightly
-long). Prompts are random tokens; how many guesses are accepted does not matter here.
-Each engine is an eager or compiled LLM in its own process with one thread; they take
-turns, and figures are medians over steps, then over turns.
+not speculate, `off` minus plain. Parts of a step are timed by wrapping methods of the
+V1 model runner (a few microseconds each, so parts are slightly long). Prompts are
+random tokens; how many draft tokens are accepted does not matter here. Engine cores run
+in the front end's process with one thread; figures are medians over steps, then turns.
 
     python benchmarks/step_cost.py --out benchmarks/results/step_cost.json
     python benchmarks/step_cost.py --hidden 768 --layers 12 --rows 4 \
@@ -26,9 +26,6 @@ The last line printed is one JSON document.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -37,18 +34,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from environment import environment_card
-from replay import replay_acceptance
-from step_cost_report import show, speedups, summarise
+from engines import running
+from replay import load_table
+from results import (
+    ROOT,
+    Spread,
+    environment_card,
+    finish,
+    results_document,
+    shown_path,
+)
 
-from vllm_ppd.files import write_json
-from vllm_ppd.search.acceptance_table import AcceptanceStats
-from vllm_ppd.search.defaults import acceptance_of
-from vllm_ppd.search.latency import LatencyCurve
-from vllm_ppd.search.tree_search import optimal_policy
-from vllm_ppd.trees.menu import Tier, TreePlan
-
-ROOT = Path(__file__).resolve().parent.parent
 # Method of the runner (or of what hangs on it) -> the part of a step it is.
 PARTS = {
     "_prepare_inputs": "prepare",
@@ -58,6 +54,7 @@ PARTS = {
     "_bookkeeping_sync": "bookkeeping",
     "propose_draft_token_ids": "propose",
 }
+WARM_UP_STEPS = 12
 
 
 class Clock:
@@ -80,14 +77,8 @@ class Clock:
         setattr(owner, name, timed)
 
 
-def serve(pipe: Any, engine: dict[str, Any], acceptance: str | None) -> None:
-    """Engine process: measure one (batch, context) at a time."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    from vllm import LLM
-
-    llm = LLM(**engine)
-    if acceptance:
-        replay_acceptance(AcceptanceStats.load(acceptance))
+def instrument(llm: Any) -> None:
+    """Time the parts of the steps; runs in the engine's process."""
     core = llm.llm_engine.engine_core.engine_core
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     clock = Clock()
@@ -99,34 +90,25 @@ def serve(pipe: Any, engine: dict[str, Any], acceptance: str | None) -> None:
             clock.wrap(runner, name, part)
     for layer in runner.compilation_config.static_forward_context.values():
         clock.wrap(layer.impl, "forward", "attention")
-    if hasattr(runner, "_ppd_mover"):
-        clock.wrap(runner._ppd_mover, "move", "KV moves")
-    pipe.send("ready")
-    while (task := pipe.recv()) is not None:
-        pipe.send(measure(llm, clock, **task))
-    # vLLM's own way out would report every thread that is still there.
-    os._exit(0)
+    llm.step_clock = clock
 
 
-def measure(
-    llm: Any, clock: Clock, batch: int, context: int, steps: int
-) -> dict[str, Any]:
-    """Median seconds of a decode step and of its parts, and rows and tokens of it."""
+def measure(llm: Any, batch: int, context: int, steps: int) -> dict[str, Any]:
+    """Median seconds of a decode step and of its parts; in the engine's process."""
     from vllm import SamplingParams, TokensPrompt
 
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    engine = llm.llm_engine
-    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=10**6)
-    params.max_tokens = engine.model_config.max_model_len - context - 1
+    engine, clock = llm.llm_engine, llm.step_clock
+    vocabulary = engine.model_config.get_vocab_size()
+    limit = engine.model_config.max_model_len - context - 1
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=limit)
     for index in range(batch):
         # Different prompts, so that no prefix is shared.
         ids = [(7919 * (i + 31 * index) + 13) % vocabulary for i in range(context)]
         engine.add_request(f"{index}", TokensPrompt(prompt_token_ids=ids), params)
-    tokens = 0
     totals: list[float] = []
     parts: list[dict[str, float]] = []
-    warm_up = 12
-    while len(totals) < steps + warm_up:
+    emitted: list[int] = []
+    while len(totals) < steps + WARM_UP_STEPS:
         clock.parts = {}
         began = time.perf_counter()
         outputs = engine.step()
@@ -134,41 +116,20 @@ def measure(
             continue  # still reading prompts
         totals.append(time.perf_counter() - began)
         parts.append(clock.parts)
-        if len(totals) == warm_up:
-            tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
-    tokens = sum(len(o.outputs[0].token_ids) for o in outputs) - tokens
+        emitted.append(sum(len(o.outputs[0].token_ids) for o in outputs))
     engine.abort_request([f"{index}" for index in range(batch)])
     while engine.has_unfinished_requests():
         engine.step()
-    names = {name for part in parts for name in part}
+    parts = parts[WARM_UP_STEPS:]
+    tokens = emitted[-1] - emitted[WARM_UP_STEPS - 1]
     return {
-        "step": statistics.median(totals[warm_up:]),
+        "step": statistics.median(totals[WARM_UP_STEPS:]),
         "tokens_per_step": tokens / steps / batch,
         "parts": {
-            name: statistics.median(part.get(name, 0.0) for part in parts[warm_up:])
-            for name in sorted(names)
+            name: statistics.median(part.get(name, 0.0) for part in parts)
+            for name in sorted({name for part in parts for name in part})
         },
     }
-
-
-class Engine:
-    def __init__(self, engine: dict[str, Any], acceptance: str | None = None):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=serve, args=(theirs, engine, acceptance), daemon=True
-        )
-        self.process.start()
-        if self.pipe.recv() != "ready":
-            raise RuntimeError("the engine did not start")
-
-    def measure(self, **task: Any) -> dict[str, Any]:
-        self.pipe.send(task)
-        return self.pipe.recv()
-
-    def close(self) -> None:
-        self.pipe.send(None)
-        self.process.join()
 
 
 def sized_model(args: argparse.Namespace, folder: str) -> tuple[str, str]:
@@ -190,22 +151,74 @@ def sized_model(args: argparse.Namespace, folder: str) -> tuple[str, str]:
         }
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(f"{folder}/model")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(f"{folder}/model")
     AutoTokenizer.from_pretrained(args.model).save_pretrained(f"{folder}/model")
-    table = torch.randn(3, 1, args.hidden) * 0.02
     base = BaseModelFingerprint.of_folder(f"{folder}/model")
+    table = torch.randn(3, 1, args.hidden) * 0.02
     PromptTokens(table, base).save(f"{folder}/prompts")
     return f"{folder}/model", f"{folder}/prompts"
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_LOGGING_LEVEL="ERROR",
-        VLLM_CPU_KVCACHE_SPACE="1",
-        OMP_NUM_THREADS="1",
-    )
+def fixed_trees(table: Any, rows: int, file: str) -> int:
+    """Write a menu of the same trees in every step, with drafts from prompt rows alone;
+    its draft length."""
+    from vllm_ppd.search.acceptance import AcceptanceModel
+    from vllm_ppd.search.latency import LatencyCurve
+    from vllm_ppd.search.policy_iteration import best_policy
+    from vllm_ppd.trees.menu import TreeMenu, save_menus
+
+    model = AcceptanceModel.of(table)
+    entry = best_policy(model, LatencyCurve.constant(), rows).entry()
+    menu = TreeMenu((entry,))
+    save_menus(file, menu, menu)
+    return entry.num_draft_tokens
+
+
+def summarise(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Milliseconds: medians over turns, with the fastest and slowest turn."""
+    return {
+        name: {
+            "step_ms": Spread.of([1000 * r["step"] for r in results]).to_dict(),
+            "tokens_per_step": results[0]["tokens_per_step"],
+            "parts_ms": {
+                part: round(
+                    1000 * statistics.median(r["parts"].get(part, 0) for r in results),
+                    4,
+                )
+                for part in results[0]["parts"]
+            },
+        }
+        for name, results in turns.items()
+    }
+
+
+def speedups(turns: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Tokens per second of PPD against plain, one request each, turn by turn."""
+    pairs = zip(turns["plain x1"], turns["ppd x1"], strict=True)
+    ratios = [p["tokens_per_step"] * a["step"] / p["step"] for a, p in pairs]
+    return Spread.of(ratios).to_dict(3)
+
+
+def show(cell: dict[str, Any]) -> None:
+    decoders = cell["decoders"].values()
+    print(f"\ncontext {cell['context']}")
+    print(f"{'ms':22}" + "".join(f"{name:>12}" for name in cell["decoders"]))
+    rows = [("step", [d["step_ms"]["median"] for d in decoders])]
+    for part in sorted({part for d in decoders for part in d["parts_ms"]}):
+        rows.append((part, [d["parts_ms"].get(part, 0.0) for d in decoders]))
+    for name, values in rows:
+        print(f"{name:22}" + "".join(f"{value:12.3f}" for value in values))
+    print(f"tokens/s against plain x1: {cell['ppd_speedup']}", flush=True)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from vllm_ppd.search.acceptance import AcceptanceModel
+
+    rows, cells = args.rows, []
     with tempfile.TemporaryDirectory() as folder:
         model, prompts = str(args.model), str(args.prompts)
         if args.hidden:
@@ -220,92 +233,85 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "enforce_eager": args.eager,
             "enable_prefix_caching": False,
         }
-        count = args.rows
+        table = AcceptanceModel.of_folder(Path(prompts), 3).marginal
         if args.replay:
-            stats = AcceptanceStats.load(args.replay)
-        else:
-            stats = acceptance_of(Path(prompts), 3)
-        # The same trees in every step: a fixed number of rows, prompt rows' guesses.
-        found = optimal_policy(stats, LatencyCurve.constant(1.0), count)
-        found.policy.save(f"{folder}/trees.json")
-        speculative: dict[str, Any] = {
-            "model": f"ppd:{prompts}",
-            "tree": f"{folder}/trees.json",
+            table = load_table(args.replay)
+        file = f"{folder}/trees.json"
+        draft_length = fixed_trees(table, rows, file)
+        ppd = {
+            "method": "ppd",
+            "model": prompts,
+            "tree": file,
+            "profile": "none",
+            "online": False,
+            "ngram": False,
         }
-        write_json(f"{folder}/off.json", TreePlan((Tier(None),)).to_dict())
-        silent = {**speculative, "tree": f"{folder}/off.json"}
-        plain = Engine(base)
-        speculating = Engine(
-            {**base, "speculative_config": speculative},
-            str(args.replay) if args.replay else None,
-        )
-        off = Engine({**base, "speculative_config": silent})
-        cells = []
-        for context in args.context:
-            turns: dict[str, list[dict[str, Any]]] = {}
-            for _ in range(args.rounds):
-                for name, engine, batch in (
-                    ("plain x1", plain, 1),
-                    (f"plain x{count}", plain, count),
-                    ("ppd x1", speculating, 1),
-                    ("off x1", off, 1),
-                    (f"off x{count}", off, count),
-                ):
-                    task = {"batch": batch, "context": context, "steps": args.steps}
-                    turns.setdefault(name, []).append(engine.measure(**task))
-            cells.append(
-                {
-                    "context": context,
-                    "decoders": summarise(turns),
-                    "ppd_speedup": speedups(turns["plain x1"], turns["ppd x1"]),
-                }
-            )
-            show(cells[-1])
-        for engine in (plain, speculating, off):
-            engine.close()
-    return {
-        "format": "ppd_step_cost",
-        "format_version": 1,
-        "environment": environment_card(),
-        "settings": {
-            "rows": count,
-            "dtype": args.dtype,
-            "eager": args.eager,
-            "steps": args.steps,
-            "rounds": args.rounds,
-            "hidden": args.hidden or "demo model",
-            "layers": args.layers if args.hidden else "demo model",
-            "replayed acceptance": args.replay.stem if args.replay else None,
-        },
-        "cells": cells,
-    }
+        common = {"in_process": True, "environment": {"OMP_NUM_THREADS": "1"}}
+        options = {
+            "plain": {"settings": base, **common},
+            "ppd": {"settings": {**base, "speculative_config": ppd}, **common},
+        }
+        with running(options, say) as engines:
+            for engine in engines.values():
+                engine.call("step_cost:instrument")
+            if args.replay:
+                engines["ppd"].call("replay:replay_v1", table=table)
+            for context in args.context:
+                turns: dict[str, list[dict[str, Any]]] = {}
+                for _ in range(args.rounds):
+                    for name, engine_name, batch, held in (
+                        ("plain x1", "plain", 1, None),
+                        (f"plain x{rows}", "plain", rows, None),
+                        ("ppd x1", "ppd", 1, draft_length),
+                        ("off x1", "ppd", 1, 0),
+                        (f"off x{rows}", "ppd", rows, 0),
+                    ):
+                        engine = engines[engine_name]
+                        if held is not None:
+                            engine.call("engines:hold", draft_length=held)
+                        task = {"batch": batch, "context": context, "steps": args.steps}
+                        measured = engine.call("step_cost:measure", **task)
+                        turns.setdefault(name, []).append(measured)
+                cells.append(
+                    {
+                        "context": context,
+                        "decoders": summarise(turns),
+                        "ppd_speedup": speedups(turns),
+                    }
+                )
+                show(cells[-1])
+    return cells
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, default=ROOT / "demo_model" / "model")
-    parser.add_argument(
-        "--prompts", type=Path, default=ROOT / "trained_prompts" / "demo"
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hidden", type=int, help="a random model of this width")
-    parser.add_argument("--layers", type=int, default=6, help="and of this depth")
-    parser.add_argument("--context", type=int, nargs="+", default=[128, 1024, 4096])
-    parser.add_argument("--rows", type=int, default=4, help="rows of a PPD step")
-    parser.add_argument(
-        "--replay",
-        type=Path,
-        help="accept guesses as often as this acceptance.json says, whatever they are",
-    )
-    parser.add_argument("--steps", type=int, default=40, help="per turn")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each engine")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    result = run(args)
-    if args.out:
-        write_json(args.out, result)
-    print(json.dumps(result, separators=(",", ":")))
+    add = parser.add_argument
+    add("--model", type=Path, default=ROOT / "demo_model" / "model")
+    add("--prompts", type=Path, default=ROOT / "trained_prompts" / "demo")
+    add("--hidden", type=int, help="a random model of this width")
+    add("--layers", type=int, default=6, help="and of this depth")
+    add("--context", type=int, nargs="+", default=[128, 1024, 4096])
+    add("--rows", type=int, default=4, help="rows of a PPD step")
+    add("--replay", type=Path, help="accept as often as this acceptance table says")
+    add("--steps", type=int, default=40, help="per turn")
+    add("--rounds", type=int, default=15, help="turns of each engine")
+    add("--dtype", default="bfloat16")
+    add("--eager", action="store_true", help="do not compile")
+    add("--out", type=Path)
+    add("--dry-run", action="store_true", help="tiny: does it run at all?")
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        args.context, args.steps, args.rounds, args.eager = [16], 4, 1, True
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    card = environment_card()
+    settings = {**vars(args), "model": shown_path(args.model)}
+    finish(results_document("step_cost", card, settings, run(args)), args.out)
 
 
 if __name__ == "__main__":

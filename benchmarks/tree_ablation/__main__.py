@@ -1,5 +1,0 @@
-"""See `command`."""
-
-from .command import main
-
-raise SystemExit(main())
