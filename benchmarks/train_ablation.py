@@ -1,0 +1,268 @@
+"""What each choice in training prompt tokens is worth, on the demo model.
+
+    python benchmarks/train_ablation.py --dry-run                # does it run at all?
+    python benchmarks/train_ablation.py --out benchmarks/results/train_ablation.json
+    python benchmarks/train_ablation.py --tables ept,alpha --seeds 3
+
+Each run is a `vllm-ppd train` of the same wall-clock time that changes one thing in the
+baseline: m = 3, one EPT, KL to the model, alpha 0.8, started from text, 32 insertion
+points in each of 8 sequences. `vllm-ppd calibrate` then judges it on the model's own
+greedy continuations of held-out text: how often the true token is each distance's first
+draft token (top-1) or among its ten best, and the mean acceptance length of the best
+trees of at most so many rows (an ensemble of e costs e rows per prompt token).
+
+Finished runs are kept in the work folder: the same command goes on where it stopped.
+The last line printed is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from results import ROOT, environment_card, finish, results_document
+
+ROWS = (8, 16, 64)
+BASELINE = {"batch-size": 8, "points": 32, "updates": 1}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One short training."""
+
+    name: str
+    """Also the name of its folder."""
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    """Flags of `vllm-ppd train` that differ from the baseline's."""
+    share: float = 1.0
+    """Its part of the minutes per run."""
+    init_from: str | None = None
+    """The run whose prompt tokens it starts with."""
+
+
+def _varied(flag: str, values: Iterable[Any], own: Any = None) -> list[Run]:
+    """A run per value of a flag; the baseline has the value `own`."""
+    return [
+        _BASELINE if value == own else Run(f"{flag}={value}", {flag: value})
+        for value in values
+    ]
+
+
+_BASELINE = Run("baseline")
+_QUARTER = Run("time=1_4", share=1 / 4)
+_ONE = Run("num-prompt-tokens=1", {"num-prompt-tokens": 1})
+# By what is varied; no run starts from a later one.
+TABLES: dict[str, list[Run]] = {
+    "time": [
+        Run("time=1_16", share=1 / 16),
+        _QUARTER,
+        _BASELINE,
+        Run("time=4", share=4),
+    ],
+    "text": [*_varied("max-tokens", (8192, 16384, 131072)), _BASELINE],
+    "prompt_tokens": _varied("num-prompt-tokens", range(1, 7), 3),
+    "ept": _varied("num-ept", (1, 2, 4, 8), 1),
+    "loss": [_BASELINE, Run("loss=labels", {"loss": "labels"})],
+    "alpha": _varied("alpha", (0.4, 0.6, 0.8, 1.0), 0.8),
+    "init": [
+        _BASELINE,
+        Run("init=vocabulary", {"init": "vocabulary"}),
+        Run("init=quarter", init_from=_QUARTER.name),
+        Run("init=m_1", init_from=_ONE.name),
+    ],
+    "batch": _varied("batch-size", (1, 2, 4, 8), 8),
+    "points": _varied("points", (1, 4, 16, 32, 64), 32),
+}
+
+
+def runs_of(tables: Iterable[str]) -> list[Run]:
+    """Every run of the tables once, each after the one that it starts from."""
+    everything = {run.name: run for runs in TABLES.values() for run in runs}
+    chosen: dict[str, Run] = {}
+    for table in tables:
+        for run in TABLES[table]:
+            for name in (run.init_from, run.name):
+                if name is not None:
+                    chosen.setdefault(name, everything[name])
+    return list(chosen.values())
+
+
+def train_command(
+    run: Run, seed: int, folder: Path, args: argparse.Namespace
+) -> list[str]:
+    """The `vllm-ppd train` of a run, into `folder`, going on from its checkpoint."""
+    flags: dict[str, Any] = {
+        **BASELINE,
+        "model": args.model,
+        "data": args.data,
+        "held-out": args.held_out,
+        "length": args.length,
+        "minutes": args.seconds * run.share / 60,
+        "evaluations": 1,
+        "evaluation-sequences": 1,
+        "seed": seed,
+        "out": folder,
+        **run.flags,
+    }
+    if run.init_from is not None:
+        flags["init"] = folder.with_name(f"{run.init_from},seed={seed}")
+    return command("train", flags, "--resume", "--cpu", "--quiet")
+
+
+def calibrate_command(folder: Path, args: argparse.Namespace) -> list[str]:
+    """The `vllm-ppd calibrate` of a run: every place of the continuations, no bigram
+    table."""
+    flags = {
+        "model": args.model,
+        "data": args.held_out,
+        "temperature": 0.0,
+        "bigram": 0,
+        "prompt-length": args.prompt_length,
+        "continue": args.continuation,
+        "points": args.points,
+    }
+    more = ["--cpu", "--quiet", "--overwrite"]
+    return command("calibrate", flags, str(folder), *more)
+
+
+def command(name: str, flags: Mapping[str, Any], *more: str) -> list[str]:
+    pairs = [[f"--{flag}", str(value)] for flag, value in flags.items()]
+    start = [sys.executable, "-m", "vllm_ppd", name]
+    return [*start, *more, *(part for pair in pairs for part in pair)]
+
+
+def examine(folder: Path) -> dict[str, Any]:
+    """The figures of a trained and calibrated folder."""
+    from vllm_ppd.prompt_tokens.tokens import PromptTokens, tensor_file
+    from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
+    from vllm_ppd.search.latency import LatencyCurve
+    from vllm_ppd.search.policy_iteration import best_policy
+
+    tokens = PromptTokens.load(folder)
+    table = AcceptanceModel.load(folder / ACCEPTANCE_FILE).marginal
+    model, constant = AcceptanceModel.of(table), LatencyCurve.constant()
+    lengths = {
+        str(rows): best_policy(model, constant, rows, tokens.num_ept).tau
+        for rows in ROWS
+    }
+    return {
+        "top1": [round(float(row[0]), 4) for row in table],
+        "top10": [round(float(row[:10].sum()), 4) for row in table],
+        "acceptance_length": {n: round(tau, 4) for n, tau in lengths.items()},
+        "parameters": tokens.embeddings.numel(),
+        "bytes": tensor_file(folder).stat().st_size,
+    }
+
+
+def finish_run(run: Run, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """A run's record, from the work folder if it is there already.
+
+    Raises ValueError when a command fails, with its last line.
+    """
+    folder = args.work / f"{run.name},seed={seed}"
+    file = folder.with_name(folder.name + ".json")
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    threads = str(args.threads)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    commands = [train_command(run, seed, folder, args), calibrate_command(folder, args)]
+    if (folder / "config.json").exists():
+        del commands[0]  # trained, but not calibrated
+    for each in commands:
+        done = subprocess.run(each, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip() or "it says nothing").splitlines()[-1]
+            raise ValueError(f"{' '.join(each[2:5])} of {run.name} failed: {reason}")
+    record = {"run": run.name, "seed": seed, **examine(folder)}
+    file.write_text(json.dumps(record), encoding="utf-8")
+    return record
+
+
+def table_lines(name: str, cells: list[dict[str, Any]]) -> list[str]:
+    """One Markdown table: a row per run, medians over seeds."""
+    head = ["run", "top-1 by distance", "top-10", *(f"{n} rows" for n in ROWS)]
+    lines = [
+        f"### {name}",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
+    ]
+    for run in TABLES[name]:
+        seeds = [cell for cell in cells if cell["run"] == run.name]
+        row = [run.name]
+        for rates in ("top1", "top10"):
+            columns = zip(*(cell[rates] for cell in seeds), strict=True)
+            shown = (f"{median(column):.3f}".removeprefix("0") for column in columns)
+            row.append(" ".join(shown))
+        for rows in ROWS:
+            lengths = [cell["acceptance_length"][str(rows)] for cell in seeds]
+            row.append(f"{median(lengths):.2f}")
+        lines.append("| " + " | ".join(row) + " |")
+    return [*lines, ""]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    corpus = ROOT / "build" / "demo_corpus" / "train.jsonl"
+    held_out = ROOT / "demo_model" / "held_out.jsonl"
+    add("--model", type=Path, default=ROOT / "demo_model" / "model", help="folder")
+    add("--data", type=Path, default=corpus, help="training text")
+    add("--held-out", type=Path, default=held_out, help="text to judge by")
+    add("--length", type=int, default=256, help="tokens per training sequence")
+    add("--seconds", type=float, default=60.0, help="of a run, evaluations included")
+    add("--seeds", type=int, default=1, help="repeat all with so many seeds")
+    add("--tables", default=",".join(TABLES), help="what is varied, comma-separated")
+    add("--threads", type=int, default=1, help="of torch, on a CPU")
+    add("--work", type=Path, default=ROOT / "build" / "train_ablation")
+    add("--out", type=Path, help="where to write the JSON")
+    add("--dry-run", action="store_true", help="tiny: does it run at all?")
+    args = parser.parse_args(argv)
+    args.prompt_length, args.continuation, args.points = 64, 96, 6000
+    if args.dry_run:
+        args.seconds, args.tables, args.data = 0.5, "loss", args.held_out
+        args.prompt_length, args.continuation, args.points = 16, 16, 40
+        args.work = args.work.with_name("train_ablation-dry")
+    args.tables = args.tables.split(",")
+    for name in args.tables:
+        if name not in TABLES:
+            parser.error(f"there is no table {name!r}; choose from {', '.join(TABLES)}")
+    if not args.data.exists():
+        parser.error(
+            f"there is no {args.data}; make it with python demo_model/corpus.py --out "
+            "build/demo_corpus, or give --data"
+        )
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    card = environment_card()
+    args.work.mkdir(parents=True, exist_ok=True)
+    cells = []
+    try:
+        for seed in range(args.seeds):
+            for run in runs_of(args.tables):
+                cells.append(finish_run(run, seed, args))
+                print(f"{run.name}, seed {seed}: {cells[-1]}", file=sys.stderr)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name in args.tables:
+        print("\n".join(table_lines(name, cells)))
+    finish(results_document("train_ablation", card, vars(args), cells), args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
