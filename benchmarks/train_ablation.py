@@ -150,13 +150,13 @@ def examine(folder: Path) -> dict[str, Any]:
     table = AcceptanceModel.load(folder / ACCEPTANCE_FILE).marginal
     model, constant = AcceptanceModel.of(table), LatencyCurve.constant()
     lengths = {
-        str(rows): best_policy(model, constant, rows, tokens.num_ept).tau
+        str(rows): best_policy(model, constant, rows, tokens.num_ept).acceptance_length
         for rows in ROWS
     }
     return {
         "top1": [round(float(row[0]), 4) for row in table],
         "top10": [round(float(row[:10].sum()), 4) for row in table],
-        "acceptance_length": {n: round(tau, 4) for n, tau in lengths.items()},
+        "acceptance_length": {n: round(length, 4) for n, length in lengths.items()},
         "parameters": tokens.embeddings.numel(),
         "bytes": tensor_file(folder).stat().st_size,
     }

@@ -13,7 +13,7 @@ counted, and take what they can for the largest mean acceptance length:
 - chain: the best trees without branches.
 
 Predicted lengths are those of the acceptance model that the trees were made from, and,
-for prompt rows alone, of the paper's tables (benchmarks/data). Measured ones are counted
+for prompt rows alone, of the tables in benchmarks/data. Measured ones are counted
 from vLLM's outputs: tokens per decode step and request. One engine per kind and source
 of draft tokens serves the trees of all sizes, one after another. Greedy text of a small
 model is mostly loops, the best case of n-gram drafts: compare the sampled columns.
@@ -40,7 +40,11 @@ from results import ROOT, environment_card, finish, numbers, results_document
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
-from vllm_ppd.search.policy_iteration import best_policy, node_chances, policy_value
+from vllm_ppd.search.policy_iteration import (
+    best_policy,
+    policy_value,
+    reach_probabilities,
+)
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu, save_menus
 from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
@@ -52,14 +56,14 @@ _MAX_ROUNDS = 10
 
 
 def paper_trees(model: AcceptanceModel, rows: int, num_ept: int) -> list[SparseTree]:
-    """[m + 1] the published dynamic sparse tree within `rows` rows, all of them counted.
+    """[m + 1] the published dynamic sparse tree within `rows` rows, all counted.
 
     The root keeps m prompt tokens. The draft tokens of num_prompted s are its likeliest
     paths, each with m prompt tokens at first. Then the prompt token of least loss,
-    residual(v) * (f(T_k) - f(T_{k-1})) for the k-th on node v, is removed until the tree
-    fits, but one stays on every node, as in the authors' trees. How many draft tokens
-    each tree has is found by policy iteration, from several starts, because the tokens
-    f that every tree accepts decide over the prompt tokens of all trees.
+    residual(v) * (f(T_k) - f(T_{k-1})) for the k-th on node v, is removed until the
+    tree fits, but one stays on every node, as in the authors' trees. How many draft
+    tokens each tree has is found by policy iteration, from several starts, because f,
+    the tokens that each tree accepts, decides over the prompt tokens of all trees.
 
     Args:
         model: acceptance probabilities; only `marginal` is used.
@@ -70,7 +74,7 @@ def paper_trees(model: AcceptanceModel, rows: int, num_ept: int) -> list[SparseT
     m = model.num_prompt_tokens
     orders = [_likeliest_paths(model.marginal[:depth], rows) for depth in range(m + 1)]
     full = [SparseTree(*order, (0,) * (1 + len(order[0]))) for order in orders]
-    reached = [node_chances(tree, model, n, 0) for n, tree in enumerate(full)]
+    reached = [reach_probabilities(tree, model, n, 0) for n, tree in enumerate(full)]
     best: tuple[float, list[SparseTree]] = (0.0, [])
     for prompts_each in range(m + 1):
         size = max(0, rows - 1 - num_ept * m) // (1 + num_ept * prompts_each)
