@@ -12,66 +12,39 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import vllm
 from tqdm import tqdm
-from vllm.distributed import get_tp_group
+from vllm.distributed import get_tp_group, get_world_group
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.core.sched.output import (
-    CachedRequestData,
-    NewRequestData,
-    SchedulerOutput,
-)
 
 import vllm_ppd
 from vllm_ppd.engine.settings import ServingSettings
 from vllm_ppd.files import FormatError
 from vllm_ppd.search.latency import LatencyProfile, MeasurementError, cache_file
-from vllm_ppd.trees.tree import SparseTree
 
 __all__ = [
-    "CONTEXT",
-    "TIMED",
-    "UNTIMED",
     "MeasuredRunner",
-    "MeasuredVisit",
-    "blocks_of",
+    "is_slow",
     "known_profile",
     "measured_profile",
     "profile_key",
-    "scheduled",
-    "tree_of_rows",
 ]
 
 logger = init_logger("vllm.ppd")
 
-# Tokens of a made-up request when it begins to decode.
-CONTEXT = 128
-# A visit decodes one load with each row count in turn, for trees are chosen by ratios
-# and a machine's speed drifts. Of each row count the first step has no drafts yet, and
-# the second warms up.
-UNTIMED, TIMED = 2, 3
 # A step with more rows in all is far past where drafting pays.
 _MAX_STEP_ROWS = 512
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-# Loads by how much their answer tells; each round visits them all.
+# Loads by how much they tell; each round measures them all.
 _LOADS = (1, 4, 16, 2, 8, 64, 32)
 _ROUNDS = 3
-
-
-class MeasuredVisit(Protocol):
-    """Made-up requests of one load."""
-
-    def seconds(self, rows: int) -> list[float]:
-        """Seconds of each timed step with so many rows per request."""
-
-    def close(self) -> None:
-        """Free the requests."""
+# Seconds of a step that is measured only once.
+_SLOW_STEP = 1.0
 
 
 class MeasuredRunner(Protocol):
@@ -81,10 +54,10 @@ class MeasuredRunner(Protocol):
     max_step_rows: int
     """Most rows of a step."""
     row_counts: list[int] | None
-    """Rows per request that it can run; None for any."""
+    """Rows per request that it can run, rising from 1; None for any."""
 
-    def visit(self, num_running: int, rows: list[int]) -> MeasuredVisit:
-        """Requests that will be decoded with each of `rows`."""
+    def seconds(self, num_running: int, rows: int) -> list[float]:
+        """Seconds of some decode steps of so many requests with so many rows each."""
 
     def finish(self) -> None:
         """Serve again what was served before."""
@@ -95,157 +68,101 @@ def measured_profile(
 ) -> LatencyProfile | None:
     """Measure and keep the profile; None where this start does not have to.
 
-    All ranks of a tensor-parallel group take part, and all go by rank 0's figures.
+    All ranks take part, and all go by rank 0's decisions and figures.
     """
-    if not settings.measure:
+    if not _agreed(settings.measure):
         return None
-    group = get_tp_group()
     began = time.monotonic()
     try:
-        profile = _measure(settings, runner, quiet=not group.is_first_rank)
+        profile = _measure(settings, runner)
     finally:
         runner.finish()
-    if group.world_size > 1:
-        profile = LatencyProfile.from_dict(
-            group.broadcast_object(profile.to_dict(), src=0)
-        )
-    if not group.is_first_rank:
-        return profile
-    path = cache_file(profile.key)
-    try:
-        profile.save(path)
-        where = f"kept in {path}"
-    except OSError as error:
-        where = f"it could not be kept: {error}"
-    logger.info(
-        "PPD measured this machine in %.1f s (%s)", time.monotonic() - began, where
-    )
+    profile = LatencyProfile.from_dict(_agreed(profile.to_dict()))
+    if get_tp_group().is_first_rank:
+        path = cache_file(profile.key)
+        try:
+            profile.save(path)
+            where = f"kept in {path}"
+        except OSError as error:
+            where = f"it could not be kept: {error}"
+        seconds = time.monotonic() - began
+        logger.info("PPD measured this machine in %.1f s (%s)", seconds, where)
     return profile
 
 
-def _measure(
-    settings: ServingSettings, runner: MeasuredRunner, quiet: bool
-) -> LatencyProfile:
-    menu = settings.tree_menu()
-    max_rows = menu.max_rows
-    rows = [count for count in _ROWS if count < max_rows] + [max_rows]
-    if runner.row_counts is not None:
-        rows = [count for count in runner.row_counts if count <= max_rows]
-    most = min(_MAX_STEP_ROWS, runner.max_step_rows)
+def is_slow(seconds: float) -> bool:
+    """Whether a step takes so long that it is measured once; the same on all ranks."""
+    return _agreed(seconds > _SLOW_STEP)
+
+
+def _measure(settings: ServingSettings, runner: MeasuredRunner) -> LatencyProfile:
+    max_rows = settings.tree_menu().max_rows
+    rows = runner.row_counts or [*(n for n in _ROWS if n < max_rows), max_rows]
+    cells = _cells(rows, runner.max_num_running, runner.max_step_rows)
     times: dict[tuple[int, int], list[float]] = defaultdict(list)
-    deadline = time.perf_counter() + settings.measure_seconds
-    visits = list(_visits(rows, runner.max_num_running, most))
-    cells = sum(len(counts) for _, counts in visits)
-    with tqdm(
-        total=cells, desc="PPD measures this machine", unit="", disable=quiet
-    ) as bar:
-        for num_running, counts in visits:
-            visit = runner.visit(num_running, counts)
-            try:
-                for count in counts:
-                    first = not times
-                    if not first and _agreed(time.perf_counter() > deadline):
-                        break
-                    times[num_running, count] += visit.seconds(count)
-                    bar.update()
-            finally:
-                visit.close()
-            if _agreed(time.perf_counter() > deadline):
+    deadline = time.monotonic() + settings.measure_seconds
+    quiet = not get_tp_group().is_first_rank
+    with tqdm(desc="PPD measures this machine", total=len(cells), disable=quiet) as bar:
+        for num_running, count in cells:
+            # The coarse curve of one request is the least that is of use.
+            may_stop = num_running > 1 or (num_running, count) in times
+            if may_stop and _agreed(time.monotonic() > deadline):
                 break
+            times[num_running, count] += runner.seconds(num_running, count)
+            bar.update()
         bar.total = bar.n
-    # A load without a plain step has nothing to be compared with.
-    loads = sorted({load for load, count in times if (load, 1) in times})
     medians = {cell: float(np.median(seconds)) for cell, seconds in times.items()}
-    table = np.array([_interpolated(medians, load, rows) for load in loads])
-    return LatencyProfile.smoothed(loads, rows, table, settings.profile_key)
+    return _profile_of(medians, rows, settings.profile_key)
 
 
-def _visits(
+def _cells(
     rows: list[int], max_num_running: int, max_step_rows: int
-) -> Iterator[tuple[int, list[int]]]:
-    """(load, row counts) in the order of measuring: a coarse round, then full ones."""
-    loads = [load for load in _LOADS if load <= max_num_running]
+) -> list[tuple[int, int]]:
+    """(load, row count) in the order of measuring: a coarse round, then full ones.
+
+    All row counts of a load are next to each other, and come again in each round: draft
+    lengths are chosen by ratios, and a machine's speed drifts.
+    """
+    max_step_rows = min(max_step_rows, _MAX_STEP_ROWS)
     coarse = sorted({rows[0], rows[len(rows) // 2], rows[-1]})
-    for round_index in range(_ROUNDS):
-        for load in loads:
-            counts = rows if round_index else coarse
-            yield load, [n for n in counts if n == 1 or load * n <= max_step_rows]
-
-
-def _interpolated(
-    medians: dict[tuple[int, int], float], load: int, rows: list[int]
-) -> list[float]:
-    """Seconds by rows; beyond what was measured, in proportion to the rows."""
-    measured = [count for count in rows if (load, count) in medians]
-    seconds = [medians[load, count] for count in measured]
     return [
-        float(np.interp(count, measured, seconds))
-        if count <= measured[-1]
-        else seconds[-1] * count / measured[-1]
-        for count in rows
+        (load, count)
+        for counts in (coarse, *[rows] * (_ROUNDS - 1))
+        for load in _LOADS
+        if load <= max_num_running
+        for count in counts
+        if count == 1 or load * count <= max_step_rows
     ]
 
 
-def _agreed(answer: bool) -> bool:
-    """Rank 0's answer: all ranks run the same steps, or they wait for each other."""
-    group = get_tp_group()
+def _profile_of(
+    medians: dict[tuple[int, int], float], rows: list[int], key: dict[str, Any]
+) -> LatencyProfile:
+    """The profile of all loads of which enough was measured before time was up.
+
+    Row counts between measured ones are interpolated; beyond the last one, seconds grow
+    in proportion to the rows.
+    """
+    by_load: dict[int, dict[int, float]] = defaultdict(dict)
+    for (load, count), seconds in sorted(medians.items()):
+        by_load[load][count] = seconds
+    # A plain step alone says nothing of what rows cost.
+    loads = [load for load, curve in by_load.items() if load == 1 or len(curve) > 1]
+    table = []
+    for load in loads:
+        counts, seconds = list(by_load[load]), list(by_load[load].values())
+        beyond = np.maximum(np.array(rows) / counts[-1], 1.0)
+        table.append(np.interp(rows, counts, seconds) * beyond)
+    return LatencyProfile.smoothed(loads, rows, np.array(table), key)
+
+
+def _agreed(answer: Any) -> Any:
+    """Rank 0's answer: all ranks run the same steps, or they wait for each other.
+
+    Data-parallel ranks that step together are among them.
+    """
+    group = get_world_group()
     return answer if group.world_size == 1 else group.broadcast_object(answer, src=0)
-
-
-def tree_of_rows(rows: int, num_prompt_tokens: int, num_ept: int) -> SparseTree:
-    """A tree of `rows` rows: about a third prompt rows, the rest a binary tree."""
-    prompt_tokens = min((rows - 1) // (2 + num_ept), 4 * num_prompt_tokens)
-    nodes = rows - prompt_tokens * num_ept
-    parents = [child // 2 for child in range(nodes - 1)]
-    ranks = [child % 2 for child in range(nodes - 1)]
-    prompts = [0] * nodes
-    for index in range(prompt_tokens):
-        prompts[index % nodes] += 1
-    return SparseTree(tuple(parents), tuple(ranks), tuple(prompts), num_ept)
-
-
-def blocks_of(config: Any, index: int, tokens: int) -> tuple[list[int], ...]:
-    """Blocks of a made-up request in each KV cache group; 0 is vLLM's null block.
-
-    Args:
-        config: vLLM's KVCacheConfig.
-        index: of the request.
-        tokens: most that it will have.
-    """
-    blocks = []
-    for group in config.kv_cache_groups:
-        count = -(-tokens // group.kv_cache_spec.block_size)
-        # With too little cache requests share blocks: what they read is made up
-        # anyway, and it takes as long.
-        first = index * count
-        free = config.num_blocks - 1
-        blocks.append([1 + (first + i) % free for i in range(count)])
-    return tuple(blocks)
-
-
-def scheduled(
-    new: list[NewRequestData] | None = None,
-    cached: CachedRequestData | None = None,
-    tokens: dict[str, int] | None = None,
-    drafts: dict[str, list[int]] | None = None,
-    finished: set[str] | None = None,
-    next_drafts: int = 0,
-) -> SchedulerOutput:
-    """A scheduler's output: new requests, running ones, and how many tokens of each.
-
-    next_drafts: rows besides the root of the next step.
-    """
-    tokens = tokens or {}
-    output = SchedulerOutput.make_empty()
-    output.scheduled_new_reqs = new or []
-    if cached is not None:
-        output.scheduled_cached_reqs = cached
-    output.num_scheduled_tokens = tokens
-    output.total_num_scheduled_tokens = sum(tokens.values())
-    output.scheduled_spec_decode_tokens = drafts or {}
-    output.finished_req_ids = finished or set()
-    output.num_spec_tokens_to_schedule = next_drafts
-    return output
 
 
 def profile_key(
