@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from prometheus_client import REGISTRY
@@ -27,13 +27,12 @@ from prometheus_client.registry import Collector
 from vllm.logger import init_logger
 
 from vllm_ppd.files import write_json
-from vllm_ppd.trees.layout import TreeStep
+from vllm_ppd.trees.layout import TreeStep, TreeTables
 from vllm_ppd.trees.verify import TreeWalk
 
 __all__ = [
     "EVERY",
     "SOURCES",
-    "Count",
     "Slot",
     "StepCounts",
     "StepLog",
@@ -76,14 +75,6 @@ class Slot(IntEnum):
     DRAFT_TOKENS = 4
     FIRST_SOURCE = 5
     FIRST_PROMPTED = 5 + len(SOURCES)
-
-
-class Count(NamedTuple):
-    """A number with its name and labels."""
-
-    name: str
-    labels: dict[str, str]
-    value: float
 
 
 def _slots(num_prompted: int) -> list[tuple[str, dict[str, str]]]:
@@ -131,31 +122,43 @@ class StepCounts:
         for slot in (Slot.PLAIN, Slot.TOKENS, Slot.ROWS):
             self.values[slot] += num_running
 
-    def add(self, step: TreeStep, walk: TreeWalk, num_prompted: np.ndarray) -> None:
-        """A verified step.
+    def add(
+        self,
+        tables: TreeTables,
+        tree_ids: np.ndarray,
+        num_rows: np.ndarray,
+        lengths: np.ndarray,
+        paths: np.ndarray,
+        num_prompted: np.ndarray,
+    ) -> None:
+        """A verified step of B requests.
 
-        num_prompted: [B] how deep the prompt rows reached that each request's tree was
-            filled from.
+        Args:
+            tables: of the trees.
+            tree_ids: [B].
+            num_rows: [B] scheduled rows, root included.
+            lengths: [B] emitted tokens.
+            paths: [B, D + 1] accepted nodes, root first; anything after `lengths`.
+            num_prompted: [B] how deep the prompt rows reached that each tree was filled
+                from.
         """
+        batch, values = len(tree_ids), self.values
         # Rows behind a root-only tree are padding.
-        rows = np.minimum(step.num_rows, step.tables.num_rows[step.tree_ids])
-        speculates = rows > 1
-        speculating = int(speculates.sum())
-        values = self.values
-        values[Slot.SPECULATING] += speculating
-        values[Slot.PLAIN] += len(speculates) - speculating
-        values[Slot.TOKENS] += walk.lengths.sum()
-        values[Slot.ROWS] += step.num_rows.sum()
-        values[Slot.DRAFT_TOKENS] += step.num_nodes.sum() - len(speculates)
-        level = np.arange(walk.paths.shape[1])
-        accepted = (level > 0) & (level < walk.lengths[:, None])
-        ngram = accepted & step.tables.on_ngram[step.tree_ids[:, None], walk.paths]
-        prompted = accepted & ~ngram & (level <= num_prompted[:, None])
-        ngrams, prompts = int(ngram.sum()), int(prompted.sum())
-        values[Slot.FIRST_SOURCE : Slot.FIRST_PROMPTED] += (
-            prompts,
-            int(accepted.sum()) - ngrams - prompts,
-            ngrams,
+        speculates = np.minimum(num_rows, tables.num_rows[tree_ids]) > 1
+        level = np.arange(paths.shape[1])
+        accepted = (level > 0) & (level < lengths[:, None])
+        ngram = accepted & tables.on_ngram[tree_ids[:, None], paths]
+        prompt = accepted & ~ngram & (level <= num_prompted[:, None])
+        bigram = accepted & ~ngram & ~prompt
+        values[: Slot.FIRST_PROMPTED] += (
+            speculates.sum(),
+            batch - speculates.sum(),
+            lengths.sum(),
+            num_rows.sum(),
+            np.minimum(num_rows, tables.num_nodes[tree_ids]).sum() - batch,
+            prompt.sum(),
+            bigram.sum(),
+            ngram.sum(),
         )
         values[Slot.FIRST_PROMPTED :] += np.bincount(
             num_prompted[speculates], minlength=len(values) - Slot.FIRST_PROMPTED
@@ -194,20 +197,30 @@ class StepLog:
         self._since = time.monotonic()
         self._logged: np.ndarray = np.array(self.counts.values)
 
+    def counts_next(self) -> bool:
+        """Whether the step that has just run is to be counted; to be asked once."""
+        self._steps += 1
+        return self._steps % EVERY == 0
+
     def after_plain_step(self, num_running: int) -> None:
         """Note a plain step of so many requests."""
-        self._steps += 1
-        if self._steps % EVERY == 0:
+        if self.counts_next():
             self.counts.add_plain(num_running)
             self.log_if_due()
 
     def after_step(
         self, step: TreeStep, walk: TreeWalk, num_prompted: np.ndarray
     ) -> None:
-        """Note a verified step; arguments as of `StepCounts.add`."""
-        self._steps += 1
-        if self._steps % EVERY == 0:
-            self.counts.add(step, walk, num_prompted)
+        """Note a verified step; num_prompted as of `StepCounts.add`."""
+        if self.counts_next():
+            self.counts.add(
+                step.tables,
+                step.tree_ids,
+                step.num_rows,
+                walk.lengths,
+                walk.paths,
+                num_prompted,
+            )
             self.log_if_due()
 
     def log_if_due(self) -> None:
@@ -220,8 +233,10 @@ class StepLog:
         return self.counts.line(self._logged)
 
 
-def read_counts(folder: str | os.PathLike[str]) -> Iterator[Count]:
-    """All workers' counts of a folder; equal names and labels are added up.
+def read_counts(
+    folder: str | os.PathLike[str],
+) -> Iterator[tuple[str, dict[str, str], float]]:
+    """(name, labels, sum) of all workers' counts in a folder.
 
     Files that are damaged, or being made, are left out.
     """
@@ -238,7 +253,7 @@ def read_counts(folder: str | os.PathLike[str]) -> Iterator[Count]:
             key = name, tuple(sorted(labels.items()))
             sums[key] = sums.get(key, 0.0) + value
     for (name, labels), value in sums.items():
-        yield Count(name, dict(labels), value)
+        yield name, dict(labels), value
 
 
 class _PPDCollector(Collector):

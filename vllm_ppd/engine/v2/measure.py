@@ -13,7 +13,7 @@ import torch
 
 from vllm_ppd.engine.made_up_requests import MadeUpRequests
 from vllm_ppd.engine.measure import is_slow
-from vllm_ppd.trees.menu import TreeMenu
+from vllm_ppd.engine.settings import serving_settings
 
 __all__ = ["MeasuredSteps"]
 
@@ -23,19 +23,22 @@ _UNTIMED, _TIMED = 2, 8
 class MeasuredSteps:
     """A V2 model runner as `measured_profile` sees it.
 
+    It runs the rows of the menu's entries only, for which there are CUDA graphs.
+
     Args:
         runner: with PPD, ready to serve.
-        menu: the trees that it serves. Only their row counts have CUDA graphs.
     """
 
-    def __init__(self, runner: Any, menu: TreeMenu):
+    def __init__(self, runner: Any):
         self._runner = runner
+        settings = serving_settings(runner.vllm_config)
+        assert settings is not None  # the runner is PPD's
         limits = runner.vllm_config.scheduler_config
         self.max_num_running = limits.max_num_seqs
         self.max_step_rows = limits.max_num_batched_tokens
         # A request has a token besides, and vLLM's context is not exceeded.
         longest = runner.vllm_config.model_config.max_model_len - 2
-        rows = [entry.max_rows for entry in menu.entries]
+        rows = [entry.max_rows for entry in settings.tree_menu().entries]
         self.row_counts = [1, *(count for count in rows if count <= longest)]
 
     def seconds(self, num_running: int, rows: int) -> list[float]:
