@@ -257,6 +257,12 @@ def fresh_controller(llm: Any) -> None:
     attach_controller(llm.llm_engine.engine_core.engine_core.scheduler)
 
 
+def first_schedule(llm: Any) -> list[int]:
+    """The draft lengths that the engine starts with, by number of running requests."""
+    fresh_controller(llm)
+    return list(controller_of(llm).schedule[1:])
+
+
 def controller_snapshot(llm: Any) -> dict[str, Any]:
     """What the controller has seen."""
     return controller_of(llm).snapshot()

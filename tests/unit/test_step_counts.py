@@ -5,31 +5,30 @@ from __future__ import annotations
 import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
 
-from vllm_ppd.engine.step_counts import StepCounts, read_counts
-from vllm_ppd.trees.layout import TreeTables
-from vllm_ppd.trees.menu import Tier, TreePlan
-from vllm_ppd.trees.layout import TreeStep
+from vllm_ppd.engine import counters
+from vllm_ppd.engine.counters import StepCounts, StepLog, read_counts
+from vllm_ppd.trees.layout import TreeStep, TreeTables
+from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 from vllm_ppd.trees.verify import TreeWalk
 
-# Node 1 and its child 2 continue an earlier match; 3 and 4 are other guesses.
+# Node 1 and its child 2 are the n-gram draft; 3 and 4 are other draft tokens.
 FORKED = SparseTree((0, 1, 0, 3), (0, 0, 1, 0), (1, 0, 1, 1, 1))
-BARE = chain_tree(0, (1,))
+ROOT = chain_tree(0, (1,))
+USUAL = TreePolicy((ROOT, chain_tree(1, (1, 1))))
+TABLES = TreeTables(TreeMenu((MenuEntry((USUAL, TreePolicy((ROOT, FORKED)))),)), 50)
+ONE = np.array([1])
 
 
 def step_and_walk(paths: list[list[int]]) -> tuple[TreeStep, TreeWalk]:
-    """Requests in state 1 with a match, whose walks go along these nodes."""
-    usual = TreePolicy((BARE, chain_tree(1, (1, 1))))
-    tables = TreeTables(
-        TreePlan((Tier(None, (usual, TreePolicy((BARE, FORKED)))),)), 50
-    )
-    trees = np.full(len(paths), 4)
-    counts = tables.num_rows[trees]
-    step = TreeStep(tables, trees, np.cumsum(counts) - counts, counts)
+    """Requests with num_prompted 1 and an n-gram match, whose walks go along these
+    nodes."""
+    tree_ids = np.full(len(paths), 4)
+    counts = TABLES.num_rows[tree_ids]
+    step = TreeStep(TABLES, tree_ids, np.cumsum(counts) - counts, counts)
     tokens = np.arange(len(step.node_rows))
     walk = TreeWalk(step, tokens)
-    level = 1
-    going_on = True
+    level, going_on = 1, True
     while going_on:
         picked = np.array(
             [
@@ -44,6 +43,18 @@ def step_and_walk(paths: list[list[int]]) -> tuple[TreeStep, TreeWalk]:
     return step, walk
 
 
+def add(counts: StepCounts, paths: list[list[int]]) -> None:
+    step, walk = step_and_walk(paths)
+    counts.add(
+        TABLES,
+        step.tree_ids,
+        step.num_rows,
+        walk.lengths,
+        walk.paths,
+        np.ones(len(paths), dtype=int),
+    )
+
+
 def values(folder) -> dict[str, float]:
     return {
         ",".join([name, *labels.values()]): value
@@ -51,40 +62,58 @@ def values(folder) -> dict[str, float]:
     }
 
 
-def test_counts_by_source_state_and_kind(tmp_path):
+def test_counts_by_source_num_prompted_and_kind(tmp_path):
     counts = StepCounts(2, tmp_path, {"model_name": "m"})
-    # Two from earlier text; a prompt row's and one deeper than prompt rows; none.
-    step, walk = step_and_walk([[1, 2], [3, 4], []])
-    counts.add(step, walk, np.array([1, 1, 1]))
+    # Two of the n-gram draft; a prompt row's and one deeper than prompt rows; none.
+    add(counts, [[1, 2], [3, 4], []])
     counts.add_plain(4)
-    counts.set_plan(8, 2)
     assert values(tmp_path) == {
         "request_steps,speculating,m": 3,
         "request_steps,plain,m": 4,
         "emitted_tokens,m": 3 + 3 + 1 + 4,
-        "rows,m": int(step.num_rows.sum()) + 4,
-        "candidates,m": 12,
-        "tier_max_requests,m": 8,
-        "plan_changes,m": 2,
-        "accepted_tokens,m,prompt_tokens": 1,
+        "rows,m": 3 * FORKED.num_rows + 4,
+        "draft_tokens,m": 12,
+        "accepted_tokens,m,prompt": 1,
         "accepted_tokens,m,bigram": 1,
-        "accepted_tokens,m,earlier_text": 2,
-        "state_steps,m,0": 0,
-        "state_steps,m,1": 3,
+        "accepted_tokens,m,ngram": 2,
+        "num_prompted_steps,m,0": 0,
+        "num_prompted_steps,m,1": 3,
     }
 
 
-def test_a_line_of_the_log():
+def test_padding_is_neither_a_draft_token_nor_speculation():
     counts = StepCounts(2)
-    counts.add_plain(100)
-    since = np.array(counts.values)
-    counts.add(*step_and_walk([[1, 2], [3, 4], []]), np.array([1, 1, 1]))
-    counts.set_plan(None, 0)
-    line = counts.line(since)
-    assert line.startswith("PPD: 2.33 tokens and ")
-    assert "guesses in 100% of steps; tier for any number of requests" in line
-    assert "33% of candidates right, 25% from prompt tokens, 25% from succ" in line
-    assert "50% from earlier text" in line and "0: 0%, 1: 100%" in line
+    # Of 9 scheduled rows the root-only tree has 1 and the forked one all nodes.
+    paths = np.zeros((2, 3), dtype=int)
+    zeros = np.zeros(2, dtype=int)
+    counts.add(TABLES, np.array([0, 4]), np.full(2, 9), zeros + 1, paths, zeros)
+    names = [slot.name for slot in counters.Slot]
+    shown = dict(zip(names, counts.values.tolist(), strict=False))
+    assert (shown["SPECULATING"], shown["PLAIN"]) == (1, 1)
+    assert (shown["TOKENS"], shown["ROWS"], shown["DRAFT_TOKENS"]) == (2, 18, 4)
+
+
+def test_every_eighth_step_counts_and_lines_are_logged(monkeypatch):
+    log, now = StepLog(StepCounts(2)), [0.0]
+    monkeypatch.setattr(counters.time, "monotonic", lambda: now[0])
+    log._reset()
+    step, walk = step_and_walk([[1, 2]])
+    for _ in range(16):
+        log.after_step(step, walk, ONE)
+    for _ in range(7):
+        log.after_plain_step(5)
+    # A line says what came since the one before it.
+    lines: list[str] = []
+    monkeypatch.setattr(counters.logger, "info", lines.append)
+    now[0] = 11.0
+    log.after_plain_step(2)
+    assert lines == [
+        "PPD: acceptance length 2.00, 5.0 rows per request and step, drafts in 50% of "
+        "steps; 50% of draft tokens accepted: prompt 0%, bigram 0%, ngram 100%"
+    ]
+    for _ in range(8):
+        log.after_plain_step(5)
+    assert log.line().startswith("PPD: acceptance length 1.00, 1.0 rows")
 
 
 def test_workers_add_up_and_damaged_files_are_left_out(tmp_path, monkeypatch):
@@ -104,14 +133,10 @@ def test_without_a_folder_counts_stay_here(tmp_path):
 
 
 def test_prometheus_shows_them(tmp_path):
-    from vllm_ppd.engine import metrics  # imports vLLM
-
     counts = StepCounts(2, tmp_path, {"model_name": "m", "engine": "0"})
-    counts.add(*step_and_walk([[1, 2]]), np.array([1]))
-    counts.set_plan(None, 0)
+    add(counts, [[1, 2]])
     registry = CollectorRegistry()
-    registry.register(metrics._PPDCollector(str(tmp_path)))
+    registry.register(counters._PPDCollector(str(tmp_path)))
     text = generate_latest(registry).decode()
-    source = 'engine="0",model_name="m",source="earlier_text"'
+    source = 'engine="0",model_name="m",source="ngram"'
     assert f"vllm:ppd_accepted_tokens_total{{{source}}} 2.0" in text
-    assert 'vllm:ppd_tier_max_requests{engine="0",model_name="m"} 0.0' in text
