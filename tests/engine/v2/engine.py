@@ -212,7 +212,7 @@ def generate_and_watch(
 
 def count_every_step(llm: Any, prompts: Any, params: Any) -> dict[str, float]:
     """What requests add to PPD's and vLLM's counts if PPD's miss no step."""
-    from vllm_ppd.engine.v2 import counters
+    from vllm_ppd.engine import counters
 
     def counts() -> dict[str, float]:
         return engine_process.metrics(llm, "vllm:ppd_") | {
