@@ -13,6 +13,9 @@ from vllm_ppd.trees.tree import MAX_ROWS
 
 METHOD = "ppd"
 MODEL_PREFIX = "ppd:"
+# Most rows of a request's step unless the user sets a limit: CPU cores are soon
+# compute-bound (benchmarks/step_cost.py), a GPU has slack for many more.
+DEFAULT_ROWS = {"cpu": 16, "cuda": 64}
 
 
 class PPDConfigError(ValueError):
@@ -81,6 +84,23 @@ class PPDConfig:
                 raise PPDConfigError(
                     f"{name} is {getattr(self, name)!r}; expected true or false"
                 )
+
+    def max_rows(self, device: str, num_ept: int) -> int:
+        """Most rows of a request's step, root included, on "cpu" or "cuda".
+
+        Raises:
+            PPDConfigError: a limit that leaves no room for one prompt token.
+        """
+        rows = self.num_speculative_tokens
+        if rows is None:
+            return MAX_ROWS if self.tree else max(DEFAULT_ROWS[device], 1 + num_ept)
+        if rows < num_ept:
+            raise PPDConfigError(
+                f"num_speculative_tokens is {rows}, too small for any tree: one prompt "
+                f"token takes {num_ept} row{'s' * (num_ept > 1)}; allow at least "
+                f"{num_ept}, or leave it out"
+            )
+        return rows + 1
 
     @staticmethod
     def selected_by(speculative: Mapping[str, Any] | None) -> bool:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from vllm_ppd.config import PPDConfig, PPDConfigError
-from vllm_ppd.engine.versions import require_supported_vllm
+from vllm_ppd.engine.refusals import require_supported_vllm
 from vllm_ppd.trees.tree import MAX_ROWS
 
 

@@ -57,8 +57,8 @@ COMMANDS = {
     ),
     "tree": Command(
         "vllm_ppd.cli.tree",
-        "draw the trees that prompt tokens are served with, and what they should bring",
-        "vllm-ppd tree PATH --requests 1,16 --plot trees.png",
+        "show the trees that prompt tokens are served with and the expected speed",
+        "vllm-ppd tree trained_prompts/demo",
     ),
     "convert": Command(
         "vllm_ppd.cli.convert",

@@ -1,38 +1,33 @@
-"""`vllm-ppd tree`: the trees that a prompt-token folder is served with, and why."""
+"""`vllm-ppd tree`: the tree menu of a prompt-token folder, and drawings of trees."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
-    from vllm_ppd.search.acceptance import AcceptanceModel
-    from vllm_ppd.search.plan_choice import PlanSettings
+    from rich.table import Table
+    from rich.tree import Tree
+
+    from vllm_ppd.prompt_tokens.tokens import PromptTokens
     from vllm_ppd.search.latency import LatencyProfile
-    from vllm_ppd.search.report import LoadFigures
-    from vllm_ppd.trees.menu import TreePlan
+    from vllm_ppd.search.report import TreeFigures
+    from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 
-# Loads at which a plan of the user's own is looked at.
-_LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
-_LINES = 14
-_MOST_REQUESTS = 100_000
-# Trees are looked at for all contexts; serving goes as far as the model does.
-_MOST_CONTEXT = 1 << 20
-
-
-def _loads(text: str) -> list[int]:
-    """An argparse type: rising numbers of requests."""
-    try:
-        found = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        found = [0]
-    if not 1 <= found[0] <= found[-1] <= _MOST_REQUESTS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}; expected numbers of running requests, such as 1,4,16"
-        )
-    return found
+# Numbers of running requests for which speeds are shown.
+_LOADS = (1, 4, 16, 64)
+# So many sibling leaves share a line.
+_RUN = 3
+_LEGEND = """\
+[dim]#1 is the likeliest draft token after its parent, #2 the next one, and so on.
+30% is the probability that verification accepts the token.
++2 is the number of prompt rows after it.[/]
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,248 +35,270 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        help="kind of machine to plan for (default: cuda where there is a GPU)",
+        help="show the menu for this kind of machine (default: cuda if there is a GPU)",
     )
     parser.add_argument(
         "--profile",
-        default="none",
         metavar="FILE",
-        help="plan by a measured machine, as vllm-ppd profile writes it; none is a "
-        "typical one (default)",
+        help="latency profile of a machine, as vllm-ppd profile writes it: also show "
+        "the expected speed",
     )
     parser.add_argument(
-        "--rows",
+        "--max-draft-tokens",
         type=int,
         metavar="N",
-        help="most rows per request and step, root included (default: what serving "
-        "allows on the device, 16 or 64)",
+        help="upper limit of draft tokens and prompt rows per request and step, as "
+        "num_speculative_tokens in vllm serve (default: 15 on CPU, 63 on CUDA)",
     )
     parser.add_argument(
-        "--requests",
-        type=_loads,
-        metavar="N,..",
-        help="running requests to show figures and trees for (default: figures of "
-        "every tier, trees of the first)",
+        "--tree", metavar="FILE", help="show the tree menu of this file instead"
     )
     parser.add_argument(
-        "--context",
+        "--draw",
         type=int,
-        default=1,
-        metavar="N",
-        help="mean tokens of a running request, where the profile knows what contexts "
-        "cost (default: short ones)",
+        metavar="LENGTH",
+        help="draft length whose tree is drawn (default: the fastest for one request "
+        "with --profile, else one from the middle of the menu)",
     )
     parser.add_argument(
-        "--no-ngram", action="store_true", help="do not look for earlier matches"
+        "--no-ngram", action="store_true", help="as if n-gram drafts were switched off"
     )
     parser.add_argument(
         "--no-bigram",
         action="store_true",
-        help="do not use the bigram table",
-    )
-    parser.add_argument(
-        "--tree", metavar="FILE", help="look at this policy or plan instead of the best"
-    )
-    parser.add_argument(
-        "--lines",
-        type=int,
-        default=_LINES,
-        metavar="N",
-        help=f"most lines per tree (default {_LINES}); 0 draws everything",
-    )
-    parser.add_argument("--plot", metavar="FILE", help="also draw it: .png, .svg, .pdf")
-    parser.add_argument(
-        "--save",
-        metavar="FILE",
-        help='write the plan as JSON, for "tree" in speculative_config',
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what --plot or --save names"
-    )
-
-
-def _check(args: argparse.Namespace) -> None:
-    from vllm_ppd.cli.output_files import check_plot, check_target
-    from vllm_ppd.trees.tree import MAX_ROWS
-
-    if args.rows is not None and not 2 <= args.rows <= MAX_ROWS:
-        raise ValueError(
-            f"--rows is {args.rows}; expected 2 to {MAX_ROWS}, the root and the "
-            "guesses (one row alone is plain decoding)"
-        )
-    if args.context < 1:
-        raise ValueError(f"--context is {args.context}; expected 1 or more tokens")
-    if args.lines < 0:
-        raise ValueError(f"--lines is {args.lines}; expected 0 or more")
-    check_plot(args.plot, args.overwrite)
-    check_target("--save", args.save, args.overwrite)
-
-
-def plan_settings(args: argparse.Namespace, folder: Path) -> PlanSettings:
-    """As the engine would make them for these flags."""
-    import torch
-
-    from vllm_ppd.prompt_tokens.tokens import PromptTokens
-    from vllm_ppd.search.defaults import row_limit
-    from vllm_ppd.search.plan_choice import PlanSettings
-    from vllm_ppd.trees.bigram import BIGRAM_FILE
-    from vllm_ppd.trees.tree import MAX_ROWS
-
-    prompts = PromptTokens.load(folder)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    extra = None if args.rows is None else args.rows - 1
-    rows = row_limit(device, prompts.num_ept, extra)
-    if args.tree is not None and args.rows is None:
-        rows = MAX_ROWS
-    return PlanSettings(
-        path=str(folder),
-        num_prompt_tokens=prompts.num_prompt_tokens,
-        num_ept=prompts.num_ept,
-        device=device,
-        max_rows=rows,
-        max_requests=_LOADS[-1],
-        max_context=_MOST_CONTEXT,
-        tree=args.tree,
-        bigram=not args.no_bigram and (folder / BIGRAM_FILE).exists(),
-        ngram=not args.no_ngram,
-        # vLLM's V2 runner, which serves on GPUs, does not compare speeds, and gives all
-        # requests as many rows.
-        measured=device == "cpu",
-        fixed_rows=device == "cuda",
+        help="as if the bigram table were switched off",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0. Raises ValueError subclasses for unusable input."""
-    from vllm_ppd.cli.output_files import write_plot
-    from vllm_ppd.files import write_json
-    from vllm_ppd.hub import resolve_path
-    from vllm_ppd.search.defaults import evidence_of
-    from vllm_ppd.search.latency import LatencyProfile, default_profile
-    from vllm_ppd.search.report import evidence_for, load_figures
-    from vllm_ppd.search.tree_plot import draw_plan
+    import torch
+    from rich.console import Console
 
-    _check(args)
-    folder = resolve_path(args.path)
-    settings = plan_settings(args, folder)
-    profile = None if args.profile == "none" else LatencyProfile.load(args.profile)
-    plan, planned = settings.choose(profile)
-    # A plan of the user's own says by itself whether matches are looked for.
-    ngram = plan.num_classes > 1
-    known = evidence_of(
-        folder, settings.num_prompt_tokens, settings.bigram, ngram
+    from vllm_ppd.config import PPDConfig
+    from vllm_ppd.hub import resolve_path
+    from vllm_ppd.prompt_tokens.tokens import PromptTokens
+    from vllm_ppd.search.latency import LatencyProfile
+    from vllm_ppd.search.menu_search import acceptance_for, menu_for
+    from vllm_ppd.search.report import entry_figures
+
+    config = PPDConfig(
+        args.path, args.max_draft_tokens, args.tree, args.profile or "none"
     )
-    acceptance = evidence_for(plan, known)
-    used = profile or default_profile(settings.device)
-    # What requests of that context see of it.
-    here, first = plan.at_context(args.context), plan.tier_index(1, args.context)
-    searched = [p.requests for p in planned if plan.tier_index(1, p.context) == first]
-    used = used.at_context(args.context)
-    loads = args.requests or searched or list(_LOADS)
-    figures = [
-        load_figures(here, acceptance, used, load, settings.fixed_rows)
-        for load in loads
-    ]
-    shown = _tiers_to_show(figures, bool(args.requests))
-    _print(args, settings, here, acceptance, profile, figures, shown)
-    if args.save:
-        write_json(Path(args.save).expanduser(), plan.to_dict())
-        print(f"The plan is in {args.save}.")
-    if args.plot:
-        title = f"{folder.name}, {_machine(settings, profile)}"
-        chosen = shown[0] if shown else None
-        write_plot(
-            args.plot,
-            lambda kind: draw_plan(figures, chosen, profile is not None, title, kind),
+    folder = resolve_path(args.path)
+    prompts = PromptTokens.load(folder)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    profile = None if args.profile is None else LatencyProfile.load(args.profile)
+    bigram, ngram = not args.no_bigram, not args.no_ngram
+    menu = menu_for(
+        folder,
+        prompts.num_prompt_tokens,
+        prompts.num_ept,
+        bigram=bigram,
+        ngram=ngram,
+        max_rows=config.max_rows(device, prompts.num_ept),
+        # vLLM's V2 runner, which serves on CUDA, gives all requests as many rows.
+        fixed_rows=device == "cuda",
+        tree_file=args.tree,
+    )
+    model = acceptance_for(
+        folder,
+        prompts.num_prompt_tokens,
+        bigram=bigram,
+        ngram=ngram and menu.num_classes > 1,
+    )
+    entry = _entry_to_draw(menu, args.draw, profile)
+    console = Console(highlight=False)
+    console.print(_facts(args, folder, prompts, menu, device, profile), "")
+    console.print(menu_table(menu, profile), "")
+    figures = entry_figures(entry, model)
+    # Without an n-gram match, and with the longest one.
+    for match_class in sorted({0, menu.num_classes - 1}):
+        main = max(
+            (tree for tree in figures if tree.match_class == match_class),
+            key=lambda tree: tree.share * (tree.acceptance_length - 1),
         )
+        for part in (
+            _title(entry, main, menu.num_classes > 1),
+            "",
+            text_tree(main),
+            "",
+        ):
+            console.print(part)
+    console.print(_LEGEND.strip())
     return 0
 
 
-def _tiers_to_show(figures: list[LoadFigures], all_of_them: bool) -> list[LoadFigures]:
-    """One load of each tier that speculates; only the first tier unless asked."""
-    found: dict[int, LoadFigures] = {}
-    for each in figures:
-        if each.states:
-            found.setdefault(each.tier, each)
-    return list(found.values()) if all_of_them else list(found.values())[:1]
+def _entry_to_draw(
+    menu: TreeMenu, draft_length: int | None, profile: LatencyProfile | None
+) -> MenuEntry:
+    if draft_length is not None:
+        if draft_length not in menu.draft_lengths:
+            raise ValueError(
+                f"--draw is {draft_length}; expected a draft length of the menu: "
+                f"{', '.join(map(str, menu.draft_lengths))}"
+            )
+        return menu.entries[menu.draft_lengths.index(draft_length)]
+    if profile is not None:
+        speeds = [_speed(entry, profile, 1) or 0.0 for entry in menu.entries]
+        return menu.entries[int(np.argmax(speeds))]
+    return menu.entries[len(menu.entries) // 2]
 
 
-def _machine(settings: PlanSettings, profile: LatencyProfile | None) -> str:
-    if profile is None:
-        return f"a typical {'GPU' if settings.device == 'cuda' else 'CPU'}"
-    return str(profile.key.get("device", "the machine of the profile"))
+def _speed(entry: MenuEntry, profile: LatencyProfile, num_running: int) -> float | None:
+    """Expected tokens per second relative to plain decoding; None if not known."""
+    from vllm_ppd.search.latency import expected_speedup
+
+    if entry.acceptance_length is None:
+        return None
+    return expected_speedup(entry, profile.curve(num_running))
 
 
-def _sources(
-    settings: PlanSettings, plan: TreePlan, acceptance: AcceptanceModel
-) -> str:
-    """What guesses are made from, and how well that is known."""
-    from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
-    from vllm_ppd.search.defaults import ACCEPTANCE_FILE
-
-    count, ept = settings.num_prompt_tokens, settings.num_ept
-    parts = [f"{count} prompt token{'s' * (count > 1)}"]
-    if ept > 1:
-        parts[0] += f" of {ept} rows"
-    if settings.bigram:
-        parts.append("bigram table")
-    if plan.num_classes > 1:
-        parts.append("earlier matches")
-    folder = Path(settings.path)
-    known = [n for n in (ACCEPTANCE_FILE, ACCEPTANCE_FILE) if (folder / n).exists()]
-    return ", ".join(parts) + (
-        f" ({known[0]})" if known else " (typical chances: calibrate for measured ones)"
-    )
-
-
-def _print(
+def _facts(
     args: argparse.Namespace,
-    settings: PlanSettings,
-    plan: TreePlan,
-    acceptance: AcceptanceModel,
+    folder: Path,
+    prompts: PromptTokens,
+    menu: TreeMenu,
+    device: str,
     profile: LatencyProfile | None,
-    figures: list[LoadFigures],
-    shown: list[LoadFigures],
-) -> None:
-    import io
-
-    from rich.console import Console
+) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from vllm_ppd.cli.tree_view import loads_table, trees_view
+    from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
+    from vllm_ppd.trees.bigram import BIGRAM_FILE
+    from vllm_ppd.trees.menu import MENU_FILE
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    console = Console(highlight=False)
-    utf8 = console.encoding.lower().startswith("utf")
-    facts = Table.grid(padding=(0, 2))
+    has_file = {
+        name: (folder / name).exists()
+        for name in (ACCEPTANCE_FILE, BIGRAM_FILE, MENU_FILE)
+    }
+    sources = [_counted(prompts.num_prompt_tokens, "prompt token")]
+    if prompts.num_ept > 1:
+        sources[0] += f" of {prompts.num_ept} EPT"
+    if not args.no_bigram:
+        learnt = "" if has_file[BIGRAM_FILE] else " (learnt while serving)"
+        sources.append(f"bigram table{learnt}")
+    if menu.num_classes > 1:
+        sources.append("n-gram matches")
+    acceptance = "typical values; vllm-ppd calibrate measures them"
+    if has_file[ACCEPTANCE_FILE]:
+        acceptance = f"measured ({ACCEPTANCE_FILE})"
+    machine = "CUDA" if device == "cuda" else "CPU"
+    if profile is None:
+        machine += "; add --profile FILE for expected speeds"
+    else:
+        machine = str(profile.key.get("device", machine))
     rows = {
         "prompt tokens": args.path,
-        "guesses from": _sources(settings, plan, acceptance),
-        "machine": _machine(settings, profile)
-        + ("" if profile else "; --profile FILE plans by a measured one"),
-        "trees": f"{args.tree}"
-        if args.tree
-        else f"the best of at most {settings.max_rows} rows per request and step",
+        "draft tokens from": ", ".join(sources),
+        "acceptance": acceptance,
+        "machine": machine,
     }
+    if args.tree:
+        rows["tree menu"] = args.tree
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column()
+    facts.add_column(overflow="fold")
     for name, value in rows.items():
         facts.add_row(f"[dim]{name}[/]", escape(value))
-    console.print(facts, "")
-    measured, exact = profile is not None, bool(args.requests)
-    console.print(loads_table(figures, plan, measured, exact, utf8))
-    if not shown:
-        console.print("\nNowhere do guesses pay: every step is a plain one.")
-    for each in shown:
-        limit = plan.tiers[each.tier].max_requests
-        title = (
-            "at any load"
-            if limit is None
-            else f"up to {limit} running request{'s' * (limit != 1)}"
-        )
-        if limit is None and each.tier:
-            before = plan.tiers[each.tier - 1].max_requests
-            title = f"more than {before} running requests"
-        console.print("")
-        lines = args.lines or None
-        console.print(trees_view(each, f"trees: {title}", console, lines, utf8))
+    return facts
+
+
+def menu_table(menu: TreeMenu, profile: LatencyProfile | None) -> Table:
+    """One row per entry; with a profile, one column of speeds per load."""
+    from rich.table import Table
+
+    loads = _LOADS if profile is not None else ()
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    heads = ["draft\nlength", "rows\nper step", "acceptance\nlength"]
+    for head in (*heads, *(f"speed at\n{n} request{'s' * (n > 1)}" for n in loads)):
+        table.add_column(head, justify="right", vertical="bottom")
+    speeds = [
+        [None if profile is None else _speed(entry, profile, n) for n in loads]
+        for entry in menu.entries
+    ]
+    columns = zip(*speeds, strict=True)
+    best = [max((s for s in column if s), default=0.0) for column in columns]
+    plain = ["0 (plain)", "1.0", "1.00", *("1.00x" for _ in loads)]
+    table.add_row(*plain, style="dim")
+    for entry, row in zip(menu.entries, speeds, strict=True):
+        length = entry.acceptance_length
+        rows = sum(count * share for count, share in entry.row_shares)
+        cells = [
+            str(entry.num_draft_tokens),
+            f"{rows:.1f}" if rows else "?",
+            "?" if length is None else f"{length:.2f}",
+        ]
+        for speed, fastest in zip(row, best, strict=True):
+            text = "?" if speed is None else f"{speed:.2f}x"
+            is_best = speed is not None and speed == fastest > 1
+            cells.append(f"[bold green]{text}[/]" if is_best else text)
+        table.add_row(*cells)
+    return table
+
+
+def _title(entry: MenuEntry, figures: TreeFigures, has_matches: bool) -> str:
+    tree, where = figures.tree, ""
+    if has_matches:
+        where = f" {'with' if figures.match_class else 'without'} an n-gram match"
+    prompts = _counted(tree.num_rows - tree.num_nodes, "prompt row")
+    return (
+        f"Draft length {entry.num_draft_tokens}, {figures.share:.0%} of its steps"
+        f"{where}:\n{_counted(tree.num_nodes - 1, 'draft token')}, {prompts}, "
+        f"acceptance length {figures.acceptance_length:.2f}"
+    )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def text_tree(figures: TreeFigures) -> Tree:
+    """A tree as text: a line per node, or per run of sibling leaves.
+
+    With an n-gram match, rank 0 below the root, and below each such node, is the n-gram
+    draft's token.
+    """
+    from rich.tree import Tree
+
+    tree, reached = figures.tree, figures.reached
+    children: list[list[int]] = [[] for _ in range(tree.num_nodes)]
+    on_ngram = [figures.match_class > 0] + [False] * (tree.num_nodes - 1)
+    for node, parent in enumerate(tree.parents, start=1):
+        children[parent].append(node)
+        on_ngram[node] = on_ngram[parent] and tree.ranks[node - 1] == 0
+
+    def kind(node: int) -> tuple[int, bool, int]:
+        # Nodes with children are told apart by their number.
+        return node if children[node] else 0, on_ngram[node], tree.prompts[node]
+
+    def label(nodes: Sequence[int]) -> str:
+        first, last = nodes[0], nodes[-1]
+        prompts = f" [cyan]+{tree.prompts[first]}[/]" if tree.prompts[first] else ""
+        if first == 0:
+            return f"[bold]root[/]{prompts}"
+        likely, unlikely = (f"{max(reached[n], 0):.0%}" for n in (first, last))
+        percent = likely if likely == unlikely else f"{likely} to {unlikely}"
+        if on_ngram[first]:
+            return f"[magenta]n-gram[/] {percent}{prompts}"
+        parent = tree.parents[first - 1]
+        # Below an n-gram draft, rank 0 is its token and the others count from 1.
+        places = [tree.ranks[n - 1] + (not on_ngram[parent]) for n in nodes]
+        name = f"#{places[0]}"
+        if len(nodes) > 1:
+            gaps = places[-1] - places[0] >= len(nodes)
+            name = f"{len(nodes)} of " * gaps + f"{name} to #{places[-1]}"
+        return f"[green]{name}[/] {percent}{prompts}"
+
+    def grow(branch: Tree, node: int) -> None:
+        below = sorted(children[node], key=lambda child: tree.ranks[child - 1])
+        for _, group in groupby(below, key=kind):
+            nodes = list(group)
+            runs = [nodes] if len(nodes) >= _RUN else [[each] for each in nodes]
+            for run_of_leaves in runs:
+                grow(branch.add(label(run_of_leaves)), run_of_leaves[0])
+
+    drawn = Tree(label([0]), guide_style="dim")
+    grow(drawn, 0)
+    return drawn

@@ -31,7 +31,6 @@ from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError
 from vllm_ppd.search.menu_search import menu_for
 from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable
-from vllm_ppd.trees.tree import MAX_ROWS
 
 logger = init_logger("vllm.ppd")
 
@@ -41,9 +40,6 @@ V2_WORKERS = {
     "cpu": "vllm_ppd.engine.workers.PPDCPUWorkerV2",
     "cuda": "vllm_ppd.engine.workers.PPDWorker",
 }
-# Most rows of a request's step where the user sets no limit: CPU cores are soon
-# compute-bound (benchmarks/step_cost.py), a GPU has slack for many more.
-DEFAULT_ROWS = {"cpu": 16, "cuda": 64}
 
 
 def speculative_dict(args: Any) -> dict[str, Any] | None:
@@ -173,7 +169,7 @@ def _serving_settings(
         e,
         bigram=bigram or learns,
         ngram=config.ngram,
-        max_rows=_max_rows(config, device, e),
+        max_rows=config.max_rows(device, e),
         fixed_rows=on_v2,
         tree_file=config.tree,
     )
@@ -195,20 +191,6 @@ def _serving_settings(
         measure_seconds=config.measure_seconds,
         profile_key=key,
     )
-
-
-def _max_rows(config: PPDConfig, device: str, num_ept: int) -> int:
-    """Most rows of a request's step, root included."""
-    rows = config.num_speculative_tokens
-    if rows is None:
-        return MAX_ROWS if config.tree else max(DEFAULT_ROWS[device], 1 + num_ept)
-    if rows < num_ept:
-        raise PPDConfigError(
-            f"num_speculative_tokens is {rows}, too small for any tree: one prompt "
-            f"token takes {num_ept} row{'s' * (num_ept > 1)}; allow at least "
-            f"{num_ept}, or leave it out"
-        )
-    return rows + 1
 
 
 def runs_on_v2(device_type: str) -> bool:

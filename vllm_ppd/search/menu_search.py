@@ -18,7 +18,7 @@ from vllm_ppd.search.policy_iteration import SearchedPolicy, best_policy
 from vllm_ppd.trees.menu import MENU_FILE, MenuEntry, TreeMenu, load_menus
 from vllm_ppd.trees.tree import TreeError
 
-__all__ = ["build_menu", "menu_for", "prior_lengths"]
+__all__ = ["acceptance_for", "build_menu", "menu_for", "prior_lengths"]
 
 # What one more row costs, in plain steps of one row.
 ROW_PRICES = tuple(np.geomspace(0.8, 0.0008, 12))
@@ -121,11 +121,18 @@ def menu_for(
         limited = menu.limited(max_rows)
         if limited is not None and 2 * limited.max_rows > min(max_rows, menu.max_rows):
             return limited
+    model = acceptance_for(folder, num_prompt_tokens, bigram=bigram, ngram=ngram)
+    return build_menu(model, max_rows, num_ept, fixed_rows)
+
+
+def acceptance_for(
+    folder: Path, num_prompt_tokens: int, *, bigram: bool, ngram: bool
+) -> AcceptanceModel:
+    """The folder's acceptance model, or a typical one, for these sources of drafts."""
     model = AcceptanceModel.of_folder(folder, num_prompt_tokens)
     if not bigram:
         model = model.without_bigram()
-    model = model.with_typical_ngrams() if ngram else model.without_ngram()
-    return build_menu(model, max_rows, num_ept, fixed_rows)
+    return model.with_typical_ngrams() if ngram else model.without_ngram()
 
 
 def _require_prompts(menu: TreeMenu, path: str, m: int, e: int) -> None:
