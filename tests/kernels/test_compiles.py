@@ -1,16 +1,18 @@
-"""Every Triton kernel compiles for real GPUs, of which none need be there."""
+"""Kernels compile: Triton's for real GPUs, of which none need be there, and C++."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.kernels.implementations import needs_triton
+import pytest
 
-pytestmark = needs_triton
+from tests.kernels.implementations import needs_triton
+from vllm_ppd.kernels.cpu import build, load_library
 
 ROOT = Path(__file__).parents[2]
 # Bytes of shared memory that a block may have (CUDA programming guide, table of
@@ -18,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 SHARED = {89: 99 * 1024, 90: 227 * 1024}
 
 
-def test_kernels_compile(tmp_path):
+@needs_triton
+def test_triton_kernels_compile(tmp_path):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "TRITON_CACHE_DIR": str(tmp_path / "cache"),
@@ -48,3 +51,25 @@ def test_kernels_compile(tmp_path):
         # What does not fit into registers goes through memory.
         assert report["stack"] <= 64, report
         assert not report["undefined"], report
+
+
+def test_without_a_compiler_one_warning_and_none(monkeypatch, caplog):
+    from torch._inductor.codecache import CppCodeCache
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found\nmore lines")
+
+    monkeypatch.setattr(CppCodeCache, "load", fail)
+    with caplog.at_level(logging.WARNING):
+        assert build.load_library.__wrapped__() is None
+    (record,) = caplog.records
+    assert "No working C++ compiler" in record.message
+    assert "\n" not in record.message
+
+
+def test_one_openmp_runtime():
+    if load_library() is None:
+        pytest.skip("no C++ compiler")
+    with open("/proc/self/maps") as file:
+        paths = {line.split()[-1] for line in file if "omp.so" in line}
+    assert len({p for p in paths if "libgomp" in p or "libiomp" in p}) <= 1, paths
