@@ -1,14 +1,22 @@
-"""KV compaction along accepted paths: slot by slot as the oracle, on GPU layouts."""
+"""KV compaction along accepted paths: slot by slot as the oracle, on every layout."""
 
 from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
-from vllm_ppd.kernels.kv_compact import compact_paths_reference
+from vllm_ppd.kernels.cpu import (
+    CpuKVCompactor,
+    key_view,
+    kv_compact,
+    load_library,
+    value_view,
+)
+from vllm_ppd.kernels.kv_compact import compact_paths_reference, kv_compact_reference
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -21,11 +29,21 @@ def compact(request):
     return lambda caches, *args: KVCompactor(caches).run(*args)
 
 
-def random_bits(shape, dtype):
+@pytest.fixture(params=["reference", "compiled"])
+def compact_cpu(request, monkeypatch):
+    """The CPU's compactor with either implementation, as compact(caches, src, dst)."""
+    if request.param == "reference":
+        monkeypatch.setattr(kv_compact, "load_library", lambda: None)
+    elif load_library() is None:
+        pytest.skip("no C++ compiler")
+    return lambda caches, src, dst: CpuKVCompactor(caches).run(src, dst)
+
+
+def random_bits(shape, dtype, device=DEVICE):
     """Any bit pattern, also such as are no numbers."""
     size = torch.empty((), dtype=dtype).element_size()
     raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * size), dtype=torch.uint8)
-    return raw.view(dtype).to(DEVICE)
+    return raw.view(dtype).to(device)
 
 
 def bits(tensor):
@@ -42,18 +60,18 @@ def cache_of(layout, blocks, heads, size, width, dtype):
     return random_bits((blocks, heads, width, size), dtype).transpose(2, 3)
 
 
-def oracle(caches, slots, starts, paths, lengths):
+def move(caches, src, dst):
     for cache in caches:
         size = cache.shape[2]
-        for start, path, length in zip(starts, paths, lengths, strict=True):
-            for depth, row in enumerate(path[:length]):
-                a, b = slots[start + row], slots[start + depth]
-                cache[b // size, :, b % size] = cache[a // size, :, a % size].clone()
+        for a, b in zip(src, dst, strict=True):
+            cache[b // size, :, b % size] = cache[a // size, :, a % size].clone()
 
 
 def check(compact, caches, slots, starts, paths, lengths):
     want = [cache.clone() for cache in caches]
-    oracle(want, slots, starts, paths, lengths)
+    for start, path, length in zip(starts, paths, lengths, strict=True):
+        src = [slots[start + row] for row in path[:length]]
+        move(want, src, [slots[start + depth] for depth in range(length)])
     ints = [
         torch.tensor(values, dtype=torch.int32, device=DEVICE)
         for values in (starts, paths, lengths)
@@ -62,6 +80,9 @@ def check(compact, caches, slots, starts, paths, lengths):
     compact(caches, slots, *ints)
     for got, expected in zip(caches, want, strict=True):
         assert torch.equal(bits(got), bits(expected))
+
+
+# ---- along paths, on the device -----------------------------------------------------
 
 
 def test_a_path_by_hand(compact):
@@ -125,3 +146,82 @@ def test_caches_of_different_shapes_and_types(compact):
 def test_nothing_moves(compact):
     caches = [cache_of("HND", 2, 1, 16, 32, torch.float32)]
     check(compact, caches, list(range(8)), [0, 4], [[0, 1, 2], [0, 3, 0]], [3, 1])
+
+
+# ---- between slots, in the CPU backend's caches -------------------------------------
+
+
+def cpu_caches(layers, blocks, heads, block_size, dim, dtype=torch.float32):
+    shape = (blocks, heads, block_size, 2 * dim)
+    return [random_bits(shape, dtype, "cpu") for _ in range(layers)]
+
+
+def test_path_moves_next_to_the_context(compact_cpu):
+    # Block size 2, D 1: each row below is [key 0, key 1, value 0, value 1].
+    rows = [[10, 11, 20, 21], [12, 13, 22, 23], [14, 15, 24, 25]]
+    cache = torch.tensor(rows, dtype=torch.float32).view(3, 1, 2, 2)
+    # Slots 1 (root, stays), 3 -> 2, 5 -> 3: crosses blocks, overwrites a source.
+    compact_cpu([cache], np.array([1, 3, 5]), np.array([1, 2, 3]))
+    want = [[10, 11, 20, 21], [13, 15, 23, 25], [14, 15, 24, 25]]
+    assert cache.view(3, 4).tolist() == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize(
+    ("heads", "block_size", "dim"), [(1, 16, 16), (3, 32, 20), (2, 128, 8)]
+)
+def test_random_moves(compact_cpu, dtype, heads, block_size, dim):
+    random.seed(1)
+    caches = cpu_caches(3, 8, heads, block_size, dim, dtype)
+    src, dst = [], []
+    for request in range(4):  # two blocks each
+        base = request * 2 * block_size + random.randrange(block_size)
+        picked = sorted(random.sample(range(block_size), 6))
+        src += [base + p for p in picked]
+        dst += [base + d for d in range(6)]
+    want = [cache.clone() for cache in caches]
+    # By the layout's definition: per block and head D rows of keys, then the values.
+    flat = [cache.view(8, heads, -1) for cache in want]
+    half = block_size * dim
+    keys = [f[..., :half].view(8, heads, dim, -1).transpose(2, 3) for f in flat]
+    move(keys, src, dst)
+    move([f[..., half:].view(8, heads, -1, dim) for f in flat], src, dst)
+    compact_cpu(caches, np.array(src), np.array(dst))
+    for got, expected in zip(caches, want, strict=True):
+        assert torch.equal(bits(got), bits(expected))
+
+
+def test_many_moves_over_many_layers_in_parallel(compact_cpu):
+    caches = cpu_caches(12, 20, 2, 16, 64, torch.bfloat16)
+    # A layer may sit inside a buffer that holds several.
+    buffer = torch.zeros(20, 2, 2, 16, 128).bfloat16()
+    caches.append(buffer[:, 1])
+    src, dst = torch.arange(16, 160), torch.arange(0, 144)
+    want = [cache.clone() for cache in caches]
+    views = [view(cache) for cache in want for view in (key_view, value_view)]
+    kv_compact_reference(views, src, dst)
+    compact_cpu(caches, src, dst)
+    for got, expected in zip(caches, want, strict=True):
+        assert torch.equal(bits(got), bits(expected))
+
+
+@pytest.mark.parametrize(("src", "dst"), [(32, 0), (0, 32), (-1, 0), (0, -1)])
+def test_a_slot_outside_the_cache_is_an_error(compact_cpu, src, dst):
+    (cache,) = cpu_caches(1, 2, 1, 16, 16)
+    want = cache.clone()
+    with pytest.raises(IndexError, match=f"{src} -> {dst}"):
+        compact_cpu([cache], np.array([3, src]), np.array([2, dst]))
+    nothing = np.array([], dtype=np.int64)
+    compact_cpu([cache], nothing, nothing)
+    assert torch.equal(bits(cache), bits(want))
+
+
+def test_slots_must_be_contiguous_int64():
+    compactor = CpuKVCompactor(cpu_caches(1, 2, 1, 16, 16))
+    good = np.array([1, 2])
+    with pytest.raises(ValueError, match="int32"):
+        compactor.run(good.astype(np.int32), good)
+    with pytest.raises(ValueError, match="contiguous"):
+        compactor.run(np.arange(4)[::2], good)
+    with pytest.raises(ValueError, match="2 sources but 1"):
+        compactor.run(good, good[:1])
