@@ -1,4 +1,4 @@
-"""Learning bigram: against plain dictionaries, and the compiled form."""
+"""Online learning of bigrams: against dictionaries, in torch and compiled."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class Book:
             self.counts[token] = {c: row[c] for c in best}
         self.seen = done
 
-    def gain(self, token, successor):
-        base = (self.base[successor] + 1) / (self.base.sum() + VOCABULARY)
+    def gain(self, token, follower):
+        base = (self.base[follower] + 1) / (self.base.sum() + VOCABULARY)
         seen = self.totals[token] + SMOOTHING
-        return np.log((self.counts[token][successor] / base + SMOOTHING) / seen)
+        return np.log((self.counts[token][follower] / base + SMOOTHING) / seen)
 
 
 def test_against_dictionaries(learn):
@@ -85,11 +85,11 @@ def test_against_dictionaries(learn):
         book.add(tokens, logits)
         for token in book.seen:
             ids = live.table.ids[token].tolist()
-            known = [c for c in ids if book.counts[token].get(c, 0) > 0]
+            listed = [c for c in ids if book.counts[token].get(c, 0) > 0]
             want = [c for c in book.counts[token] if book.counts[token][c] > 0]
-            assert known == want
-            gains = [book.gain(token, c) for c in known]
-            got = live.table.gains[token, : len(known)].numpy()
+            assert listed == want
+            gains = [book.gain(token, c) for c in listed]
+            got = live.table.gains[token, : len(listed)].numpy()
             np.testing.assert_allclose(got, gains, atol=2e-4)
             floor = np.log(SMOOTHING / (book.totals[token] + SMOOTHING))
             assert float(live.table.floor[token]) == pytest.approx(floor, abs=1e-5)
@@ -99,10 +99,10 @@ def test_against_dictionaries(learn):
 def test_an_empty_table_changes_no_ranks_and_others_stay_where_they_are(learn):
     live = empty()
     assert not live.table.gains.any() and not live.table.floor.any()
-    before = live.table.ids.clone()
+    ids = live.table.ids.clone()
     learn(live, *observations(0, 3))
     untouched = [t for t in range(VOCABULARY) if t not in observations(0, 3)[0]]
-    assert torch.equal(live.table.ids[untouched], before[untouched])
+    assert torch.equal(live.table.ids[untouched], ids[untouched])
     assert not live.table.gains[untouched].any()
 
 

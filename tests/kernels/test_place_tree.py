@@ -78,9 +78,9 @@ def test_against_the_pure_layout(place, num_rows):
     tables = DeviceTables.on(DEVICE, core)
     trees = rng.integers(0, 4, 11)
     rows = random_rows(core, trees)
-    before = rng.integers(0, 5, 11)  # rows of the request ahead of its tree
+    plain_rows = rng.integers(0, 5, 11)  # rows of the request ahead of its tree
     contexts = rng.integers(0, 1000, 11)
-    ends = np.cumsum(rows + before)
+    ends = np.cumsum(rows + plain_rows)
     step = TreeStep(core, trees, ends - rows, rows)
     step.tree_requests = np.arange(11)  # trees of one row too
 
@@ -88,10 +88,10 @@ def test_against_the_pure_layout(place, num_rows):
     where, trees, inner = step.tree_rows()
     depths = core.depths[trees, inner]
     assert got.starts.tolist() == step.starts.tolist()
-    assert got.context_lens.tolist() == (contexts + before).tolist()
+    assert got.context_lens.tolist() == (contexts + plain_rows).tolist()
     assert got.depths[where].tolist() == depths.tolist()
     assert got.ancestors[where].tolist() == core.ancestors[trees, inner].tolist()
-    roots = np.repeat(contexts + before, rows)
+    roots = np.repeat(contexts + plain_rows, rows)
     assert got.positions[where].tolist() == (roots + depths).tolist()
     others = np.setdiff1d(np.arange(len(got.depths)), where)
     assert (got.depths[others] == UNTOUCHED).all()

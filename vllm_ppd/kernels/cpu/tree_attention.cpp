@@ -20,7 +20,7 @@ constexpr int kMaxRows = 128;
 constexpr float kMasked = -1e30f;  // a hidden key; finite, so no inf - inf
 constexpr float kStartMax = -1e29f;  // > kMasked: exp(kMasked - max) is always 0
 
-// ---- one request, one KV head, some rows ------------------------------------------
+// ---- one request, one KV head, a range of rows --------------------------------------
 
 struct Layer {  // strides in elements
   int heads, kv_heads, dim, block_size;

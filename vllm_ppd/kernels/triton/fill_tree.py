@@ -147,8 +147,8 @@ def _fill_tree_kernel(
     token = tl.load(roots_ptr + request).to(tl.int64)
     parent = node * 0
     for level in range(1, depth + 1):
-        here = on_path & (depths == level)
-        rank = tl.sum(tl.where(here, ranks, 0), axis=0)
+        at_level = on_path & (depths == level)
+        rank = tl.sum(tl.where(at_level, ranks, 0), axis=0)
         follows = tl.sum(tl.where(index == parent, on_ngram, 0), axis=0)
         follows = (follows > 0) & (level <= ngram_length)
         ngram_ptr = ngrams_ptr + request * ngram_length + level - 1
@@ -165,7 +165,7 @@ def _fill_tree_kernel(
             TABLE, BLOCK_P, BLOCK_L,
         )  # fmt: skip
         token = tl.where(rank < 0, ngram, ranked)
-        parent = tl.sum(tl.where(here, index, 0), axis=0)
+        parent = tl.sum(tl.where(at_level, index, 0), axis=0)
     tl.store(drafts_ptr + node - 1, token)
 
 
