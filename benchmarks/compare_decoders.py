@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,11 @@ from results import (
     ROOT,
     environment_card,
     finish,
+    markdown,
     numbers,
+    parser_of,
     results_document,
+    say,
     shown_path,
 )
 
@@ -59,9 +61,7 @@ def names(text: str) -> list[str]:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     # What is compared
     add("--model", default=str(ROOT / "demo_model" / "model"), help="folder or hub id")
@@ -95,9 +95,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-model-len", type=int, help="as in vllm serve")
     add("--eager", action="store_true", help="do not compile the model")
     add("--in-process", action="store_true", help="engine core in the front end")
-    # The results
-    add("--out", type=Path, metavar="FILE", help="JSON, written after every cell")
-    add("--dry-run", action="store_true", help="tiny: does it run at all?")
     args = parser.parse_args(argv)
     if args.other and "other" not in args.decoders:
         args.decoders = [*args.decoders, "other"]
@@ -201,10 +198,7 @@ def table(cells: list[dict[str, Any]]) -> str:
                     f"{figures['repeated_4grams']:.0%}",
                 )
             )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return markdown(rows)
 
 
 def shown_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -214,10 +208,6 @@ def shown_settings(args: argparse.Namespace) -> dict[str, Any]:
         if settings[name]:
             settings[name] = shown_path(settings[name])
     return settings
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

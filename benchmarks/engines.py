@@ -388,15 +388,6 @@ def _serve(commands: Any, send: Any) -> None:
         send({"ok": True, "result": run(llm, **message["arguments"])})
 
 
-def _sentence(error: BaseException) -> str:
-    """The error's text; of pydantic's report only what a user needs."""
-    details = getattr(error, "errors", None)
-    if callable(details):
-        texts = [str(item["msg"]).removeprefix("Value error, ") for item in details()]
-        return "; ".join(texts)
-    return f"{type(error).__name__}: {error}"
-
-
 def _main() -> int:
     # Duplicated descriptors are not inherited, so vLLM's processes can neither write
     # answers nor keep the pipes open; what they print goes to the log.
@@ -419,7 +410,7 @@ def _main() -> int:
         import traceback
 
         traceback.print_exc()
-        send({"ok": False, "message": _sentence(error)})
+        send({"ok": False, "message": f"{type(error).__name__}: {error}"})
         return 1
     return 0
 

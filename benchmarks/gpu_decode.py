@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
 from itertools import pairwise
@@ -34,18 +33,9 @@ from typing import Any
 from engines import Batch, Engine, running
 from gpu_kernels import choose_device
 from harness import Cell, measure_cell, report_cell
-from replay import load_table
-from results import ROOT, environment_card, finish, results_document
+from published import SHAPES, TABLE, load_table, make_model, save_trees
+from results import ROOT, environment_card, finish, parser_of, results_document, say
 
-TABLE = ROOT / "benchmarks" / "data" / "vicuna-7b-v1.3.json"
-# hidden, intermediate, layers, heads, KV heads, head size, vocabulary
-SHAPES = {
-    "1b": (2048, 8192, 16, 32, 8, 64, 128256),  # Llama 3.2 1B
-    "7b": (4096, 11008, 32, 32, 32, 128, 32000),  # Vicuna 7B
-    "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama 3.1 8B
-    "13b": (5120, 13824, 40, 40, 40, 128, 32000),  # Vicuna 13B
-    "tiny": (64, 128, 2, 4, 2, 32, 64),
-}
 # vLLM's V2 runner on a CPU needs Triton's interpreter and a backend for it.
 INTERPRETED = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
@@ -53,51 +43,6 @@ INTERPRETED = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT / "tests" / "triton_cpu_stub"),
 }
-
-
-def make_model(
-    shape: str, table: list[list[float]], folder: Path, rows: list[int]
-) -> tuple[str, str, dict[int, str]]:
-    """Folders of a configuration without weights and of prompt tokens for it, and files
-    of the best trees by rows."""
-    import torch
-    from transformers import LlamaConfig
-
-    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
-    from vllm_ppd.prompt_tokens.tokens import PromptTokens
-    from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
-    from vllm_ppd.search.latency import LatencyCurve
-    from vllm_ppd.search.policy_iteration import best_policy
-    from vllm_ppd.trees.menu import TreeMenu, save_menus
-
-    hidden, inner, layers, heads, kv_heads, size, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=size,
-        vocab_size=vocabulary,
-        max_position_embeddings=32768,
-        bos_token_id=0,
-        eos_token_id=1,
-        dtype="bfloat16",
-    )
-    model, prompts = folder / f"model-{shape}", folder / f"prompts-{shape}"
-    config.save_pretrained(model)
-    embeddings = torch.randn(len(table), 1, hidden) * 0.02
-    PromptTokens(embeddings, BaseModelFingerprint.of_folder(str(model))).save(prompts)
-    acceptance = AcceptanceModel.of(table)
-    acceptance.save(prompts / ACCEPTANCE_FILE)
-    trees = {}
-    for count in rows:
-        policy = best_policy(acceptance, LatencyCurve.constant(), count)
-        menu = TreeMenu((policy.entry(),))
-        save_menus(folder / f"trees-{count}.json", menu, menu)
-        trees[count] = str(folder / f"trees-{count}.json")
-    return str(model), str(prompts), trees
 
 
 def kv_bytes(shape: str, tokens: int) -> int:
@@ -110,7 +55,7 @@ def engine_options(
     shape: str, table: list[list[float]], args: argparse.Namespace, folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Arguments of `Engine` by decoder."""
-    model, prompts, trees = make_model(shape, table, folder, args.rows)
+    model, prompts = make_model(shape, table, folder)
     base: dict[str, Any] = {
         "model": model,
         "load_format": "dummy",
@@ -129,7 +74,8 @@ def engine_options(
     # The table says nothing of n-gram matches.
     ppd = {"method": "ppd", "model": prompts, "ngram": False, "profile": profile}
     settings = {"plain": base, "ppd": {**base, "speculative_config": ppd}}
-    for rows, file in trees.items():
+    for rows in args.rows:
+        file, _ = save_trees(table, rows, folder)
         fixed = {**ppd, "profile": "none", "online": False, "tree": file}
         settings[f"ppd {rows}"] = {**base, "speculative_config": fixed}
     options: dict[str, dict[str, Any]] = {}
@@ -229,14 +175,8 @@ def show(cell: dict[str, Any]) -> None:
         )
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=["7b"], help="models")
     add("--batches", nargs="+", type=int, default=[1, 4, 16, 64], help="requests")
@@ -248,8 +188,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--table", type=Path, default=TABLE, help="an acceptance table to replay")
     add("--decoders", nargs="+", help="of plain, ppd and 'ppd R'; default: all")
     add("--dtype", default="bfloat16", help="as in vllm serve")
-    add("--out", type=Path, help="write the JSON document here, too")
-    add("--dry-run", action="store_true", help="tiny sizes; also without a GPU")
     args = parser.parse_args(argv)
     if args.dry_run:
         args.shapes, args.batches, args.contexts, args.rows = ["tiny"], [2], [8], [6]
@@ -272,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
             with running(options, say) as engines:
                 for name, engine in engines.items():
                     if name != "plain":
-                        engine.call("replay:replay_v2", table=table)
+                        engine.call("published:replay_v2", table=table)
                 cells += measure_shape(shape, engines, args)
     finish(results_document("gpu_decode", card, vars(args), cells), args.out)
 

@@ -7,7 +7,7 @@
 - attention: tree attention on a random tree, per layer, against vLLM's FlashAttention
   on as many causal rows of the same paged cache. Both are compared on a chain first.
 - step: what a PPD step runs besides the forward pass: the walk along the sampled tokens
-  and the KV moves of three accepted rows in all layers, and before the next step the
+  and the KV moves of the deepest path in all layers, and before the next step the
   draft tokens and the layout of the trees.
 - sweep: tree attention with other tile shapes (rows of a tile, slots of a tile, warps,
   pipeline stages, splits of the context) than `tree_attention` chooses. Run it on a new
@@ -23,23 +23,24 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from results import Spread, environment_card, finish, results_document
+from published import TABLE, load_table
+from results import Spread, environment_card, finish, parser_of, results_document
 
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
 from vllm_ppd.kernels.tree_attention import TreeBatch, tree_attention_reference
+from vllm_ppd.search.acceptance import AcceptanceModel
+from vllm_ppd.search.latency import LatencyCurve
+from vllm_ppd.search.policy_iteration import best_policy
 from vllm_ppd.trees.bigram import BigramTensors
 from vllm_ppd.trees.drafting import POOL
 from vllm_ppd.trees.layout import TreeTables, pack_mask
-from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 # (layers, heads, KV heads, head size) of models in use.
 SHAPES = {
@@ -117,59 +118,55 @@ def microseconds(
     return times
 
 
-@dataclass(frozen=True)
-class Cell:
-    """The work of one attention measurement."""
-
-    shape: str
-    heads: int
-    kv_heads: int
-    head_size: int
-    batch: int
-    rows: int
-    context: int
-
-    @property
-    def tokens(self) -> int:
-        """Slots of one request."""
-        return self.context + self.rows
-
-    def layer_bytes(self, dtype: torch.dtype) -> int:
-        """Keys and values of all requests in one layer."""
-        values = 2 * self.kv_heads * self.head_size * self.tokens * self.batch
-        return values * dtype.itemsize
-
-
 class Attention:
-    """The tensors of a cell, and the kernels on them."""
+    """The tensors of an attention measurement, and the kernels on them.
+
+    Args:
+        shape: a key of SHAPES.
+        batch, rows, context: requests, rows of each, and tokens before them.
+        block_size: slots per block of the cache.
+        dtype: of all.
+        device: where.
+    """
 
     def __init__(
-        self, cell: Cell, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        shape: str,
+        batch: int,
+        rows: int,
+        context: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ):
-        self.cell, self.device = cell, device
-        per_request = -(-cell.tokens // block_size)
-        blocks = per_request * cell.batch
-        layers = max(1, min(64, -(-CACHE_BYTES // cell.layer_bytes(dtype))))
+        _, heads, kv_heads, self.head_size = SHAPES[shape]
+        self.batch, self.rows, self.context = batch, rows, context
+        self.device = device
+        self.about = {"shape": shape, "batch": batch, "rows": rows, "context": context}
+        per_request = -(-(context + rows) // block_size)
+        blocks = per_request * batch
+        values = 2 * kv_heads * self.head_size * (context + rows) * batch
+        # Keys and values of all requests in one layer.
+        self.layer_bytes = values * dtype.itemsize
+        layers = max(1, min(64, -(-CACHE_BYTES // self.layer_bytes)))
         # [num_blocks, KV heads, block size, 2 * head size], tokens of a block together:
         # how vLLM lays its caches out for FlashAttention.
-        shape = blocks, block_size, cell.kv_heads, 2 * cell.head_size
+        size = blocks, block_size, kv_heads, 2 * self.head_size
         self.caches = [
-            torch.randn(shape, dtype=dtype, device=device).transpose(1, 2)
+            torch.randn(size, dtype=dtype, device=device).transpose(1, 2)
             for _ in range(2 if device.type == "cpu" else layers)
         ]
         order = torch.randperm(blocks).to(device, torch.int32)
-        self.table = order.view(cell.batch, per_request)
-        tokens = cell.batch * cell.rows
-        size = tokens, cell.heads, cell.head_size
-        self.query = torch.randn(size, dtype=dtype, device=device)
+        self.table = order.view(batch, per_request)
+        queries = batch * rows, heads, self.head_size
+        self.query = torch.randn(queries, dtype=dtype, device=device)
         self.output = torch.zeros_like(self.query)
-        starts = torch.arange(0, tokens + 1, cell.rows, dtype=torch.int32)
+        starts = torch.arange(0, batch * rows + 1, rows, dtype=torch.int32)
         self.starts = starts.to(device)
 
     def _batch(self, parents: Sequence[int]) -> TreeBatch:
         """All requests with one tree; parents: of every row but the root."""
-        cell = self.cell
-        mask, depths = np.eye(cell.rows, dtype=bool), [0]
+        mask, depths = np.eye(self.rows, dtype=bool), [0]
         for row, parent in enumerate(parents, start=1):
             mask[row] |= mask[parent]
             depths.append(depths[parent] + 1)
@@ -177,24 +174,24 @@ class Attention:
         return TreeBatch(
             self.table,
             self.starts[:-1],
-            torch.full((cell.batch,), cell.rows, **fixed),
-            torch.full((cell.batch,), cell.context, **fixed),
-            torch.from_numpy(pack_mask(mask)).repeat(cell.batch, 1).to(self.device),
-            torch.tensor(depths * cell.batch, **fixed),
-            cell.rows,
+            torch.full((self.batch,), self.rows, **fixed),
+            torch.full((self.batch,), self.context, **fixed),
+            torch.from_numpy(pack_mask(mask)).repeat(self.batch, 1).to(self.device),
+            torch.tensor(depths * self.batch, **fixed),
+            self.rows,
         )
 
     @cached_property
     def chain(self) -> TreeBatch:
-        return self._batch(range(self.cell.rows - 1))
+        return self._batch(range(self.rows - 1))
 
     @cached_property
     def tree(self) -> TreeBatch:
-        return self._batch([random.randrange(r) for r in range(1, self.cell.rows)])
+        return self._batch([random.randrange(r) for r in range(1, self.rows)])
 
     def run(self, kernel: Any, batch: TreeBatch, cache: torch.Tensor) -> torch.Tensor:
-        keys, values = cache.split(self.cell.head_size, dim=-1)
-        scale = self.cell.head_size**-0.5
+        keys, values = cache.split(self.head_size, dim=-1)
+        scale = self.head_size**-0.5
         kernel(self.query, keys, values, self.output, batch, scale)
         return self.output
 
@@ -207,22 +204,21 @@ class Attention:
             get_flash_attn_version,
         )
 
-        cell = self.cell
-        version = get_flash_attn_version(head_size=cell.head_size)
-        lengths = torch.full_like(self.starts[:-1], cell.tokens)
+        version = get_flash_attn_version(head_size=self.head_size)
+        lengths = torch.full_like(self.starts[:-1], self.context + self.rows)
 
         def run(cache: torch.Tensor) -> torch.Tensor:
-            keys, values = cache.transpose(1, 2).split(cell.head_size, dim=-1)
+            keys, values = cache.transpose(1, 2).split(self.head_size, dim=-1)
             flash_attn_varlen_func(
                 q=self.query,
                 k=keys,
                 v=values,
                 out=self.output,
                 cu_seqlens_q=self.starts,
-                max_seqlen_q=cell.rows,
+                max_seqlen_q=self.rows,
                 seqused_k=lengths,
-                max_seqlen_k=cell.tokens,
-                softmax_scale=cell.head_size**-0.5,
+                max_seqlen_k=self.context + self.rows,
+                softmax_scale=self.head_size**-0.5,
                 causal=True,
                 block_table=self.table,
                 fa_version=version,
@@ -243,15 +239,14 @@ def measure_attention(work: Attention, repeats: int) -> dict[str, Any]:
     tree = Spread.of(microseconds(calls, work.device, repeats))
     flashes = [partial(flash, c) for c in work.caches]
     flashed = Spread.of(microseconds(flashes, work.device, repeats))
-    moved = work.cell.layer_bytes(cache.dtype)
     return {
         "kernel": "attention",
-        **asdict(work.cell),
+        **work.about,
         "tree_us": tree.to_dict(2),
         "flash_us": flashed.to_dict(2),
         "ratio": round(tree.median / flashed.median, 3),
         # Of what has to be read at least; compare with the GPU's memory.
-        "tree_gb_per_s": round(moved / tree.median / 1e3, 1),
+        "tree_gb_per_s": round(work.layer_bytes / tree.median / 1e3, 1),
         "largest_difference": float((ours - expected).abs().max()),
     }
 
@@ -303,37 +298,22 @@ def sweep_tiles(work: Attention, tiles: Sequence[Any], repeats: int) -> dict[str
         finally:
             module._choose_shape = stock
         tried.append({**figures, "shape": chosen[-1]._asdict()})
-    return {"kernel": "sweep", **asdict(work.cell), "tiles": tried}
-
-
-def bushy_policy(rows: int) -> TreePolicy:
-    """num_prompted 3 has a tree of `rows` rows, a prompt row on each node, 3 deep."""
-    nodes = max(4, rows // 2)
-    parents, ranks, depths = [0, 1, 2], [0, 0, 0], [0, 1, 2, 3]
-    children = [1, 1, 1, 0]
-    for node in range(4, nodes):
-        parent = min(range(node), key=lambda n: (depths[n] > 2, children[n], n))
-        parents.append(parent)
-        ranks.append(children[parent])
-        children[parent] += 1
-        depths.append(depths[parent] + 1)
-        children.append(0)
-    tree = SparseTree(tuple(parents), tuple(ranks), (1,) * nodes)
-    chains = [chain_tree(depth, [1] * (depth + 1)) for depth in (1, 2)]
-    return TreePolicy((chain_tree(0, [3]), *chains, tree))
+    return {"kernel": "sweep", **work.about, "tiles": tried}
 
 
 def step_calls(
     shape: str, batch: int, rows: int, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
-    """What a step of `batch` trees runs; three draft tokens of each are accepted."""
+    """What a step of `batch` trees runs; the deepest path of each is accepted."""
     from vllm_ppd.kernels.triton.fill_tree import fill_tree
     from vllm_ppd.kernels.triton.kv_compact import KVCompactor
     from vllm_ppd.kernels.triton.place_tree import place_tree
     from vllm_ppd.kernels.triton.tree_walk import tree_walk
 
     layers, _, kv_heads, head_size = SHAPES[shape]
-    policy = bushy_policy(rows)
+    # The paper's Vicuna-7B; its largest trees are three deep.
+    model = AcceptanceModel.of(load_table(TABLE))
+    policy = best_policy(model, LatencyCurve.constant(), rows).entry().policies[0]
     tables = DeviceTables.on(device, TreeTables(policy, VOCABULARY))
     tree = policy.trees[3]
     rows = tree.num_rows
@@ -344,10 +324,11 @@ def step_calls(
 
     starts = ints(*range(0, tokens + 1, rows))
     trees, counts = ints(*[3] * batch), ints(*[rows] * batch)
-    # Nodes carry distinct tokens; the target takes the path to the last deep node.
+    # Nodes carry distinct tokens; the target takes the path to the last deepest node.
     ids = torch.arange(tokens, dtype=torch.int32, device=device)
     picked = torch.full_like(ids, -1)
-    child = max(node for node, depth in enumerate(tree.node_depths) if depth == 3)
+    depth = max(tree.node_depths)
+    child = len(tree.node_depths) - 1 - tree.node_depths[::-1].index(depth)
     while child:
         parent = tree.parents[child - 1]
         picked[parent::rows] = ids[child::rows]
@@ -385,7 +366,7 @@ def step_calls(
         compactor.run(slots, starts[:-1], walked.paths, walked.num_sampled)
 
     walked = walk()
-    assert walked.num_sampled.eq(4).all(), "every walk goes down to depth 3"
+    assert walked.num_sampled.eq(1 + depth).all(), "every walk goes down all the way"
     return {
         "walk": walk,
         "compact": partial(compact, walked),
@@ -427,9 +408,7 @@ def show(cell: dict[str, Any]) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     kernels = ["attention", "step"]
     add("--kernels", nargs="+", choices=kernels, default=kernels, help="what is timed")
@@ -441,8 +420,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--block-size", type=int, default=16, help="slots per block")
     add("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of all")
     add("--repeats", type=int, default=20, help="timings per cell")
-    add("--out", type=Path, help="write the JSON document here, too")
-    add("--dry-run", action="store_true", help="tiny sizes; also without a GPU")
     args = parser.parse_args(argv)
     if args.dry_run:
         args.shapes, args.rows, args.contexts = ["tiny"], [12], [20]
@@ -464,9 +441,9 @@ def main(argv: list[str] | None = None) -> None:
     pairs = [(s, b, r) for s in args.shapes for b in args.batches for r in args.rows]
     for shape, batch, rows in pairs:
         for context in args.contexts if "attention" in args.kernels else ():
-            cell = Cell(shape, *SHAPES[shape][1:], batch, rows, context)
             dtype = getattr(torch, args.dtype)
-            work = Attention(cell, args.block_size, dtype, device)
+            place = args.block_size, dtype, device
+            work = Attention(shape, batch, rows, context, *place)
             take(measure_attention(work, args.repeats))
             if args.sweep:
                 tiles = TILES[:3] if args.dry_run else TILES

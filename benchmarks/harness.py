@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from engines import Batch, Generation, settle
-from results import Sameness, summarise
+from results import sameness, summarise
 
 __all__ = [
     "DECODERS",
@@ -37,7 +37,7 @@ NGRAM = {
     "prompt_lookup_max": 4,
     "prompt_lookup_min": 2,
 }
-# A text that gives several prompts is cut into parts so many times as long.
+# A passage is taken from each part of the texts that is so many times as long.
 PART = 10
 
 
@@ -122,32 +122,24 @@ def read_texts(path: Path) -> list[tuple[str, bool]]:
 def pick_texts(texts: Sequence[str], count: int, characters: int) -> list[str]:
     """Passages of `characters` from inside texts, the same at every call.
 
-    Passages begin at any line, as a file's start is often a licence. One per text;
-    where that is not enough, one per part of `PART` times as many characters. Raises
-    ValueError when there are too few of that length.
+    They begin at any line, as a file's start is often a licence; one for every `PART`
+    times as many characters of text. Raises ValueError when there are too few.
     """
     chosen = random.Random(0)
-    passages = [p for text in texts if (p := _passage(text, characters, chosen))]
-    if len(passages) < count:
-        size = PART * characters
-        parts = [t[i : i + size] for t in texts for i in range(0, len(t), size)]
-        passages = [p for part in parts if (p := _passage(part, characters, chosen))]
+    size = PART * characters
+    passages = []
+    for part in (t[i : i + size] for t in texts for i in range(0, len(t), size)):
+        starts = [0, *(i + 1 for i, c in enumerate(part) if c == "\n")]
+        starts = [start for start in starts if start + characters <= len(part)]
+        if starts:
+            start = chosen.choice(starts)
+            passages.append(part[start : start + characters])
     if len(passages) < count:
         raise ValueError(
-            f"the data has {len(passages)} texts or parts of texts of {characters} "
-            f"characters or more, and {count} are asked for; "
-            "lower --num-prompts, --waves or --prompt-tokens"
+            f"the data has {len(passages)} passages of {characters} characters, and "
+            f"{count} are asked for; lower --num-prompts, --waves or --prompt-tokens"
         )
     return chosen.sample(passages, count)
-
-
-def _passage(text: str, characters: int, chosen: random.Random) -> str | None:
-    starts = [0, *(i + 1 for i, c in enumerate(text) if c == "\n")]
-    starts = [start for start in starts if start + characters <= len(text)]
-    if not starts:
-        return None
-    start = chosen.choice(starts)
-    return text[start : start + characters]
 
 
 def encode_prompts(tokenizer: Any, path: Path, count: int, length: int) -> list[Any]:
@@ -274,7 +266,7 @@ def report_cell(cell: Cell, starts: Sequence[Mapping[str, Measured]]) -> dict[st
         if cell.temperature == 0 and "plain" in first:
             plain_ids = [request.ids for request in first["plain"].requests]
             ours = [request.ids for request in measured.requests]
-            same = vars(Sameness.of(ours, plain_ids))
+            same = sameness(ours, plain_ids)
         repeated = [request.repeated for request in measured.requests]
         decoders[name] = {
             **summary[name],

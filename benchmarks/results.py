@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,14 +21,17 @@ from vllm_ppd.files import write_json
 
 __all__ = [
     "ROOT",
-    "Sameness",
     "Spread",
     "environment_card",
     "finish",
+    "markdown",
     "numbers",
+    "parser_of",
     "ratios",
     "read_results",
     "results_document",
+    "sameness",
+    "say",
     "shown_path",
     "summarise",
 ]
@@ -96,29 +101,46 @@ def summarise(
     return summary
 
 
-@dataclass(frozen=True)
-class Sameness:
-    """How one decoder's greedy token ids compare with plain vLLM's."""
+def sameness(
+    ours: Sequence[Sequence[int]], plain: Sequence[Sequence[int]]
+) -> dict[str, int | None]:
+    """How greedy token ids compare with plain vLLM's, request by request: identical
+    ones, and the first position, from 0, at which one differs."""
+    differences = []
+    for a, b in zip(ours, plain, strict=True):
+        if tuple(a) != tuple(b):
+            pairs = enumerate(zip(a, b, strict=False))
+            shorter = min(len(a), len(b))
+            differences.append(next((i for i, (x, y) in pairs if x != y), shorter))
+    return {
+        "identical": len(plain) - len(differences),
+        "requests": len(plain),
+        "first_difference": min(differences, default=None),
+    }
 
-    identical: int
-    requests: int
-    first_difference: int | None
-    """Smallest position, from 0, at which a request differs."""
 
-    @classmethod
-    def of(
-        cls, ours: Sequence[Sequence[int]], plain: Sequence[Sequence[int]]
-    ) -> Sameness:
-        """Compares ids and lengths, request by request."""
-        differences = []
-        for a, b in zip(ours, plain, strict=True):
-            if tuple(a) != tuple(b):
-                pairs = enumerate(zip(a, b, strict=False))
-                shorter = min(len(a), len(b))
-                differences.append(next((i for i, (x, y) in pairs if x != y), shorter))
-        return cls(
-            len(plain) - len(differences), len(plain), min(differences, default=None)
-        )
+def markdown(rows: Sequence[Sequence[Any]]) -> str:
+    """A table whose first row is its head."""
+    texts = [[str(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in texts]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def say(text: str) -> None:
+    """Tell the user something that is no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """A script's parser with what all scripts have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON of the results")
+    parser.add_argument("--dry-run", action="store_true", help="tiny: does it run?")
+    return parser
 
 
 def numbers(kind: type) -> Any:

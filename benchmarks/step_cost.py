@@ -17,7 +17,7 @@ random tokens; how many draft tokens are accepted does not matter here. Engine c
 in the front end's process with one thread; figures are medians over steps, then turns.
 
     python benchmarks/step_cost.py --out benchmarks/results/step_cost.json
-    python benchmarks/step_cost.py --hidden 768 --layers 12 --rows 4 \
+    python benchmarks/step_cost.py --shape 100m \
         --replay benchmarks/data/vicuna-7b-v1.3.json     # speed at that acceptance
 
 The last line printed is one JSON document.
@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,13 +34,15 @@ from pathlib import Path
 from typing import Any
 
 from engines import running
-from replay import load_table
+from published import SHAPES, TABLE, load_table, make_model, save_trees
 from results import (
     ROOT,
     Spread,
     environment_card,
     finish,
+    parser_of,
     results_document,
+    say,
     shown_path,
 )
 
@@ -132,48 +133,6 @@ def measure(llm: Any, batch: int, context: int, steps: int) -> dict[str, Any]:
     }
 
 
-def sized_model(args: argparse.Namespace, folder: str) -> tuple[str, str]:
-    """A random model of the demo's kind in another size, with matching prompts."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
-    from vllm_ppd.prompt_tokens.tokens import PromptTokens
-
-    config = LlamaConfig.from_pretrained(args.model)
-    config.update(
-        {
-            "hidden_size": args.hidden,
-            "intermediate_size": args.hidden * 11 // 4,
-            "num_hidden_layers": args.layers,
-            "num_attention_heads": args.hidden // 64,
-            "num_key_value_heads": max(1, args.hidden // 128),
-        }
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(f"{folder}/model")
-    AutoTokenizer.from_pretrained(args.model).save_pretrained(f"{folder}/model")
-    base = BaseModelFingerprint.of_folder(f"{folder}/model")
-    table = torch.randn(3, 1, args.hidden) * 0.02
-    PromptTokens(table, base).save(f"{folder}/prompts")
-    return f"{folder}/model", f"{folder}/prompts"
-
-
-def fixed_trees(table: Any, rows: int, file: str) -> int:
-    """Write a menu of the same trees in every step, with drafts from prompt rows alone;
-    its draft length."""
-    from vllm_ppd.search.acceptance import AcceptanceModel
-    from vllm_ppd.search.latency import LatencyCurve
-    from vllm_ppd.search.policy_iteration import best_policy
-    from vllm_ppd.trees.menu import TreeMenu, save_menus
-
-    model = AcceptanceModel.of(table)
-    entry = best_policy(model, LatencyCurve.constant(), rows).entry()
-    menu = TreeMenu((entry,))
-    save_menus(file, menu, menu)
-    return entry.num_draft_tokens
-
-
 def summarise(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Milliseconds: medians over turns, with the fastest and slowest turn."""
     return {
@@ -211,18 +170,16 @@ def show(cell: dict[str, Any]) -> None:
     print(f"tokens/s against plain x1: {cell['ppd_speedup']}", flush=True)
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     from vllm_ppd.search.acceptance import AcceptanceModel
 
     rows, cells = args.rows, []
     with tempfile.TemporaryDirectory() as folder:
         model, prompts = str(args.model), str(args.prompts)
-        if args.hidden:
-            model, prompts = sized_model(args, folder)
+        table = load_table(args.replay) if args.replay else None
+        if args.shape:
+            published = table or load_table(TABLE)
+            model, prompts = make_model(args.shape, published, Path(folder))
         length = max(args.context) + 8 * args.steps + 512
         base = {
             "model": model,
@@ -233,11 +190,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             "enforce_eager": args.eager,
             "enable_prefix_caching": False,
         }
-        table = AcceptanceModel.of_folder(Path(prompts), 3).marginal
-        if args.replay:
-            table = load_table(args.replay)
-        file = f"{folder}/trees.json"
-        draft_length = fixed_trees(table, rows, file)
+        if args.shape:
+            base |= {"load_format": "dummy", "skip_tokenizer_init": True}
+        trees = table or AcceptanceModel.of_folder(Path(prompts), 3).marginal
+        file, draft_length = save_trees(trees, rows, Path(folder))
         ppd = {
             "method": "ppd",
             "model": prompts,
@@ -255,7 +211,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             for engine in engines.values():
                 engine.call("step_cost:instrument")
             if args.replay:
-                engines["ppd"].call("replay:replay_v1", table=table)
+                engines["ppd"].call("published:replay_v1", table=table)
             for context in args.context:
                 turns: dict[str, list[dict[str, Any]]] = {}
                 for _ in range(args.rounds):
@@ -284,14 +240,11 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--model", type=Path, default=ROOT / "demo_model" / "model")
     add("--prompts", type=Path, default=ROOT / "trained_prompts" / "demo")
-    add("--hidden", type=int, help="a random model of this width")
-    add("--layers", type=int, default=6, help="and of this depth")
+    add("--shape", choices=SHAPES, help="a random model instead")
     add("--context", type=int, nargs="+", default=[128, 1024, 4096])
     add("--rows", type=int, default=4, help="rows of a PPD step")
     add("--replay", type=Path, help="accept as often as this acceptance table says")
@@ -299,8 +252,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=15, help="turns of each engine")
     add("--dtype", default="bfloat16")
     add("--eager", action="store_true", help="do not compile")
-    add("--out", type=Path)
-    add("--dry-run", action="store_true", help="tiny: does it run at all?")
     args = parser.parse_args(argv)
     if args.dry_run:
         args.context, args.steps, args.rounds, args.eager = [16], 4, 1, True

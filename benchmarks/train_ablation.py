@@ -28,7 +28,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from results import ROOT, environment_card, finish, results_document
+from results import (
+    ROOT,
+    environment_card,
+    finish,
+    markdown,
+    parser_of,
+    results_document,
+    say,
+)
 
 ROWS = (8, 16, 64)
 BASELINE = {"batch-size": 8, "points": 32, "updates": 1}
@@ -186,15 +194,9 @@ def finish_run(run: Run, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
-def table_lines(name: str, cells: list[dict[str, Any]]) -> list[str]:
+def table(name: str, cells: list[dict[str, Any]]) -> str:
     """One Markdown table: a row per run, medians over seeds."""
-    head = ["run", "top-1 by distance", "top-10", *(f"{n} rows" for n in ROWS)]
-    lines = [
-        f"### {name}",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|---" * len(head) + "|",
-    ]
+    rows = [["run", "top-1 by distance", "top-10", *(f"{n} rows" for n in ROWS)]]
     for run in TABLES[name]:
         seeds = [cell for cell in cells if cell["run"] == run.name]
         row = [run.name]
@@ -202,17 +204,15 @@ def table_lines(name: str, cells: list[dict[str, Any]]) -> list[str]:
             columns = zip(*(cell[rates] for cell in seeds), strict=True)
             shown = (f"{median(column):.3f}".removeprefix("0") for column in columns)
             row.append(" ".join(shown))
-        for rows in ROWS:
-            lengths = [cell["acceptance_length"][str(rows)] for cell in seeds]
+        for count in ROWS:
+            lengths = [cell["acceptance_length"][str(count)] for cell in seeds]
             row.append(f"{median(lengths):.2f}")
-        lines.append("| " + " | ".join(row) + " |")
-    return [*lines, ""]
+        rows.append(row)
+    return f"### {name}\n\n{markdown(rows)}\n"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     corpus = ROOT / "build" / "demo_corpus" / "train.jsonl"
     held_out = ROOT / "demo_model" / "held_out.jsonl"
@@ -225,8 +225,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tables", default=",".join(TABLES), help="what is varied, comma-separated")
     add("--threads", type=int, default=1, help="of torch, on a CPU")
     add("--work", type=Path, default=ROOT / "build" / "train_ablation")
-    add("--out", type=Path, help="where to write the JSON")
-    add("--dry-run", action="store_true", help="tiny: does it run at all?")
     args = parser.parse_args(argv)
     args.prompt_length, args.continuation, args.points = 64, 96, 6000
     if args.dry_run:
@@ -254,12 +252,12 @@ def main(argv: list[str] | None = None) -> int:
         for seed in range(args.seeds):
             for run in runs_of(args.tables):
                 cells.append(finish_run(run, seed, args))
-                print(f"{run.name}, seed {seed}: {cells[-1]}", file=sys.stderr)
+                say(f"{run.name}, seed {seed}: {cells[-1]}")
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     for name in args.tables:
-        print("\n".join(table_lines(name, cells)))
+        print(table(name, cells))
     finish(results_document("train_ablation", card, vars(args), cells), args.out)
     return 0
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import heapq
 import math
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,8 +33,17 @@ from typing import Any
 import numpy as np
 from engines import EngineError, Generation, running
 from harness import encode_prompts
-from replay import load_table
-from results import ROOT, environment_card, finish, numbers, results_document
+from published import load_table
+from results import (
+    ROOT,
+    environment_card,
+    finish,
+    markdown,
+    numbers,
+    parser_of,
+    results_document,
+    say,
+)
 
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.acceptance import AcceptanceModel
@@ -338,28 +346,22 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
     temperatures = list(next((c["measured"] for c in cells if "measured" in c), {}))
     head = ["acceptance model", "drafts from", "trees", "rows", "predicted"]
     head += ["greedy" if t == "0" else f"temperature {t}" for t in temperatures]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = [head]
     for cell in cells:
-        sources = (
-            ["prompt rows"] + ["bigram"] * cell["bigram"] + ["ngram"] * cell["ngram"]
-        )
-        row = [cell["statistics"], " + ".join(sources), cell["kind"], str(cell["rows"])]
+        sources = ["prompt rows", "bigram", "ngram"]
+        used = [True, cell["bigram"], cell["ngram"]]
+        drafts = " + ".join(name for name, on in zip(sources, used, strict=True) if on)
+        row = [cell["statistics"], drafts, cell["kind"], cell["rows"]]
         row.append(f"{cell['predicted']:.3f}")
         for t in temperatures:
             figures = cell.get("measured", {}).get(t)
             row.append("{:.3f} ± {:.3f}".format(*figures) if figures else "-")
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        rows.append(row)
+    return markdown(rows)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--model", default=str(ROOT / "demo_model" / "model"), help="folder or hub id")
     prompts = ROOT / "trained_prompts" / "demo"
@@ -375,8 +377,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=16, help="requests at a time")
     add("--dtype", default="auto", help="as in vllm serve")
     add("--predict-only", action="store_true", help="start no engine")
-    add("--out", type=Path, metavar="FILE", help="where to write the JSON")
-    add("--dry-run", action="store_true", help="tiny: does it run at all?")
     args = parser.parse_args(argv)
     args.sources = SOURCES
     if args.dry_run:

@@ -1,9 +1,9 @@
-"""Speed at published acceptance: draft tokens are accepted by a table's probabilities.
+"""Models by their shape alone, whose draft tokens are accepted as somebody published.
 
-The engine does all of its work, verification included, but which child a walk goes to
-is drawn from published probabilities instead of read off the target's tokens. The text
-is then nonsense; its length, the rows and the KV moves are what the table's model would
-have had. This is for measuring only and lives outside the package.
+Weights and prompt tokens are random. The engine does all of its work, verification
+included, but which child a walk goes to is drawn from published probabilities instead
+of read off the target's tokens. The text is then nonsense; its length, the rows and the
+KV moves are what the published model would have had. For measuring only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,64 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["load_table", "replay_v1", "replay_v2"]
+ROOT = Path(__file__).resolve().parent.parent
+# The acceptance that the paper's authors published for this model.
+TABLE = ROOT / "benchmarks" / "data" / "vicuna-7b-v1.3.json"
+# hidden, intermediate, layers, heads, KV heads, head size, vocabulary
+SHAPES = {
+    "1b": (2048, 8192, 16, 32, 8, 64, 128256),  # Llama 3.2 1B
+    "7b": (4096, 11008, 32, 32, 32, 128, 32000),  # Vicuna 7B
+    "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama 3.1 8B
+    "13b": (5120, 13824, 40, 40, 40, 128, 32000),  # Vicuna 13B
+    "100m": (768, 2112, 12, 12, 6, 64, 4096),
+    "tiny": (64, 128, 2, 4, 2, 32, 64),
+}
+
+
+def make_model(shape: str, table: list[list[float]], folder: Path) -> tuple[str, str]:
+    """Folders of a configuration without weights, and of prompt tokens for it."""
+    import torch
+    from transformers import LlamaConfig
+
+    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+    from vllm_ppd.prompt_tokens.tokens import PromptTokens
+    from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
+
+    hidden, inner, layers, heads, kv_heads, size, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=size,
+        vocab_size=vocabulary,
+        max_position_embeddings=32768,
+        bos_token_id=0,
+        eos_token_id=1,
+        dtype="bfloat16",
+    )
+    model, prompts = folder / f"model-{shape}", folder / f"prompts-{shape}"
+    config.save_pretrained(model)
+    embeddings = torch.randn(len(table), 1, hidden) * 0.02
+    PromptTokens(embeddings, BaseModelFingerprint.of_folder(str(model))).save(prompts)
+    AcceptanceModel.of(table).save(prompts / ACCEPTANCE_FILE)
+    return str(model), str(prompts)
+
+
+def save_trees(table: Any, rows: int, folder: Path) -> tuple[str, int]:
+    """A file of one menu entry, the best trees of `rows` rows; its draft length."""
+    from vllm_ppd.search.acceptance import AcceptanceModel
+    from vllm_ppd.search.latency import LatencyCurve
+    from vllm_ppd.search.policy_iteration import best_policy
+    from vllm_ppd.trees.menu import TreeMenu, save_menus
+
+    model = AcceptanceModel.of(table)
+    entry = best_policy(model, LatencyCurve.constant(), rows).entry()
+    menu, file = TreeMenu((entry,)), folder / f"trees-{rows}.json"
+    save_menus(file, menu, menu)
+    return str(file), entry.num_draft_tokens
 
 
 def load_table(path: Path) -> list[list[float]]:
