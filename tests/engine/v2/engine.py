@@ -149,13 +149,19 @@ def async_scheduling(llm: Any) -> bool:
 
 
 def generate_and_watch(
-    llm: Any, prompts: Any, params: Any, lengths: Any = None, period: int = 1
+    llm: Any,
+    prompts: Any,
+    params: Any,
+    lengths: Any = None,
+    period: int = 1,
+    by_load: Any = None,
 ) -> dict[str, Any]:
     """Generate, while the schedule names one draft length after another.
 
     Args:
         lengths: of the steps in turn; None leaves the schedule alone.
         period: steps between two of them.
+        by_load: draft length for 1, 2, ... requests instead.
 
     Returns:
         "outputs"; "steps", for each step (requests, most rows of one, num_prompted of
@@ -196,6 +202,8 @@ def generate_and_watch(
         *((runner._ppd_mover, "move"), (speculator.requests, "grow")),
     ]
     stock = [getattr(owner, name) for owner, name in names]
+    if by_load is not None:
+        engine_process.controller_of(llm).schedule[1:] = by_load
     buffers.place = watched_place
     for (owner, name), function in zip(names, stock, strict=True):
         setattr(owner, name, counted(function))
@@ -205,9 +213,17 @@ def generate_and_watch(
         del buffers.place
         for (owner, name), function in zip(names, stock, strict=True):
             setattr(owner, name, function)
-        if lengths is not None:
-            engine_process.draft_as_much_as_possible(llm)
+        engine_process.draft_as_much_as_possible(llm)
     return {"outputs": outputs, "steps": steps, "calls": dict(calls)}
+
+
+def draft_within(llm: Any, max_step_rows: int) -> None:
+    """Decode each load with the longest drafts of at most so many rows in all."""
+    lengths = [0, *engine_process.draft_lengths(llm)]
+    schedule = engine_process.controller_of(llm).schedule
+    for load in range(1, len(schedule)):
+        fitting = [k for k in lengths if load * (k + 1) <= max_step_rows]
+        schedule[load] = max(fitting, default=0)
 
 
 def count_every_step(llm: Any, prompts: Any, params: Any) -> dict[str, float]:
@@ -243,6 +259,7 @@ def _runner(llm: Any) -> Any:
 OURS = (
     async_scheduling,
     generate_and_watch,
+    draft_within,
     count_every_step,
     host_reads,
     generate_and_learn,

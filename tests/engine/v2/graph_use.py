@@ -12,7 +12,7 @@ def graph_use(llm: Any, prompts: Any, params: Any, steps: int) -> dict[str, Any]
     """Generate until so many steps were run; how, and what was compiled meanwhile.
 
     Returns "steps", "decoding" and "reading" (steps without and with prompts by CUDA
-    graph mode), and "compiled" (kernels and graphs that were not there before).
+    graph mode), and "compiled" (kernels and graphs that are new).
     """
     import triton
     import vllm.v1.worker.gpu.model_runner as model_runner
@@ -24,11 +24,11 @@ def graph_use(llm: Any, prompts: Any, params: Any, steps: int) -> dict[str, Any]
     stock = model_runner.dispatch_cg_and_sync_dp
 
     def dispatch(*args: Any, **kwargs: Any) -> Any:
-        found = stock(*args, **kwargs)
+        dispatched = stock(*args, **kwargs)
         # vLLM gives no longest row count for steps that read prompts.
         plain = kwargs.get("max_query_len") is not None
-        (decoding if plain else reading)[found[0].cg_mode.name] += 1
-        return found
+        (decoding if plain else reading)[dispatched[0].cg_mode.name] += 1
+        return dispatched
 
     def note(*args: Any, **kwargs: Any) -> None:
         compiled.append(str(kwargs.get("repr", kwargs.get("key", "a kernel"))))

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
 from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
-from vllm_ppd.trees.menu import Tier, TreePlan
-from vllm_ppd.trees.tree import TreePolicy, chain_tree
 
 
 @pytest.fixture(scope="module")
-def tiers(tiny_trees: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Bushy trees for one request, a short chain for two, nothing from four on."""
-    policy = TreePolicy.load(tiny_trees)
-    short = TreePolicy(
-        tuple(chain_tree(min(s, 1), (1,) * (min(s, 1) + 1), 2) for s in range(4))
-    )
-    plan = TreePlan((Tier(1, (policy,)), Tier(3, (short,)), Tier(None)))
-    path = tmp_path_factory.mktemp("tiers") / "plan.json"
-    path.write_text(json.dumps(plan.to_dict()))
-    return str(path)
-
-
-def with_tree(engine: dict[str, Any], tree: str) -> dict[str, Any]:
-    return {
-        **engine,
-        "speculative_config": {**engine["speculative_config"], "tree": tree},
+def built(tiny_ppd: dict[str, Any]) -> dict[str, Any]:
+    """An engine with a built menu: entries of 2 to 16 rows, n-gram drafts, and a bigram
+    table that it learns."""
+    speculative = {
+        **{k: v for k, v in tiny_ppd["speculative_config"].items() if k != "tree"},
+        "num_speculative_tokens": 15,
+        "online": True,
     }
+    return {**tiny_ppd, "speculative_config": speculative}
 
 
 def test_the_host_reads_nothing_from_the_device(ppd, tiny_ppd):
@@ -39,31 +28,56 @@ def test_the_host_reads_nothing_from_the_device(ppd, tiny_ppd):
         {**GREEDY, "max_tokens": 5, "temperature": 1.0, "seed": 1, "logprobs": 2},
         {**GREEDY, "max_tokens": 5, "presence_penalty": 0.5},
     ]
-    found = ppd.call("host_reads", tiny_ppd, prompts=requests, params=params)
+    reads = ppd.call("host_reads", tiny_ppd, prompts=requests, params=params)
     # vLLM's upper bound of sequence lengths, which lives on the host.
-    assert found == ["sampling.py:_sample:numpy"]
+    assert reads == ["sampling.py:_sample:numpy"]
+    ppd.call("hold", tiny_ppd, draft_length=0)
+    assert ppd.call("host_reads", tiny_ppd, prompts=requests, params=params) == []
 
 
-def test_nor_does_it_where_nobody_guesses(ppd, tiny_ppd, tiers):
-    engine = with_tree(tiny_ppd, tiers)
-    requests = prompts(5, seed=42)
-    params = {**GREEDY, "max_tokens": 5}
-    found = ppd.call("host_reads", engine, prompts=requests, params=params)
-    assert found == []
-
-
-def test_trees_follow_the_load(plain, ppd, tiny_engine, tiny_ppd, tiers):
-    """Requests end one by one: no trees, then short ones, then bushy ones."""
-    engine = with_tree(tiny_ppd, tiers)
+def test_trees_follow_the_load(plain, ppd, tiny_engine, tiny_ppd):
+    """Requests end one by one: no trees, then chains, then bushy trees."""
     requests = prompts(5, seed=43)
     params = [{**GREEDY, "max_tokens": 4 + 5 * i} for i in range(5)]
-    same(
-        plain.generate(tiny_engine, requests, params),
-        ppd.generate(engine, requests, params),
+    expected = plain.generate(tiny_engine, requests, params)
+    watched = ppd.call(
+        "generate_and_watch",
+        tiny_ppd,
+        prompts=requests,
+        params=params,
+        by_load=[30, 5, 5, 0, 0, 0, 0, 0],
     )
-    rows = ppd.call("rows_per_step", engine, prompts=requests, params=params)
-    # Bushy trees have 31 rows at most, short chains 6.
-    assert {(5, 1), (2, 6), (1, 31)} <= set(rows)
-    # A tier is chosen a step ahead, for as many requests as then run.
-    assert {count for count, most in rows if most == 31} == {1}
-    assert {most for count, most in rows if count >= 4} == {1}
+    same(expected, watched["outputs"])
+    rows = [(num_reqs, most) for num_reqs, most, _ in watched["steps"]]
+    assert {(2, 6), (1, 31)} <= set(rows)
+    # The draft length is chosen a step ahead, for as many requests as run then.
+    assert {num_reqs for num_reqs, most in rows if most == 31} == {1}
+    assert 6 not in {most for num_reqs, most in rows if num_reqs >= 4}
+
+
+def test_ngrams_and_bigrams(plain, ppd, tiny_engine, built):
+    """The menu's entries in turn, among requests that need chains, or no drafts."""
+    requests = prompts(6, seed=45)
+    requests[0]["prompt_token_ids"] *= 3
+    params = [{**GREEDY, "max_tokens": 20 + 4 * i} for i in range(6)]
+    params[1] |= {"frequency_penalty": 0.4}
+    params[2] |= {"extra_args": {"ppd": False}}
+    params[3] |= {"temperature": 1.0, "seed": 8}
+    expected = plain.generate(tiny_engine, requests, params)
+    lengths = ppd.call("draft_lengths", built)
+    assert len(lengths) > 2 and lengths[-1] <= 15
+    accepted = ppd.accepted(built)
+    watched = ppd.call(
+        "generate_and_watch",
+        built,
+        prompts=requests,
+        params=params,
+        lengths=[*lengths, 0],
+        period=2,
+    )
+    same(expected, watched["outputs"])
+    assert {rows - 1 for _, rows, _ in watched["steps"]} >= {0, *lengths}
+    assert watched["calls"]["match_ngrams"] > 5
+    assert ppd.accepted(built) > accepted
+    reads = ppd.call("host_reads", built, prompts=requests[:2], params=params[:2])
+    assert reads == ["sampling.py:_sample:numpy"]

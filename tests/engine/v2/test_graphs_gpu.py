@@ -26,8 +26,14 @@ def captured(plain_engine: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def captured_ppd(ppd_engine: dict[str, Any]) -> dict[str, Any]:
-    """With the default plan's trees, by load."""
+    """With the folder's own menu."""
     return {**ppd_engine, **CAPTURED}
+
+
+@pytest.fixture(autouse=True)
+def within_the_graphs(ppd, captured_ppd):
+    """All entries of the menu are served, the larger ones at small loads."""
+    ppd.call("draft_within", captured_ppd, max_step_rows=256)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +63,11 @@ def test_a_thousand_steps_stay_on_the_graphs(ppd, captured_ppd, starts):
     """Steps of trees alone replay full graphs; nothing is compiled any more."""
     # Each round has the loads 8 to 1, since requests end one by one.
     params = [{**GREEDY, "max_tokens": 40 + 40 * i} for i in range(8)]
-    found = ppd.call(
+    seen = ppd.call(
         "graph_use", captured_ppd, prompts=starts[:8], params=params, steps=1000
     )
-    assert found["steps"] >= 1000
-    assert found["compiled"] == []
-    assert found["decoding"].keys() == {"FULL"}
+    assert seen["steps"] >= 1000
+    assert seen["compiled"] == []
+    assert seen["decoding"].keys() == {"FULL"}
     # Steps that read prompts are of any shape: they run in captured pieces.
-    assert found["reading"].keys() <= {"PIECEWISE", "FULL"}
+    assert seen["reading"].keys() <= {"PIECEWISE", "FULL"}

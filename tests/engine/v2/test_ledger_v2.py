@@ -36,8 +36,6 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ppd.engine import patches
-from vllm_ppd.trees.menu import Tier, TreePlan
-from vllm_ppd.trees.tree import TreePolicy, chain_tree
 
 
 def parameters(function: Any) -> list[str]:
@@ -87,7 +85,9 @@ def test_methods_that_we_override_and_call():
     assert parameters(BaseSpeculator.propose)[1:5] == [
         *("input_batch", "attn_metadata", "slot_mappings", "last_hidden_states"),
     ]
-    assert {"dummy_run", "is_profile"} <= set(parameters(BaseSpeculator.propose))
+    assert {"dummy_run", "is_profile", "num_speculative_tokens"} <= set(
+        parameters(BaseSpeculator.propose)
+    )
     assert BaseSpeculator.__abstractmethods__ == {
         *("init_cudagraph_manager", "capture", "propose"),
     }
@@ -107,6 +107,30 @@ def test_positions_and_masks_are_written_between_slots_and_metadata():
     assert order == sorted(order)
 
 
+def test_one_batch_travels_through_a_step():
+    """A step's trees are an attribute of it."""
+    batch = InputBatch.__new__(InputBatch)
+    batch.ppd_step = None  # type: ignore[attr-defined]
+    source = inspect.getsource(GPUModelRunner.execute_model)
+    assert "input_batch=input_batch," in source
+    source = inspect.getsource(GPUModelRunner.sample_tokens)
+    assert "input_batch = self.execute_model_state.input_batch" in source
+
+
+def test_the_next_steps_draft_length_reaches_the_speculator():
+    source = inspect.getsource(GPUModelRunner.sample_tokens)
+    assert "num_speculative_tokens=num_spec_tokens" in source
+    # Columns that are not scheduled hold -1, which an embedding must bear.
+    assert "draft_tokens[:, num_spec_tokens:] = -1" in source
+    # A request keeps the number of placeholders of the step that made its drafts.
+    source = inspect.getsource(AsyncScheduler._update_after_schedule)
+    assert "scheduler_output.num_spec_tokens_to_schedule" in source
+    assert "request.spec_token_ids = self._spec_token_placeholders" in source
+    # First steps are padded only where there is no look-up table.
+    source = inspect.getsource(Scheduler.schedule)
+    assert "self.num_spec_tokens > 0 and self.dynamic_sd_lookup is None" in source
+
+
 def test_accepted_paths_move_before_the_output_leaves():
     source = inspect.getsource(GPUModelRunner.sample_tokens)
     order = [
@@ -119,7 +143,7 @@ def test_accepted_paths_move_before_the_output_leaves():
     assert order == sorted(order)
 
 
-def test_candidates_reach_the_scheduler_with_the_output():
+def test_draft_counts_reach_the_scheduler_with_the_output():
     assert parameters(GPUModelRunner.sample_tokens) == ["self", "grammar_output"]
     # Copies lie in order: what was begun before the output's is there with it.
     source = inspect.getsource(AsyncOutput.__init__)
@@ -147,14 +171,6 @@ def test_candidates_reach_the_scheduler_with_the_output():
     assert "scheduler_output.num_invalid_spec_tokens" in inspect.getsource(update)
     # Both schedulers take it from there.
     assert "update_from_output" not in vars(AsyncScheduler)
-
-
-def test_drafts_that_are_no_candidates():
-    from vllm_ppd.engine.v2.candidate_rate import other_rows
-
-    scheduled = {"a": [-1] * 7, "b": [-1] * 3, "c": [5, -1, -1]}
-    # "b" is not in the output; of "c" a grammar has forbidden all but one.
-    assert other_rows(scheduled, {"a": 4, "c": 2}, {"c": 2}) == {"a": 3, "b": 3, "c": 2}
 
 
 def test_what_takes_the_rejection_samplers_place_is_called_like_it():
@@ -225,13 +241,9 @@ def test_workers():
 
 
 def test_asynchronous_scheduling_asks_for_the_method():
-    from vllm_ppd.engine.v2.config import allow_async_scheduling
-
-    allow_async_scheduling()
-    allow_async_scheduling()
-    assert get_args(vllm_config.NgramGPUTypes) == ("ngram_gpu", "ppd")
     source = inspect.getsource(vllm_config.VllmConfig.__post_init__)
     assert "not in get_args(NgramGPUTypes)" in source
+    assert "ngram_gpu" in get_args(vllm_config.NgramGPUTypes)
 
 
 def test_the_method_is_none_that_vllm_keeps_off_v2():
@@ -248,27 +260,21 @@ def test_the_method_is_none_that_vllm_keeps_off_v2():
 
 
 def test_the_speculative_settings_pickle():
-    from vllm_ppd.engine.v2.config import PPDSpeculativeConfig, is_v2_config
+    from vllm_ppd.engine.settings import PPDSpeculativeConfig
 
-    policy = TreePolicy((chain_tree(0, (1,)), chain_tree(1, (1, 1))))
-    plan = TreePlan((Tier(None, (policy,)),)).to_dict()
-    settings = PPDSpeculativeConfig(num_speculative_tokens=7, plan=plan)
+    settings = PPDSpeculativeConfig(num_speculative_tokens=7, ppd={"ngram": False})
     copy = pickle.loads(pickle.dumps(settings))
-    # Whoever is sent them may schedule.
-    assert hasattr(Scheduler.update_from_output, patches._MARK)
-    assert is_v2_config(copy) and copy.plan == plan and copy.method == "ppd"
+    assert copy.ppd == settings.ppd and copy.method == "ppd"
     assert not copy.use_eagle() and not copy.use_ngram()
     assert copy.max_num_new_slots_for_drafting == 0
-    # vLLM logs its configuration, and a plan is long.
+    # vLLM logs its configuration, and a menu is long.
     assert len(repr(copy)) < 80
 
 
-def test_earlier_matches_are_looked_for_in_device_memory():
-    from vllm_ppd.engine.v2.config import PPDSpeculativeConfig
+def test_ngram_matches_are_looked_up_in_device_memory():
+    from vllm_ppd.engine.settings import PPDSpeculativeConfig
 
-    policy = TreePolicy((chain_tree(0, (1,)), chain_tree(1, (1, 1))))
-    plan = TreePlan((Tier(None, (policy, policy)),)).to_dict()
-    settings = PPDSpeculativeConfig(num_speculative_tokens=7, plan=plan)
+    settings = PPDSpeculativeConfig(num_speculative_tokens=7, ppd={"ngram": True})
     assert settings.use_ngram()
     # What vLLM asks it for, and nothing else on this runner but the speculator.
     source = inspect.getsource(GPUModelRunner.__init__)
@@ -288,13 +294,6 @@ def test_earlier_matches_are_looked_for_in_device_memory():
     ]
 
 
-def test_rows_that_are_measured():
-    from vllm_ppd.engine.v2.measure import rows_to_measure
-
-    assert rows_to_measure([2]) == [1, 2]
-    assert rows_to_measure([6, 12, 45]) == [1, 2, 4, 6, 8, 12, 16, 32, 45]
-
-
 def test_what_is_measured_is_scheduled_like_requests():
     """Fields by which made-up steps reach the runner."""
     assert {"req_id", "prompt_token_ids", "prefill_token_ids", "block_ids"} <= {
@@ -305,7 +304,7 @@ def test_what_is_measured_is_scheduled_like_requests():
     }
     source = inspect.getsource(GPUModelRunner.execute_model)
     assert "self.finish_requests(scheduler_output)" in source
-    # As many guesses as the scheduler sends ahead of the device.
+    # As many drafts as the scheduler sends ahead of the device.
     assert "num_spec_tokens_to_schedule" in inspect.getsource(
         AsyncScheduler._update_after_schedule
     )

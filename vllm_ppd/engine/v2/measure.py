@@ -39,7 +39,10 @@ class MeasuredSteps:
         # A request has a token besides, and vLLM's context is not exceeded.
         longest = runner.vllm_config.model_config.max_model_len - 2
         rows = [entry.max_rows for entry in settings.tree_menu().entries]
-        self.row_counts = [1, *(count for count in rows if count <= longest)]
+        self.row_counts: list[int] | None = [
+            1,
+            *(count for count in rows if count <= longest),
+        ]
 
     def seconds(self, num_running: int, rows: int) -> list[float]:
         """Seconds of a step of so many requests with so many rows each, as a mean."""

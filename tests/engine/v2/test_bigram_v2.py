@@ -1,4 +1,4 @@
-"""V2 learns on the device which tokens follow which, and guesses better by it."""
+"""V2 learns the bigram table on the device, and drafts better by it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def learnt(
     steps: int, seen: Walk, tokens: list[int], firsts: list[int]
 ) -> OnlineBigram:
     """A table after the same step several times: after u the target wants u + 1."""
-    from vllm_ppd.engine.v2.table_learner import DeviceTableLearner
+    from vllm_ppd.engine.v2.bigram_learner import BigramLearner
 
     live = OnlineBigram.of(BigramTable.empty(WORDS, 4, (1.0,)))
-    learner = DeviceTableLearner(live, most_rows=8)
+    learner = BigramLearner(live, max_rows=8)
     # A prompt's rows lie before and between those that have logits.
     ids = torch.tensor([0, *(t for token in tokens for t in (token, 0))])
     rows = torch.arange(1, len(ids), 2)
@@ -46,7 +46,7 @@ def learnt(
 
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_ppd.engine.v2.table_learner.EVERY", 1)
+    monkeypatch.setattr("vllm_ppd.engine.v2.bigram_learner.EVERY", 1)
 
 
 def test_visited_nodes_are_observed(every_step):
@@ -70,15 +70,15 @@ def test_many_requests_have_their_turns(every_step):
     assert float(live.totals.sum()) < count + 8
 
 
-def test_not_every_step_is_looked_at():
-    from vllm_ppd.engine.v2.table_learner import EVERY
+def test_one_step_in_eight_is_learnt_from():
+    from vllm_ppd.engine.v2.bigram_learner import EVERY
 
     seen = walk([[0, 0]], [1])
     assert not learnt(EVERY - 1, seen, [3], [0, 1]).totals.any()
     assert float(learnt(2 * EVERY, seen, [3], [0, 1]).totals.sum()) == 2
 
 
-def test_guesses_get_better(plain, ppd, tiny_engine, tiny_ppd):
+def test_drafts_get_better(plain, ppd, tiny_engine, tiny_ppd):
     """The same trees and prompt tokens, which are noise, without and with a table that
     starts empty."""
     requests = prompts(6, seed=71)
@@ -89,7 +89,9 @@ def test_guesses_get_better(plain, ppd, tiny_engine, tiny_ppd):
         speculative = {**tiny_ppd["speculative_config"], "online": online}
         engine = {**tiny_ppd, "speculative_config": speculative}
         before = ppd.accepted(engine)
-        found = ppd.call("generate_and_learn", engine, prompts=requests, params=params)
-        same(expected, found)
+        outputs = ppd.call(
+            "generate_and_learn", engine, prompts=requests, params=params
+        )
+        same(expected, outputs)
         gained.append(ppd.accepted(engine) - before)
     assert gained[1] > 1.1 * gained[0]
