@@ -37,8 +37,6 @@ NGRAM = {
     "prompt_lookup_max": 4,
     "prompt_lookup_min": 2,
 }
-# A passage is taken from each part of the texts that is so many times as long.
-PART = 10
 
 
 class Decoder(Protocol):
@@ -120,26 +118,32 @@ def read_texts(path: Path) -> list[tuple[str, bool]]:
 
 
 def pick_texts(texts: Sequence[str], count: int, characters: int) -> list[str]:
-    """Passages of `characters` from inside texts, the same at every call.
+    """`count` different passages of `characters` from texts, the same at every call.
 
-    They begin at any line, as a file's start is often a licence; one for every `PART`
-    times as many characters of text. Raises ValueError when there are too few.
+    They begin at any line, as a file's start is often a licence; text by text, and
+    again from the first text where there are too few. Raises ValueError where there
+    are too few lines, too.
     """
-    chosen = random.Random(0)
-    size = PART * characters
-    passages = []
-    for part in (t[i : i + size] for t in texts for i in range(0, len(t), size)):
-        starts = [0, *(i + 1 for i, c in enumerate(part) if c == "\n")]
-        starts = [start for start in starts if start + characters <= len(part)]
-        if starts:
-            start = chosen.choice(starts)
-            passages.append(part[start : start + characters])
-    if len(passages) < count:
+    starts = [
+        [i for i in range(len(t) - characters + 1) if i == 0 or t[i - 1] == "\n"]
+        for t in texts
+    ]
+    if sum(map(len, starts)) < count:
         raise ValueError(
-            f"the data has {len(passages)} passages of {characters} characters, and "
-            f"{count} are asked for; lower --num-prompts, --waves or --prompt-tokens"
+            f"the data has {sum(map(len, starts))} lines with {characters} characters "
+            f"from there on, and {count} prompts are asked for; lower --num-prompts, "
+            "--waves or --prompt-tokens"
         )
-    return chosen.sample(passages, count)
+    chosen = random.Random(0)
+    for each in starts:
+        chosen.shuffle(each)
+    passages = []
+    while len(passages) < count:
+        for text, each in zip(texts, starts, strict=True):
+            if each:
+                start = each.pop()
+                passages.append(text[start : start + characters])
+    return passages[:count]
 
 
 def encode_prompts(tokenizer: Any, path: Path, count: int, length: int) -> list[Any]:

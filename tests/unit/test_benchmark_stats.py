@@ -241,8 +241,10 @@ def test_prompts_are_the_same_every_time(tmp_path: Path) -> None:
     assert passages == harness.pick_texts([*texts, "short"], 5, 300)
     assert len(set(passages)) == 5
     assert all(len(p) == 300 and p.startswith("line ") for p in passages)
-    with pytest.raises(ValueError, match="passages of 300 characters, and 11"):
-        harness.pick_texts(texts, 11, 300)
+    # More than there are texts: several from each, from other places.
+    assert len(set(harness.pick_texts(texts, 600, 300))) == 600
+    with pytest.raises(ValueError, match="and 2000 prompts are asked for"):
+        harness.pick_texts(texts, 2000, 300)
     tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()))
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "ab"}\n{"prompt": "cde"}\n')
