@@ -11,13 +11,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from vllm_ppd.calibrate.measure import Measurement, measure, prompt_starts  # noqa: E402
-from vllm_ppd.calibrate.reliability import EDGES, Reliability  # noqa: E402
+from vllm_ppd.calibrate.measure import Measurement, measure  # noqa: E402
 from vllm_ppd.calibrate.settings import CalibrationSettings  # noqa: E402
 from vllm_ppd.train.continuation import continue_prompts, end_tokens  # noqa: E402
-from vllm_ppd.train.data import TokenStream  # noqa: E402
+from vllm_ppd.train.data import TokenStream, prompt_starts  # noqa: E402
 from vllm_ppd.train.model import FrozenModel  # noqa: E402
 from vllm_ppd.train.settings import TrainingError  # noqa: E402
+from vllm_ppd.trees.drafting import DraftInputs, fill_trees  # noqa: E402
 from vllm_ppd.trees.layout import TreeTables  # noqa: E402
 from vllm_ppd.trees.tree import SparseTree, TreePolicy  # noqa: E402
 
@@ -98,7 +98,6 @@ def test_counts_are_those_of_points_one_by_one(model, stream, m, e, monkeypatch)
     prompts = table(m, e)
     counts = np.zeros((m, VOCAB))
     total = 0
-    mass = np.zeros(m)
     for start in prompt_starts(stream, PROMPT).tolist():
         tokens = written_by(model, stream.tokens[start : start + PROMPT].tolist())
         for root in range(PROMPT, len(tokens) - m - 1):
@@ -107,7 +106,6 @@ def test_counts_are_those_of_points_one_by_one(model, stream, m, e, monkeypatch)
             for d in range(1, m + 1):
                 best = logits[d - 1].argsort(descending=True).tolist()
                 counts[d - 1, best.index(tokens[root + 1 + d])] += 1
-            mass += logits.softmax(dim=1).sum(dim=1).numpy()
     assert total > 30
     whole = measure(model, prompts, stream, SETTINGS)
     # The same again with the prompt rows of one point at a time.
@@ -116,8 +114,6 @@ def test_counts_are_those_of_points_one_by_one(model, stream, m, e, monkeypatch)
     for found in (whole, measure(model, prompts, stream, SETTINGS)):
         assert found.num_points == total
         np.testing.assert_allclose(found.acceptance(VOCAB), counts / total, atol=1e-12)
-        assert found.reliability.right.sum(dim=1).tolist() == [total] * m
-        np.testing.assert_allclose(found.reliability.predicted.sum(dim=1), mass)
     few = whole.acceptance(4)
     assert few.shape == (m, 4)
     np.testing.assert_allclose(few, counts[:, :4] / total, atol=1e-12)
@@ -127,7 +123,7 @@ def test_counts_are_those_of_points_one_by_one(model, stream, m, e, monkeypatch)
 def test_distance_is_the_depth_in_the_next_tree(model, stream):
     """Decode token by token; hold each step's tree against the tokens that come."""
     m, ranks = 2, 5
-    # All candidates of depth 1, and all of depth 2 below the best of them.
+    # All ranks at depth 1, and all at depth 2 below the best of them.
     parents, chosen = (0,) * ranks + (1,) * ranks, tuple(range(ranks)) * 2
     tree = SparseTree(parents, chosen, (m,) + (0,) * 2 * ranks)
     empty = [SparseTree((), (), (m,)), SparseTree((0,), (0,), (m, m))]
@@ -139,11 +135,15 @@ def test_distance_is_the_depth_in_the_next_tree(model, stream):
         for last in range(PROMPT, len(future) - m - 1):
             # A step that ends at its root: prompt rows there, then the next token.
             context = future[: last + 1]
-            best = prompt_logits(model, prompts, context).topk(ranks).indices.numpy()
             root = len(context)
+            inputs = DraftInputs(
+                num_prompted=np.array([m]),
+                logits=prompt_logits(model, prompts, context).float(),
+                roots=np.array(future[root : root + 1]),
+                ngrams=np.full((1, 4), -1),
+            )
             assert future[root] == written_by(model, context)[root]
-            state = np.array([m])
-            (drafts,) = fill_drafts(tables, state, state, best)
+            (drafts,) = fill_trees(tables, np.array([m]), inputs, None, np.zeros(m))
             steps += 1
             for node, depth in enumerate(tree.node_depths):
                 if node and drafts[node - 1] == future[root + depth]:
@@ -206,35 +206,19 @@ def test_prompts_of_chats_end_where_the_assistant_writes():
 
 def test_conditional_rates_and_intervals():
     ranks = torch.tensor([[0, 0], [0, 3], [5, 0], [0, 0]])
-    own = Measurement(ranks, torch.arange(4), Reliability.zeros(2))
+    own = Measurement(ranks, torch.arange(4))
     assert own.given_earlier(1) == pytest.approx([3 / 4, 2 / 3])
     assert own.given_earlier(4) == pytest.approx([3 / 4, 1.0])
     # Wilson at 40 of 100, worked out by hand: centre .4038, [.3094, .4980].
     hits = torch.cat([torch.zeros(40), torch.ones(60)]).long()[:, None]
-    apart = Measurement(hits, torch.arange(100), Reliability.zeros(1))
+    apart = Measurement(hits, torch.arange(100))
     assert apart.effective_points()[0] == pytest.approx(99.0)
     assert 0.0943 < apart.half_widths()[0] < 0.0955
     # Ten equal points in each of ten continuations say no more than ten points.
-    together = Measurement(hits, torch.arange(100) // 10, Reliability.zeros(1))
+    together = Measurement(hits, torch.arange(100) // 10)
     assert together.effective_points()[0] == pytest.approx(9.0)
-    never = Measurement(hits * 0 + 1, torch.arange(100), Reliability.zeros(1))
+    never = Measurement(hits * 0 + 1, torch.arange(100))
     assert 0 < never.half_widths()[0] < 0.02
-
-
-def test_reliability_of_believable_and_of_boastful_rows():
-    generator = torch.Generator().manual_seed(0)
-    values = torch.rand(20_000, 5, generator=generator).softmax(dim=1)
-    values = values.sort(dim=1, descending=True).values
-    rank = torch.multinomial(values, 1, generator=generator)[:, 0]
-    at = torch.arange(20_000) % 2
-    honest = Reliability.of(2, at, values, rank)
-    assert honest.count.sum().item() == values.numel()
-    assert honest.count.shape == (2, len(EDGES) + 1)
-    assert max(honest.errors(10_000)) < 0.02
-    boast = Reliability.of(2, at, values.square(), rank) + Reliability.zeros(2)
-    assert min(boast.errors(10_000)) > 0.3
-    for bins in honest.to_dicts():
-        assert bins["observed"] == pytest.approx(bins["predicted"], abs=0.05)
 
 
 def test_a_model_that_ends_at_once(stream):

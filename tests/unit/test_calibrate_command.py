@@ -1,10 +1,9 @@
-"""`vllm-ppd calibrate` writes a table with its record and plot, or leaves no trace."""
+"""`vllm-ppd calibrate` writes its three files, or leaves no trace."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import random
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from vllm_ppd.search.acceptance_table import AcceptanceError, AcceptanceStats  # noqa: E402
 
 from tests.unit.test_calibrate import table, tiny_llama  # noqa: E402
 from vllm_ppd.calibrate import job as calibration_job  # noqa: E402
@@ -21,8 +19,10 @@ from vllm_ppd.cli import calibrate as command  # noqa: E402
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint  # noqa: E402
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError  # noqa: E402
 from vllm_ppd.search.acceptance import AcceptanceModel  # noqa: E402
+from vllm_ppd.search.menu_search import build_menu  # noqa: E402
 from vllm_ppd.train.settings import TrainingError  # noqa: E402
 from vllm_ppd.trees.bigram import BigramTable  # noqa: E402
+from vllm_ppd.trees.menu import load_menus  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -58,106 +58,112 @@ def calibrate(folders, path: Path, *more: str, data: Path | None = None) -> int:
     return command.run(parser.parse_args([*paths, *small.split(), *more]))
 
 
-def test_writes_table_record_and_plot(folders, prompts_folder, capsys):
-    before = sorted(p.name for p in prompts_folder.iterdir())
+FILES = {"acceptance.json", "bigram.safetensors", "trees.json"}
+
+
+def test_writes_acceptance_bigrams_and_menus(folders, prompts_folder, capsys):
+    before = {p.name for p in prompts_folder.iterdir()}
     assert calibrate(folders, prompts_folder) == 0
-    stats = AcceptanceStats.load(prompts_folder / "acceptance.json")
-    assert stats.acceptance.shape == (2, 9)
-    source = stats.source
-    assert source["points"] >= 60 and source["temperature"] == 0
+    assert {p.name for p in prompts_folder.iterdir()} - before == FILES
+    model = AcceptanceModel.load(prompts_folder / "acceptance.json", 2)
+    assert model.prompted.shape == model.marginal.shape == (2, 9)
+    assert 0 < model.marginal.sum(axis=1).min() < 1
+    source = model.source
+    assert source["points"] >= 60 and source["settings"]["temperature"] == 0
     assert source["base_model"]["name"] == "tiny"
     assert list(source["data_sha256"]) == ["text.txt"]
     assert {"torch", "transformers", "vllm_ppd"} <= set(source["versions"])
     assert len(source["top1_half_width_95"]) == 2
-    assert len(source["reliability"]) == 2
-    new = {p.name for p in prompts_folder.iterdir()} - set(before)
-    plotted = "no plot" not in capsys.readouterr().out
-    written = {"acceptance.json", "bigram.safetensors"}
-    assert new == written | ({"acceptance.png"} if plotted else set())
-    acceptance = AcceptanceModel.load(prompts_folder / "acceptance.json")
-    assert acceptance.prompted.shape == (2, 9)
-    table = prompts_folder / "bigram.safetensors"
-    assert BigramTable.load(table, 257, 2).ids.shape == (257, 32)
-    # Prompt tokens with an acceptance table are prompt tokens still.
+    bigram = BigramTable.load(prompts_folder / "bigram.safetensors", 257, 2)
+    assert bigram.ids.shape == (257, 32)
+    variable, fixed = load_menus(prompts_folder / "trees.json")
+    for menu, rows in ((variable, 16), (fixed, 64)):
+        assert menu.max_rows <= rows and menu.num_prompt_tokens == 2
+    assert variable == build_menu(model, 16)
+    assert all(entry.acceptance_length >= 1 for entry in fixed.entries)
+    printed = capsys.readouterr().out
+    assert "+2" in printed and "expected acceptance length" in printed
+    # Prompt tokens with a calibration are prompt tokens still.
     PromptTokens.load(prompts_folder)
 
 
-def test_without_successors_the_evidence_is_the_prompt_rows_own(
-    folders, prompts_folder
-):
+def test_rows_of_the_menus(folders, prompts_folder):
+    rows = ["--variable-rows", "6", "--fixed-rows", "9"]
+    assert calibrate(folders, prompts_folder, *rows) == 0
+    variable, fixed = load_menus(prompts_folder / "trees.json")
+    assert variable.max_rows <= 6 and fixed.max_rows <= 9
+
+
+def test_without_a_bigram_table_the_prompt_rows_are_alone(folders, prompts_folder):
     (prompts_folder / "bigram.safetensors").write_bytes(b"of before")
-    assert (
-        calibrate(folders, prompts_folder, "--overwrite", "--bigram-entries", "0") == 0
-    )
+    flags = ["--overwrite", "--bigram-entries", "0"]
+    assert calibrate(folders, prompts_folder, *flags) == 0
     assert not (prompts_folder / "bigram.safetensors").exists()
-    stats = AcceptanceStats.load(prompts_folder / "acceptance.json")
-    acceptance = AcceptanceModel.load(prompts_folder / "acceptance.json")
+    model = AcceptanceModel.load(prompts_folder / "acceptance.json")
     # Of the same points, those at which steps begin.
-    assert acceptance.overall[:2].any()
-    assert not acceptance.overall[:2][stats.acceptance == 0].any()
-    assert not acceptance.unprompted.any()
+    assert model.overall[:2].any()
+    assert not model.overall[:2][model.marginal == 0].any()
+    assert not model.unprompted.any()
+    assert model.source["bigram"] is False
 
 
-def test_without_matplotlib_there_is_no_plot(
-    folders, prompts_folder, monkeypatch, capsys
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_keeps_and_replaces_an_earlier_calibration(
+    folders, prompts_folder, tmp_path, name
 ):
-    def missing(stats):
-        raise ImportError
-
-    monkeypatch.setattr(calibration_job, "draw", missing)
-    assert calibrate(folders, prompts_folder) == 0
-    assert "matplotlib is not installed" in capsys.readouterr().out
-    assert not (prompts_folder / "acceptance.png").exists()
-
-
-def test_keeps_and_replaces_an_earlier_table(folders, prompts_folder, tmp_path):
-    file = prompts_folder / "acceptance.json"
+    file = prompts_folder / name
     file.write_text("precious")
-    with pytest.raises(ValueError, match=r"there already.*--overwrite"):
+    with pytest.raises(TrainingError, match=r"exists already.*--overwrite"):
         calibrate(folders, prompts_folder)
     assert file.read_text() == "precious"
-    other = tmp_path / "other.json"
+    other = tmp_path / "other"
+    other.mkdir()
     assert calibrate(folders, prompts_folder, "--out", str(other)) == 0
+    assert {p.name for p in other.iterdir()} == FILES
     assert file.read_text() == "precious"
     assert calibrate(folders, prompts_folder, "--overwrite") == 0
-    same = [json.loads(f.read_text())["acceptance"] for f in (file, other)]
-    assert same[0] == same[1]
+    one, two = (
+        AcceptanceModel.load(f / "acceptance.json") for f in (other, file.parent)
+    )
+    assert (one.marginal == two.marginal).all() and (one.ngram == two.ngram).all()
 
 
-def test_a_failed_write_leaves_the_earlier_table(folders, prompts_folder, monkeypatch):
-    file = prompts_folder / "acceptance.json"
-    file.write_text("precious")
+def test_a_failed_write_leaves_the_earlier_files(folders, prompts_folder, monkeypatch):
+    for name in FILES:
+        (prompts_folder / name).write_text("precious")
     before = sorted(p.name for p in prompts_folder.iterdir())
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vllm_ppd.files.os.replace", full)
-    with pytest.raises(AcceptanceError, match="No space left"):
+    # The last of the three files is not written.
+    monkeypatch.setattr(calibration_job, "save_menus", full)
+    with pytest.raises(TrainingError, match="No space left"):
         calibrate(folders, prompts_folder, "--overwrite")
-    assert file.read_text() == "precious"
+    assert {(prompts_folder / name).read_text() for name in FILES} == {"precious"}
     assert sorted(p.name for p in prompts_folder.iterdir()) == before
 
 
 @pytest.mark.parametrize(
-    ("flags", "error", "message"),
+    ("flags", "message"),
     [
-        ("--points 0", TrainingError, "points is 0"),
-        ("--temperature -1", TrainingError, "temperature is -1"),
-        ("--temperature nan", TrainingError, "temperature is nan"),
-        ("--dtype int4", TrainingError, "dtype is 'int4'"),
-        ("--continue 3", TrainingError, "too short for 2 prompt tokens.*at least 4"),
-        ("--ranks 1000", TrainingError, "vocabulary has 257 tokens"),
-        ("--continue 60", TrainingError, "length 68 exceeds the model's 64 positions"),
-        ("--prompt-length 5000 --continue 9", TrainingError, "at least 5000"),
-        ("--out nowhere/a.json", ValueError, "nowhere is no folder"),
-        ("--out weights.bin", ValueError, "ending in .json"),
+        ("--points 0", "points is 0"),
+        ("--temperature -1", "temperature is -1"),
+        ("--temperature nan", "temperature is nan"),
+        ("--bigram-entries -1", "bigram_entries is -1"),
+        ("--fixed-rows 1", "fixed_rows is 1.*at least 2"),
+        ("--fixed-rows 200", "fixed_rows is 200.*at most 129"),
+        ("--continue 3", "too few for 2 prompt tokens.*at least 4"),
+        ("--ranks 1000", "vocabulary has 257 tokens"),
+        ("--continue 60", "length 68 exceeds the model's 64 positions"),
+        ("--prompt-length 5000 --continue 9", "at least 5000"),
+        ("--out nowhere", "nowhere is no folder"),
     ],
 )
-def test_bad_settings(folders, prompts_folder, flags, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_settings(folders, prompts_folder, flags, message):
+    with pytest.raises(TrainingError, match=message):
         calibrate(folders, prompts_folder, *flags.split())
-    assert not (prompts_folder / "acceptance.json").exists()
+    assert not FILES & {p.name for p in prompts_folder.iterdir()}
 
 
 def test_bad_data_model_and_prompt_tokens(folders, prompts_folder, tmp_path):

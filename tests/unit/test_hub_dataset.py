@@ -199,7 +199,7 @@ def test_calibration_reads_data_sets_too(
     settings = CalibrationSettings(
         points=40, prompt_length=8, continuation=12, ranks=9, batch_size=8
     )
-    stats, _, _ = CalibrationJob(
+    result, _ = CalibrationJob(
         path=str(tmp_path / "prompts"),
         model=str(model_folder),
         data=["org/text@test"],
@@ -208,7 +208,7 @@ def test_calibration_reads_data_sets_too(
         quiet=True,
     ).run()
     assert library.calls == [("org/text", None, "test", True)]
-    (name,) = stats.source["data_sha256"]
+    (name,) = result.acceptance.source["data_sha256"]
     assert name.startswith("org-text-test-")
 
 

@@ -1,44 +1,94 @@
-"""What a calibration learns about candidates by where they stand.
+"""What the text after each insertion point says about every source of draft tokens.
 
-At each insertion point the true continuation is known, so for every candidate list
-that serving could make there (from a prompt row and the bigram table, from the
-table alone, beside a chain) the place of the true token under the true parent is
-found. `evidence_rates` makes chances of them.
+The true continuation of an insertion point is known. For every list of draft tokens
+that serving could make there (from a prompt row and the bigram table, from the bigram
+table alone, beside an n-gram draft), the rank of the true token below the true parent
+is recorded. `vllm_ppd.calibrate.rates` turns these ranks into acceptance probabilities.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from vllm_ppd.calibrate.rates import Texts, TriedPoints, settled_evidence
+from vllm_ppd.calibrate.rates import Texts, WeightedPoints, settled_acceptance
 from vllm_ppd.search.acceptance import AcceptanceModel
-from vllm_ppd.search.latency import LatencyCurve, default_profile
 from vllm_ppd.train.continuation import Continuation
-from vllm_ppd.trees.bigram import BigramTable, BigramTensors
+from vllm_ppd.train.data import TokenStream
+from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.trees.bigram import BigramCounts, BigramTable, BigramTensors
 from vllm_ppd.trees.drafting import rank_children
 from vllm_ppd.trees.ngram import match_ngram
 
-__all__ = ["AcceptanceCounts"]
+__all__ = ["WEIGHTS", "AcceptanceCounts", "NgramMatches", "count_bigrams"]
 
-# Weights of the bigram table's gain that are tried.
+# Candidate weights of the bigram table's gain, of which each prompt token gets one.
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+# Tokens of a window, next tokens per position, and positions per pass of the model.
+_WINDOW, _NEXT_TOKENS, _ROWS_AT_ONCE = 256, 16, 1 << 11
+
+
+@dataclass(frozen=True, eq=False)
+class NgramMatches:
+    """N-gram matches at every token of a batch of texts."""
+
+    tokens: np.ndarray
+    """int64 [B, L]."""
+    match_class: np.ndarray
+    """int64 [B, L], 0 without a match."""
+    right: np.ndarray
+    """int64 [B, L]: tokens of the n-gram draft before its first wrong one."""
+    wrong_token: np.ndarray
+    """int64 [B, L]: that wrong one, or -1."""
+    first: np.ndarray
+    """int64 [B]: where the model's own text begins."""
+    end: np.ndarray
+    """int64 [B]: one past its last token."""
+
+    @classmethod
+    def of(cls, continuation: Continuation) -> NgramMatches:
+        tokens = continuation.tokens.cpu().numpy()
+        match_class, right = np.zeros((2, *tokens.shape), dtype=np.int64)
+        wrong_token = np.full(tokens.shape, -1)
+        first, end = np.zeros((2, len(tokens)), dtype=np.int64)
+        for index, written in enumerate(continuation.written.cpu().numpy()):
+            own = np.flatnonzero(written)
+            if len(own) < 2:
+                continue
+            first[index], end[index] = own[0], own[-1] + 1
+            text = tokens[index, : end[index]]
+            for root in range(first[index], end[index] - 1):
+                match_class[index, root], draft = match_ngram(text[: root + 1])
+                future = text[root + 1 : root + 1 + len(draft)]
+                wrong = np.flatnonzero(draft[: len(future)] != future)
+                right[index, root] = wrong[0] if len(wrong) else len(future)
+                if len(wrong):
+                    wrong_token[index, root] = draft[wrong[0]]
+        return cls(tokens, match_class, right, wrong_token, first, end)
+
+    def wrong_drafts(self, rows: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """[V, m] of points: the n-gram draft's wrong token after right ones, else -1.
+
+        rows [V], target [V, m]: text, and rows p + d of it.
+        """
+        roots = target[:, 0]
+        at_wrong = np.arange(target.shape[1]) == self.right[rows, roots][:, None]
+        return np.where(at_wrong, self.wrong_token[rows, roots][:, None], -1)
 
 
 class AcceptanceCounts:
-    """Points of texts; feed texts, their points and logits, then take `acceptance`.
+    """Collects insertion points batch by batch, then settles the acceptance model.
 
-    Points of a text should be neighbours, so that steps can be followed.
+    Points of a text should be neighbours, so that decoding steps can be followed.
 
     Args:
         num_prompt_tokens: m.
         num_ranks: K.
         table: the bigram table; None without one.
-        latency: seconds of a step by rows, of a machine like that which will serve, for
-            steps begin where its trees fail; a typical CPU's by default.
         num_ept: rows per prompt token.
     """
 
@@ -47,146 +97,140 @@ class AcceptanceCounts:
         num_prompt_tokens: int,
         num_ranks: int,
         table: BigramTable | None,
-        latency: LatencyCurve | None = None,
         num_ept: int = 1,
     ):
-        self.m, self.k = num_prompt_tokens, num_ranks
-        self._table = None if table is None else BigramTensors.of(table)
-        self._weights = WEIGHTS if table else (0.0,)
-        self._latency = latency or default_profile("cpu").curve(1)
-        self._num_ept = num_ept
+        self.num_ranks, self._num_ept = num_ranks, num_ept
+        self._bigram = None if table is None else BigramTensors.of(table)
+        self.candidates = WEIGHTS if table else (0.0,)
         # A point has m true tokens after its root.
         self._texts = Texts(num_prompt_tokens)
-        self._points: list[TriedPoints] = []
-        self._settled: tuple[AcceptanceModel, tuple[int, ...]] | None = None
+        self._points: list[WeightedPoints] = []
 
-    def add_texts(self, continuation: Continuation) -> None:
-        """The texts of the next points, and their matches."""
-        self._tokens = continuation.tokens.cpu().numpy()
-        shape = self._tokens.shape
-        class_at = np.zeros(shape, dtype=np.int64)
-        # Tokens of the chain that are right, and the one after them, which is wrong.
-        self._right_at = np.zeros(shape, dtype=np.int64)
-        self._wrong_at = np.full(shape, -1)
-        first = np.zeros(len(self._tokens), dtype=np.int64)
-        end = np.zeros(len(self._tokens), dtype=np.int64)
-        for index, written in enumerate(continuation.written.cpu().numpy()):
-            own = np.flatnonzero(written)
-            if len(own) < 2:
-                continue
-            first[index], end[index] = own[0], own[-1] + 1
-            text = self._tokens[index, : own[-1] + 1]
-            for root in range(own[0], own[-1]):
-                class_at[index, root] = self._look_at(index, text, root)
-        self._class_at, self._first = class_at, first
-        self._first_text = self._texts.add(class_at, first, end)
+    def ranks(
+        self, logits: torch.Tensor, parents: np.ndarray, truth: np.ndarray, *wrong: Any
+    ) -> np.ndarray:
+        """int64 [W, n]: rank of the true tokens with each candidate weight; K if the
+        list does not have it.
 
-    def _look_at(self, index: int, text: np.ndarray, root: int) -> int:
-        match_class, chain = match_ngram(text[: root + 1])
-        future = text[root + 1 : root + 1 + len(chain)]
-        wrong = np.flatnonzero(chain[: len(future)] != future)
-        self._right_at[index, root] = wrong[0] if len(wrong) else len(future)
-        if len(wrong):
-            self._wrong_at[index, root] = chain[wrong[0]]
-        return match_class
-
-    def add_points(self, sequence: torch.Tensor, target: torch.Tensor) -> None:
-        """Points of those texts whose logits come next.
-
-        sequence [V, 1], target [V, m]: text, and rows p + d of it.
+        Args:
+            logits: float32 [n, V] of prompt rows.
+            parents, truth: [n] true tokens, of each row's own position and after it.
+            wrong: [n] tokens to leave out of the lists, or -1.
         """
-        rows, targets = sequence[:, 0].cpu().numpy(), target.cpu().numpy()
-        self._rows, self._roots = rows, targets[:, 0]
-        # [V, m] the chain's token where it is wrong after having been right; else -1.
-        depth = np.arange(self.m) == self._right_at[rows, self._roots][:, None]
-        self._wrong = np.where(depth, self._wrong_at[rows, self._roots][:, None], -1)
-        tokens = self._tokens
-        self._parents = torch.from_numpy(tokens[rows[:, None], targets])
-        self._truth = torch.from_numpy(tokens[rows[:, None], targets + 1])
-        # The truth's place in each list: with every weight, beside a chain too.
-        shape = len(self._weights), *targets.shape
-        self._place = np.full(shape, self.k)
-        self._place_beside = np.full(shape, self.k)
+        excluded = [torch.from_numpy(each) for each in wrong]
+        tokens, logits = torch.from_numpy(parents), logits.cpu()
+        lists = [
+            rank_children(
+                logits, tokens, self._bigram, weight, self.num_ranks, *excluded
+            )
+            for weight in self.candidates
+        ]
+        return np.stack([_rank_in(ids.numpy(), truth) for ids in lists])
 
-    def add_logits(self, first: int, logits: torch.Tensor) -> None:
-        """float32 [n, V] of the points' prompt rows from flat index `first` on."""
-        at = np.arange(first, first + len(logits))
-        point, distance = at // self.m, at % self.m
-        parents = self._parents[point, distance]
-        truth = self._truth[point, distance].numpy()
-        wrong = self._wrong[point, distance]
-        some = np.flatnonzero(wrong >= 0)
-        logits = logits.cpu()
-        for index, weight in enumerate(self._weights):
-            ids = rank_children(logits, parents, self._table, weight, self.k)
-            self._place[index, point, distance] = _rank_in(ids.numpy(), truth)
-            if len(some):
-                ids = rank_children(
-                    logits[some],
-                    parents[some],
-                    self._table,
-                    weight,
-                    self.k,
-                    torch.from_numpy(wrong[some]),
-                )
-                rank = _rank_in(ids.numpy(), truth[some])
-                self._place_beside[index, point[some], distance[some]] = rank
+    def add(
+        self,
+        matches: NgramMatches,
+        sequence: np.ndarray,
+        target: np.ndarray,
+        prompted: np.ndarray,
+        beside: np.ndarray,
+    ) -> None:
+        """Add all points of a batch of texts.
 
-    def end_points(self) -> None:
-        """Keep the points, now that all their logits are there."""
-        rows, roots = self._rows, self._roots
-        right, wrong = self._right_at[rows, roots], self._wrong_at[rows, roots]
-        # Where the chain ends the token before is true; there is none after a text.
-        behind = np.minimum(roots + right, self._tokens.shape[1] - 2)
-        nothing = np.full(len(rows), -1)
+        Args:
+            matches: the texts.
+            sequence: [V] text of each point.
+            target: [V, m] rows p + 1 .. p + m, of which the first is the next root.
+            prompted: [W, V, m] `ranks` of the prompt rows.
+            beside: [W, V, m] the same without the n-gram draft's wrong token; K where
+                that is not at this depth.
+        """
+        first_text = self._texts.add(matches.match_class, matches.first, matches.end)
+        roots = target[:, 0]
+        right = matches.right[sequence, roots]
+        wrong = matches.wrong_token[sequence, roots]
+        # The token before the wrong one is right; behind a text there is none.
+        last_right = np.minimum(roots + right, matches.tokens.shape[1] - 2)
+        unprompted = self._unprompted(matches.tokens, sequence, last_right, wrong)
         self._points.append(
-            TriedPoints(
-                text=self._first_text + rows,
+            WeightedPoints(
+                text=first_text + sequence,
                 root=roots,
                 # The first point of a text has the second token of its own as root.
-                fresh=roots == self._first[rows] + 1,
-                match_class=self._class_at[rows, roots],
+                fresh=roots == matches.first[sequence] + 1,
+                match_class=matches.match_class[sequence, roots],
                 right=right,
                 tried=right + (wrong >= 0),
-                prompted=self._place,
-                beside=self._place_beside,
-                alone=self._alone(rows, roots, nothing),
-                beside_alone=np.where(
-                    wrong >= 0, self._alone(rows, behind, wrong), self.k
+                prompted=prompted,
+                beside=beside,
+                unprompted=self._unprompted(
+                    matches.tokens, sequence, roots, np.full(len(roots), -1)
                 ),
+                beside_unprompted=np.where(wrong >= 0, unprompted, self.num_ranks),
             )
         )
-        self._settled = None
 
-    def _alone(
-        self, rows: np.ndarray, roots: np.ndarray, excluded: np.ndarray
+    def _unprompted(
+        self, tokens: np.ndarray, rows: np.ndarray, parents: np.ndarray, wrong: Any
     ) -> np.ndarray:
-        """[V] place of the next token among the bigram of those at `roots`."""
-        if self._table is None:
-            return np.full(len(rows), self.k)
-        parents = torch.from_numpy(self._tokens[rows, roots])
-        left_out = torch.from_numpy(excluded)
-        ids = rank_children(None, parents, self._table, 0.0, self.k, left_out)
-        return _rank_in(ids.numpy(), self._tokens[rows, roots + 1])
+        """[V] rank of the token after each parent in the bigram table's list."""
+        if self._bigram is None:
+            return np.full(len(rows), self.num_ranks)
+        ids = rank_children(
+            None,
+            torch.from_numpy(tokens[rows, parents]),
+            self._bigram,
+            0.0,
+            self.num_ranks,
+            torch.from_numpy(wrong),
+        )
+        return _rank_in(ids.numpy(), tokens[rows, parents + 1])
 
-    def weights(self) -> tuple[float, ...]:
-        """[m] the best weight of the table's gain for each prompt token."""
-        return tuple(self._weights[index] for index in self._settle()[1])
+    def settled(
+        self, marginal: np.ndarray
+    ) -> tuple[AcceptanceModel, tuple[float, ...]]:
+        """Acceptance probabilities where steps begin, and [m] the best weights of the
+        table's gain. `marginal` [m, K] is taken over all positions."""
+        points = WeightedPoints.joined(self._points)
+        model, best = settled_acceptance(
+            points, self._texts, self.num_ranks, self._num_ept
+        )
+        weights = tuple(self.candidates[index] for index in best)
+        return replace(model, marginal=marginal), weights
 
-    def acceptance(self, source: dict[str, Any]) -> AcceptanceModel:
-        """Rates where steps begin, with the best weights."""
-        return replace(self._settle()[0], source=source)
 
-    def _settle(self) -> tuple[AcceptanceModel, tuple[int, ...]]:
-        if self._settled is None:
-            points = TriedPoints.joined(self._points)
-            self._settled = settled_evidence(
-                points, self._texts, self.k, self._latency, self._num_ept
+@torch.no_grad()
+def count_bigrams(
+    model: FrozenModel,
+    stream: TokenStream,
+    size: int,
+    num_prompt_tokens: int,
+    quiet: bool = True,
+) -> BigramTable:
+    """The `size` likeliest next tokens of each token, by the frozen model's own
+    next-token distributions over all of `stream`."""
+    counts = BigramCounts(model.vocab_size)
+    window = min(_WINDOW, stream.tokens.numel())
+    starts = torch.arange(0, stream.tokens.numel() - window + 1, window)
+    listed = min(_NEXT_TOKENS, model.vocab_size)
+    with tqdm(
+        total=len(starts) * window, unit="tok", desc="bigrams", disable=quiet
+    ) as bar:
+        for part in starts.split(max(1, _ROWS_AT_ONCE // window)):
+            tokens, _ = stream.windows(part, window)
+            hidden = model.model.base_model(tokens.to(model.device), use_cache=False)
+            logits = model.logits(hidden.last_hidden_state.flatten(0, 1))
+            best = logits.softmax(dim=1).topk(listed, dim=1)
+            counts.add(
+                tokens.flatten().repeat_interleave(listed).numpy(),
+                best.indices.flatten().cpu().numpy(),
+                best.values.flatten().double().cpu().numpy(),
             )
-        return self._settled
+            bar.update(tokens.numel())
+    return counts.table(size, num_prompt_tokens)
 
 
 def _rank_in(lists: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """[N] place of the truth in each list [N, K]; K where it is not there."""
+    """[N] rank of the truth in each list [N, K]; K where it is not there."""
     same = lists == truth[:, None]
     return np.where(same.any(axis=1), same.argmax(axis=1), lists.shape[1])

@@ -1,15 +1,14 @@
-"""How often each candidate is right, measured on the model's own continuations.
+"""Rank of the true token in each prompt token's output, on the model's own text.
 
 Held-out prompts are continued by the frozen model, greedily or by sampling, and prompt
 rows are inserted at many points of each continuation. With the root at token p, the
 model's ordinary output picks token p + 1, which is the next step's root; prompt token d
-predicts token p + 1 + d, which is the candidate at depth d of the next step's tree.
+predicts token p + 1 + d, which is the draft token at depth d of the next step's tree.
 "Distance d" is that d, here and in the tree search, from 1.
 
-Rates are marginal: taken over all points, whatever the nearer prompt tokens guessed,
-and all points count alike, whereas in decoding a step begins where a guess failed;
-`AcceptanceCounts` looks at those. `Measurement.given_earlier` says how far from
-independent the distances are.
+`Measurement` has marginal rates over all positions. Decoding steps start after a
+rejected draft, where text is harder; `vllm_ppd.calibrate.rates` corrects for that.
+`Measurement.given_earlier` says how far from independent the distances are.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vllm_ppd.calibrate.counts import AcceptanceCounts
-from vllm_ppd.calibrate.reliability import Reliability
+from vllm_ppd.calibrate.counts import AcceptanceCounts, NgramMatches
 from vllm_ppd.calibrate.settings import CalibrationSettings
 from vllm_ppd.train.continuation import Continuation, continue_prompts
 from vllm_ppd.train.data import TokenStream, prompt_starts
@@ -31,7 +29,7 @@ from vllm_ppd.train.model import FrozenModel
 from vllm_ppd.train.scores import token_rank
 from vllm_ppd.train.settings import TrainingError
 
-__all__ = ["Measurement", "measure", "prompt_starts"]
+__all__ = ["Measurement", "measure"]
 
 # Bounds on what one pass holds: logits, and prompt rows of a sequence (their attention
 # mask grows with the square of the rows, which large ensembles make many).
@@ -41,13 +39,12 @@ _ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """What N insertion points said."""
+    """Ranks at N insertion points."""
 
     ranks: torch.Tensor
-    """int64 [N, m]: rank of the true token among prompt token d's candidates."""
+    """int64 [N, m]: rank of the true token in prompt token d's output."""
     prompt: torch.Tensor
     """int64 [N]: which prompt's continuation each point lies in."""
-    reliability: Reliability
 
     @property
     def num_points(self) -> int:
@@ -67,10 +64,10 @@ class Measurement:
         return torch.stack(counts).double().numpy() / self.num_points
 
     def effective_points(self) -> list[float]:
-        """Per distance: independent points that would tell the top-1 rate as well.
+        """Per distance: independent points with the same variance of the top-1 rate.
 
-        Points of one continuation resemble each other (models repeat themselves), so
-        the variance is taken between continuations.
+        Points of one continuation are correlated, so the variance is taken between
+        continuations.
         """
         hits = (self.ranks == 0).double()
         mean = hits.mean(dim=0)
@@ -97,8 +94,8 @@ class Measurement:
         """
         inside = (self.ranks < top).long()
         held = inside.cumprod(dim=1).sum(dim=0).double()
-        before = torch.cat([torch.tensor([self.num_points]).double(), held[:-1]])
-        return (held / before.clamp(min=1)).tolist()
+        tried = torch.cat([torch.tensor([self.num_points]).double(), held[:-1]])
+        return (held / tried.clamp(min=1)).tolist()
 
 
 @torch.no_grad()
@@ -110,50 +107,50 @@ def measure(
     quiet: bool = True,
     counts: AcceptanceCounts | None = None,
 ) -> Measurement:
-    """Ranks of the true tokens among the candidates of `embeddings` [m, e, hidden].
+    """Ranks of the true tokens in the outputs of `embeddings` [m, e, hidden].
 
-    counts: also counts what serving's other candidate lists would have held.
+    Goes through prompts cut from `stream` until it has the points asked for or no
+    prompt is left. `counts` gets the points, too, with all sources of draft tokens.
 
-    Goes through prompts cut from `stream` until it has the points asked for or there
-    are no more prompts. Raises TrainingError when settings, prompt tokens and model do
-    not go together, TrainingError when not a single point is found.
+    Raises:
+        TrainingError: settings, prompt tokens and model do not go together, or not a
+            single point is possible.
     """
-    distances = embeddings.shape[0]
-    settings.check_fits(distances, model.vocab_size)
+    m, e, _ = embeddings.shape
+    settings.check_fits(m, e, model.vocab_size)
     generator = torch.Generator().manual_seed(settings.seed)
     starts = prompt_starts(stream, settings.prompt_length)
     starts = starts[torch.randperm(starts.numel(), generator=generator)]
-    reliability = Reliability.zeros(distances)
     ranks, owners = [], []
-    done = used = 0
+    done = prompts_done = 0
     embeddings = embeddings.to(model.device)
     with tqdm(
         total=settings.points, unit="pt", desc="calibrating", disable=quiet
     ) as bar:
-        while done < settings.points and used < starts.numel():
+        while done < settings.points and prompts_done < starts.numel():
             missing = -(-(settings.points - done) // settings.points_per_prompt)
-            part = starts[used : used + min(settings.batch_size, missing)]
+            size = min(settings.batch_size, missing)
+            part = starts[prompts_done : prompts_done + size]
             prompts, _ = stream.windows(part, settings.prompt_length)
             continuation = continue_prompts(
                 model, prompts, settings.continuation, settings.temperature, generator
             )
             insertion = _insertion(continuation, embeddings, settings, generator)
             if insertion is not None:
-                found = _measure_batch(
-                    model, embeddings, continuation, insertion, settings.ranks, counts
+                batch = _measure_batch(
+                    model, embeddings, continuation, insertion, counts
                 )
-                ranks.append(found.ranks)
-                owners.append(found.prompt + used)
-                reliability += found.reliability
-                done += found.num_points
-                bar.update(min(found.num_points, bar.total - bar.n))
-            used += part.numel()
+                ranks.append(batch.ranks)
+                owners.append(batch.prompt + prompts_done)
+                done += batch.num_points
+                bar.update(min(batch.num_points, bar.total - bar.n))
+            prompts_done += part.numel()
     if done == 0:
         raise TrainingError(
-            f"after none of {used} prompts does the model write {distances + 2} tokens "
+            f"after none of {prompts_done} prompts does the model write {m + 2} tokens "
             "before it ends its text; use other text or a higher temperature"
         )
-    return Measurement(torch.cat(ranks), torch.cat(owners), reliability)
+    return Measurement(torch.cat(ranks), torch.cat(owners))
 
 
 def _insertion(
@@ -176,7 +173,7 @@ def _insertion(
         e,
         generator,
         allowed,
-        # Neighbours show where steps of decoding begin.
+        # Neighbours show where decoding steps begin.
         in_a_row=True,
     )
     return insertion if bool(insertion.valid.any()) else None
@@ -187,71 +184,73 @@ def _measure_batch(
     embeddings: torch.Tensor,
     continuation: Continuation,
     insertion: Insertion,
-    num_ranks: int,
     counts: AcceptanceCounts | None,
 ) -> Measurement:
     """All points of a batch; `prompt` counts from the batch's first."""
     m, e, _ = embeddings.shape
-    ranks, owners = [], []
-    reliability = Reliability.zeros(m)
+    ranks, owners, targets = [], [], []
+    places: list[tuple[np.ndarray, np.ndarray]] = []
+    matches = None if counts is None else NgramMatches.of(continuation)
     step = max(1, _ROWS_AT_ONCE // (m * e))
-    if counts is not None:
-        counts.add_texts(continuation)
     for first in range(0, insertion.points.shape[1], step):
-        some = slice(first, first + step)
+        columns = slice(first, first + step)
         part = replace(
             insertion,
-            points=insertion.points[:, some],
-            valid=insertion.valid[:, some],
-        )
-        part = part.to(model.device)
+            points=insertion.points[:, columns],
+            valid=insertion.valid[:, columns],
+        ).to(model.device)
         rows = model.prompt_rows(embeddings, part, continuation.ordinary)
         # Without these rows the cache serves the next points.
         continuation.ordinary.cache.crop(-rows.shape[1])
         sequence, target = part.target_index()
         # Ordinary row p + d, which prompt token d stands in for, predicts p + d + 1.
-        truth = continuation.tokens[sequence, target + 1]
-        if counts is not None:
-            counts.add_points(sequence, target)
-        hidden = part.split_points(rows)
-        rank, values = _rank(model, hidden, truth, num_ranks, counts)
-        at = torch.arange(m, device=rank.device).repeat(rank.shape[0])
-        reliability += Reliability.of(m, at, values.flatten(0, 1), rank.flatten())
-        ranks.append(rank.cpu())
+        truth = continuation.tokens[sequence, target + 1].flatten()
+        hidden = part.split_points(rows).flatten(0, 1)
         owners.append(sequence[:, 0].cpu())
-        if counts is not None:
-            counts.end_points()
-    return Measurement(torch.cat(ranks), torch.cat(owners), reliability)
+        targets.append(target.cpu())
+        at = np.arange(len(truth))
+        # Ensembles average their logits, as the engine does.
+        chunk = max(1, _CHUNK_ELEMENTS // (model.vocab_size * e))
+        for index in np.split(at, range(chunk, len(at), chunk)):
+            logits = model.logits(hidden[index]).mean(dim=1)
+            ranks.append(token_rank(logits, truth[index]).cpu())
+            if counts is not None and matches is not None:
+                places.append(
+                    _places(counts, matches, logits, owners[-1], targets[-1], index)
+                )
+    sequences, all_targets = torch.cat(owners), torch.cat(targets)
+    if counts is not None and matches is not None:
+        prompted, beside = (
+            np.concatenate(parts, axis=1).reshape(-1, *all_targets.shape)
+            for parts in zip(*places, strict=True)
+        )
+        counts.add(matches, sequences.numpy(), all_targets.numpy(), prompted, beside)
+    return Measurement(torch.cat(ranks).view(-1, m), sequences)
 
 
-def _rank(
-    model: FrozenModel,
-    hidden: torch.Tensor,
-    truth: torch.Tensor,
-    num_ranks: int,
-    counts: AcceptanceCounts | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of prompt rows [V, m, e, hidden] and their true tokens [V, m].
-
-    Returns int64 [V, m], the rank of the truth, and float32 [V, m, K], probabilities
-    of the best candidates. Ensembles average their logits, as the engine does.
-    """
-    ranks, values = [], []
-    rows = hidden.flatten(0, 1)
-    chunk = max(1, _CHUNK_ELEMENTS // (model.vocab_size * hidden.shape[2]))
-    done = 0
-    for part, token in zip(
-        rows.split(chunk), truth.flatten().split(chunk), strict=True
-    ):
-        logits = model.logits(part).mean(dim=1)
-        if counts is not None:
-            counts.add_logits(done, logits)
-            done += len(logits)
-        ranks.append(token_rank(logits, token))
-        values.append(logits.softmax(dim=1).topk(num_ranks, dim=1).values)
-    return torch.cat(ranks).view(truth.shape), torch.cat(values).unflatten(
-        0, truth.shape
-    )
+def _places(
+    counts: AcceptanceCounts,
+    matches: NgramMatches,
+    logits: torch.Tensor,
+    owners: torch.Tensor,
+    targets: torch.Tensor,
+    index: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`prompted` and `beside` of `AcceptanceCounts.add`, [W, n], for the predictions
+    `index` [n] of points with `owners` [V] and `targets` [V, m]."""
+    point, distance = np.divmod(index, targets.shape[1])
+    rows, target = owners.numpy()[point], targets.numpy()[point]
+    at = target[np.arange(len(index)), distance]
+    parents, truth = matches.tokens[rows, at], matches.tokens[rows, at + 1]
+    wrong = matches.wrong_drafts(rows, target)[np.arange(len(index)), distance]
+    prompted = counts.ranks(logits, parents, truth)
+    beside = np.full_like(prompted, counts.num_ranks)
+    some = np.flatnonzero(wrong >= 0)
+    if len(some):
+        beside[:, some] = counts.ranks(
+            logits[some], parents[some], truth[some], wrong[some]
+        )
+    return prompted, beside
 
 
 def _wilson_half_width(rate: float, points: float, z: float = 1.96) -> float:

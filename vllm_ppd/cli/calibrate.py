@@ -1,9 +1,9 @@
-"""vllm-ppd calibrate: measure how often prompt tokens guess right.
+"""vllm-ppd calibrate: measure acceptance on held-out text and choose the draft trees.
 
     vllm-ppd calibrate PATH --model MODEL --data HELD_OUT.jsonl
 
-Writes into PATH what trees are chosen by: acceptance.json and its plot, the successor
-table (bigram.safetensors) and acceptance.json, the chances with that table.
+Writes into PATH: acceptance.json (acceptance probabilities), bigram.safetensors (the
+bigram table) and trees.json (the tree menus for vLLM's two model runners).
 """
 
 from __future__ import annotations
@@ -14,60 +14,58 @@ import sys
 from typing import Any
 
 from vllm_ppd.calibrate.settings import CalibrationSettings
+from vllm_ppd.train.settings import DTYPES
 
 _REPORTED = 10  # the wider of the two rates printed, as in the paper
+_TEXTS = {
+    "points": "Number of positions to sample (default {}; fewer if the data are "
+    "short).",
+    "points_per_prompt": "Positions to sample per generated text",
+    "temperature": "Sampling temperature for the generated text (0 = greedy)",
+    "ranks": "Draft tokens to rank at each distance",
+    "prompt_length": "Tokens of each prompt, which are taken from the data",
+    "continuation": "Tokens to generate after each prompt",
+    "batch_size": "Prompts to continue at once",
+    "dtype": "Number format of the model",
+    "bigram_entries": "Next tokens per token in the bigram table (0 = no table)",
+    "bigram_tokens": "Tokens of the data to count the bigram table on, at most half",
+    "variable_rows": "Most rows of a tree where every request's tree has its own size "
+    "(V1 model runner)",
+    "fixed_rows": "Most rows of a tree where all trees of a step are padded to one "
+    "size (V2 model runner)",
+    "seed": "Seed of prompts, positions and sampling",
+}
+_FLAGS = {"points": ["--points", "--tokens"], "continuation": ["--continue"]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `vllm-ppd calibrate`."""
-    parser.add_argument("path", help="folder or hub id of prompt tokens")
-    parser.add_argument(
-        "--model", required=True, help="folder or hub id of the model they belong to"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("path", help="Folder or hub id of the prompt tokens.")
+    add("--model", required=True, help="Folder or hub id of the model they belong to.")
+    add(
         "--data",
         required=True,
         nargs="+",
-        metavar="FILE",
-        help='held-out text: .jsonl with {"text": ...} or {"messages": [...]} a line, '
-        "or plain text files",
+        metavar="TEXT",
+        help='Held-out text: .jsonl files with {"text": ...} or {"messages": [...]} on '
+        "every line, plain text files, or Hugging Face data sets.",
     )
-    parser.add_argument(
-        "--out",
-        metavar="FILE",
-        help="file for the table (default: acceptance.json in PATH); the plot goes "
-        "beside it",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what is there"
-    )
-    parser.add_argument("--cpu", action="store_true", help="use no GPU")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    _add_settings(parser.add_argument_group("measuring"))
-
-
-def _add_settings(group: Any) -> None:
-    texts = {
-        "points": "insertion points, as far as the text goes",
-        "points_per_prompt": "insertion points per continuation",
-        "temperature": "of the continuations; 0 is greedy",
-        "ranks": "candidates per distance",
-        "prompt_length": "tokens of text that the model continues",
-        "continuation": "tokens that it writes after them",
-        "batch_size": "prompts at once",
-        "dtype": "number format of the model",
-        "bigram": "next tokens listed per token in the bigram table, 0 for none",
-        "bigram_tokens": "tokens of text that the table is made of",
-        "seed": "of prompts, insertion points and sampling",
-    }
-    flags = {"points": ["--points", "--tokens"], "continuation": ["--continue"]}
+    add("--out", metavar="FOLDER", help="Folder for the three files (default: PATH).")
+    add("--overwrite", action="store_true", help="Replace existing files.")
+    add("--cpu", action="store_true", help="Use no GPU.")
+    add("--quiet", action="store_true", help="Show no progress.")
+    group = parser.add_argument_group("measuring")
     for field in dataclasses.fields(CalibrationSettings):
+        text = _TEXTS[field.name]
+        text += "" if text[-1] == "." else " (default: {})."
         group.add_argument(
-            *flags.get(field.name, ["--" + field.name.replace("_", "-")]),
+            *_FLAGS.get(field.name, ["--" + field.name.replace("_", "-")]),
             dest=field.name,
             type=type(field.default),
+            choices=DTYPES if field.name == "dtype" else None,
             default=field.default,
-            help=f"{texts[field.name]} (default: {field.default})",
+            help=text.format(field.default),
         )
 
 
@@ -81,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     # Its bar for loading weights would be the longest output of a short run.
     disable_progress_bar()
     names = [field.name for field in dataclasses.fields(CalibrationSettings)]
-    stats, table, plot = CalibrationJob(
+    result, folder = CalibrationJob(
         path=args.path,
         model=args.model,
         data=args.data,
@@ -91,36 +89,31 @@ def run(args: argparse.Namespace) -> int:
         cpu=args.cpu,
         quiet=args.quiet,
     ).run()
-    _report(stats)
-    if plot is None:
-        print(f"The table is in {table}; no plot, because matplotlib is not installed.")
-    else:
-        print(f"The table is in {table}, its plot in {plot}.")
+    _report(result)
+    print(f"The calibration is in {folder}.")
     return 0
 
 
-def _report(stats: Any) -> None:
-    source = stats.source
+def _report(result: Any) -> None:
+    source, marginal = result.acceptance.source, result.acceptance.marginal
     points, asked = source["points"], source["settings"]["points"]
-    print(f"{points} points of {source['prompts']} prompts, {source['seconds']:.0f} s")
+    print(
+        f"{points} positions of {source['prompts']} prompts, {source['seconds']:.0f} s"
+    )
     if points < asked:
         print(
-            f"The text has no prompts for all {asked} points; more text, a shorter "
+            f"The data are too short for {asked} positions; more data, a shorter "
             "--prompt-length or a higher --points-per-prompt gives more."
         )
-    wide = min(_REPORTED, stats.num_ranks)
-    columns = zip(
-        stats.acceptance,
-        source["top1_half_width_95"],
-        source["calibration_error"],
-        strict=True,
-    )
-    print(f"distance   top-1 (95 %)    top-{wide}   probabilities off by")
-    for distance, (rates, width, error) in enumerate(columns, start=1):
-        print(
-            f"  +{distance}      {rates[0]:.3f} ± {width:.3f}"
-            f"    {rates[:wide].sum():.3f}    {error:.3f}"
-        )
+    wide = min(_REPORTED, marginal.shape[1])
+    print(f"distance   top-1 (95 %)    top-{wide}")
+    rows = zip(marginal, source["top1_half_width_95"], strict=True)
+    for distance, (rates, width) in enumerate(rows, start=1):
+        top = rates[:wide].sum()
+        print(f"  +{distance}      {rates[0]:.3f} ± {width:.3f}    {top:.3f}")
+    print("draft length   expected acceptance length")
+    for entry in result.variable_rows.entries:
+        print(f"  {entry.num_draft_tokens:10}   {entry.acceptance_length:.2f}")
 
 
 if __name__ == "__main__":

@@ -9,18 +9,26 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from vllm_ppd.calibrate import counts as evidence_counts  # noqa: E402
-from vllm_ppd.calibrate import rates as evidence_rates  # noqa: E402
-from vllm_ppd.calibrate.counts import WEIGHTS, AcceptanceCounts  # noqa: E402
-from vllm_ppd.calibrate.rates import Texts, TriedPoints  # noqa: E402
-from vllm_ppd.calibrate.step_points import StepPoints, accepted_guesses, walk_steps  # noqa: E402
+from vllm_ppd.calibrate import counts as counts_module  # noqa: E402
+from vllm_ppd.calibrate import rates as rates_module  # noqa: E402
+from vllm_ppd.calibrate.counts import (  # noqa: E402
+    WEIGHTS,
+    AcceptanceCounts,
+    NgramMatches,
+)
+from vllm_ppd.calibrate.measure import _places  # noqa: E402
+from vllm_ppd.calibrate.rates import (  # noqa: E402
+    StepPoints,
+    Steps,
+    Texts,
+    WeightedPoints,
+    accepted_drafts,
+    walk_steps,
+)
 from vllm_ppd.search.latency import LatencyCurve  # noqa: E402
 from vllm_ppd.search.policy_iteration import best_policy  # noqa: E402
 from vllm_ppd.train.continuation import Continuation  # noqa: E402
-from vllm_ppd.trees.bigram import (
-    BigramTable,  # noqa: E402
-    BigramTensors,  # noqa: E402
-)
+from vllm_ppd.trees.bigram import BigramTable, BigramTensors  # noqa: E402
 from vllm_ppd.trees.drafting import rank_children  # noqa: E402
 from vllm_ppd.trees.ngram import match_ngram  # noqa: E402
 from vllm_ppd.trees.tree import SparseTree  # noqa: E402
@@ -54,19 +62,26 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
 
     def settled(points, texts, *limits):
         taken.update(points=points, texts=texts)
-        return evidence_rates.settled_evidence(points, texts, *limits)
+        return rates_module.settled_acceptance(points, texts, *limits)
 
-    monkeypatch.setattr(evidence_counts, "settled_evidence", settled)
-    counts.add_texts(Continuation(torch.from_numpy(tokens), written, None))
-    # A run in two parts, in any order, and logits in pieces.
-    for some in (slice(20, None), slice(0, 20)):
-        counts.add_points(sequence[some], target[some])
-        mine = logits.view(-1, M, VOCABULARY)[some].flatten(0, 1)
-        for first in range(0, len(mine), 7):
-            counts.add_logits(first, mine[first : first + 7].float())
-        counts.end_points()
-    acceptance, weights = counts.acceptance({"of": "a test"}), counts.weights()
-    assert acceptance.source == {"of": "a test"}
+    monkeypatch.setattr(counts_module, "settled_acceptance", settled)
+    matches = NgramMatches.of(Continuation(torch.from_numpy(tokens), written, None))
+    # A run in any order, and logits in pieces.
+    order = np.roll(np.arange(len(places)), 20)
+    sequence, target = sequence[order, 0], target[order]
+    shuffled = logits.view(-1, M, VOCABULARY)[order].flatten(0, 1)
+    parts = [
+        _places(counts, matches, shuffled[index].float(), sequence, target, index)
+        for index in np.split(np.arange(len(shuffled)), range(7, len(shuffled), 7))
+    ]
+    prompted, beside = (
+        np.concatenate(each, axis=1).reshape(-1, *target.shape)
+        for each in zip(*parts, strict=True)
+    )
+    counts.add(matches, sequence.numpy(), target.numpy(), prompted, beside)
+    marginal = np.full((M, K), 0.1)
+    acceptance, weights = counts.settled(marginal)
+    assert (acceptance.marginal == marginal).all()
     assert set(weights) <= set(WEIGHTS) and (with_table or weights == (0.0, 0.0))
     assert bool(acceptance.unprompted.any()) == with_table
     points, texts = taken["points"], taken["texts"]
@@ -74,9 +89,9 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
     matched = 0
     for index, (s, p) in enumerate(places):
         root, end = p + 1, (LENGTH, 30)[s]
-        match_class, chain = match_ngram(tokens[s, : root + 1])
+        match_class, draft = match_ngram(tokens[s, : root + 1])
         future = tokens[s, root + 1 : end]
-        same = [a == b for a, b in zip(chain, future, strict=False)]
+        same = [a == b for a, b in zip(draft, future, strict=False)]
         right = same.index(False) if False in same else len(same)
         matched += match_class > 0 and right > 0
         assert points.text[index] == s and points.root[index] == root
@@ -103,13 +118,13 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
                 assert points.prompted[w, index, d] == place(row, root + d, weight)
                 beside = K
                 if d == right and False in same:
-                    beside = place(row, root + d, weight, int(chain[right]))
+                    beside = place(row, root + d, weight, int(draft[right]))
                 assert points.beside[w, index, d] == beside
-        assert points.alone[index] == place(None, root, 0.0)
+        assert points.unprompted[index] == place(None, root, 0.0)
         beside = K
         if False in same:
-            beside = place(None, root + right, 0.0, int(chain[right]))
-        assert points.beside_alone[index] == beside
+            beside = place(None, root + right, 0.0, int(draft[right]))
+        assert points.beside_unprompted[index] == beside
         then = texts.after(points.text[[index]], points.root[[index]], np.array([3]))
         next_root = root + 3 if root + 3 < end - M else 0
         assert then == match_ngram(tokens[s, : next_root + 1])[0]
@@ -138,48 +153,54 @@ def some_points(rng, runs=((0, 5, 30), (1, 1, 12), (1, 20, 1), (2, 1, 25))):
         tried=right + wrong,
         prompted=places(M).T,
         beside=np.where(at_right & wrong[:, None], places(M).T, K),
-        alone=places(),
-        beside_alone=np.where(wrong, places(), K),
+        unprompted=places(),
+        beside_unprompted=np.where(wrong, places(), K),
     )
 
 
-# By match class; state by state a little larger.
+# By match class; with rising num_prompted a little larger.
 TREES = tuple(
     tuple(
-        SparseTree((0, 0, 1, 3, 2), (0, 1, 0, 0, 1)[:5], (1, state, 2, 0, 1, 0))
+        SparseTree((0, 0, 1, 3, 2), (0, 1, 0, 0, 1)[:5], (1, num_prompted, 2, 0, 1, 0))
         if match_class
         else SparseTree(
-            (0, 1)[: state + 1], (1, 0)[: state + 1], (0, 1, 2)[: state + 2]
+            (0, 1)[: num_prompted + 1],
+            (1, 0)[: num_prompted + 1],
+            (0, 1, 2)[: num_prompted + 2],
         )
-        for state in range(M + 1)
+        for num_prompted in range(M + 1)
     )
     for match_class in range(3)
 )
 
 
-def step_of(points: StepPoints, at: int, end: int, state: int, trees):
-    """(tokens, next state) of a step at a point, `end` being the run's."""
+# One draft token each.
+SMALL = ((SparseTree((0,), (0,), (1, 2)),) * (M + 1),) * 3
+
+
+def step_of(points: StepPoints, at: int, end: int, num_prompted: int, trees):
+    """(tokens, next num_prompted) of a step at a point, `end` being the run's."""
     match_class = points.match_class[at]
-    tree = trees[match_class][state]
+    tree = trees[match_class][num_prompted]
     node, depth = 0, 0
     while True:
         on = match_class > 0 and depth <= points.right[at]
         if on and depth < points.right[at]:
             rank = 0
         elif on:
-            place = points.beside_alone[at]
-            if depth < state:
+            place = points.beside_unprompted[at]
+            if depth < num_prompted:
                 place = points.beside[at, depth]
             rank = 1 + place if place < K else None
-        elif depth < state:
+        elif depth < num_prompted:
             rank = points.prompted[at, depth]
         else:
-            rank = points.alone[at + depth] if at + depth < end else None
+            rank = points.unprompted[at + depth] if at + depth < end else None
         children = zip(tree.parents, tree.ranks, strict=True)
-        found = [c for c, place in enumerate(children, 1) if place == (node, rank)]
-        if not found or (rank is not None and rank == K and not on):
+        match = [c for c, place in enumerate(children, 1) if place == (node, rank)]
+        if not match or (rank is not None and rank == K and not on):
             return depth + 1, tree.prompts[node]
-        node, depth = found[0], depth + 1
+        node, depth = match[0], depth + 1
 
 
 def runs_of(points: StepPoints):
@@ -194,19 +215,20 @@ def runs_of(points: StepPoints):
 
 
 def walked(points: StepPoints, trees):
-    """[N, m + 1] how often steps begin, by walking; (point, state, weight, tokens)."""
+    """[N, m + 1] how often steps begin, by walking; and the steps as (point,
+    num_prompted, weight, tokens)."""
     begins, steps = np.zeros((len(points.root), M + 1)), []
     for begin, end in runs_of(points):
         burn_in = 0 if points.fresh[begin] else min(8, (end - begin) // 2)
         starts = max(1, burn_in)
         for first in range(begin, begin + starts):
-            at, state = first, 0
+            at, num_prompted = first, 0
             while at < end:
-                advance, then = step_of(points, at, end, state, trees)
+                advance, then = step_of(points, at, end, num_prompted, trees)
                 if at >= begin + burn_in:
-                    begins[at, state] += 1 / starts
-                    steps.append((at, state, 1 / starts, advance))
-                at, state = at + advance, then
+                    begins[at, num_prompted] += 1 / starts
+                    steps.append((at, num_prompted, 1 / starts, advance))
+                at, num_prompted = at + advance, then
     return begins, steps
 
 
@@ -215,14 +237,14 @@ def test_steps_begin_where_walks_land(seed):
     points = some_points(np.random.default_rng(seed))
     begins, steps = walked(points, TREES)
     found = walk_steps(points, TREES, K)
-    np.testing.assert_allclose(found.begins, begins)
-    for at, state, _, advance in steps:
-        assert found.advances[at, state] == advance
+    np.testing.assert_allclose(found.begins, begins[None])
+    for at, num_prompted, _, advance in steps:
+        assert found.advances[0, at, num_prompted] == advance
     assert (begins.sum(axis=0) > 0).all()
-    # Without matches the trees of class 0 alone are walked.
-    without = points.without_matches()
+    # Without n-gram matches only the trees of class 0 are walked.
+    without = points.without_ngrams()
     np.testing.assert_allclose(
-        walk_steps(without, TREES[:1], K).begins, walked(without, TREES[:1])[0]
+        walk_steps(without, TREES[:1], K).begins[0], walked(without, TREES[:1])[0]
     )
 
 
@@ -233,66 +255,74 @@ def test_rates_are_those_of_the_steps(monkeypatch):
     for name in ("prompted", "beside"):
         # A second weight that is always worse.
         values[name] = np.stack([np.full_like(values[name], K), values[name]])
-    tried = TriedPoints(**values)
+    tried = WeightedPoints(**values)
     texts = Texts(M)
     class_at, first = rng.integers(0, 3, (3, 240)), np.zeros(3, dtype=int)
     assert texts.add(class_at, first, np.full(3, 200)) == 0
 
-    def fixed(acceptance, *_):
-        return SimpleNamespace(trees=TREES[: acceptance.num_classes])
+    policies = {1.0: TREES, 2.0: SMALL}
 
-    monkeypatch.setattr(evidence_rates, "best_policy", fixed)
-    monkeypatch.setattr(evidence_rates, "_ELSEWHERE", 0.0)
-    curve = LatencyCurve.constant()
-    acceptance, best = evidence_rates.settled_evidence(tried, texts, K, curve, 1)
+    def fixed(acceptance, curve, *_):
+        return SimpleNamespace(trees=policies[curve.tail][: acceptance.num_classes])
+
+    monkeypatch.setattr(rates_module, "best_policy", fixed)
+    monkeypatch.setattr(rates_module, "ROW_PRICES", tuple(policies))
+    monkeypatch.setattr(rates_module, "_ELSEWHERE", 0.0)
+    acceptance, best = rates_module.settled_acceptance(tried, texts, K, 1)
     assert best == (1, 1)
-    prompted, alone = np.zeros((M, K + 1)), np.zeros(K + 1)
+    prompted, unprompted = np.zeros((M, K + 1)), np.zeros(K + 1)
+
+    def steps_of(points):
+        return [s for trees in policies.values() for s in walked(points, trees)[1]]
+
     overall = np.zeros((M + 1, K + 1))
     hits, tries, beside = np.zeros((2, 8)), np.zeros((2, 8)), np.zeros((2, M, K + 1))
-    moves = np.full((2, 3, 3), 1e-3)
-    for at, state, weight, advance in walked(points, TREES)[1]:
+    transitions = np.full((2, 3, 3), 1e-3)
+    for at, num_prompted, weight, advance in steps_of(points):
         match_class, right = points.match_class[at], points.right[at]
         if match_class == 0:
             for d in range(advance):
-                if d < state:
+                if d < num_prompted:
                     prompted[d, points.prompted[at, d]] += weight
                 elif d < M + 2 and d < points.left[at]:
-                    alone[points.alone[at + d]] += weight
+                    unprompted[points.unprompted[at + d]] += weight
         else:
             hits[match_class - 1, :right] += weight
             tries[match_class - 1, : points.tried[at]] += weight
-            if points.tried[at] > right and right < state:
+            if points.tried[at] > right and right < num_prompted:
                 beside[match_class - 1, right, points.beside[at, right]] += weight
         then = points.root[at] + advance
         # No point begins with the last tokens; another text does.
         then = class_at[points.text[at], then if then < 200 - M else 0]
-        moves[int(advance > 1), match_class, then] += weight
-    for at, state, weight, advance in walked(points.without_matches(), TREES[:1])[1]:
+        transitions[int(advance > 1), match_class, then] += weight
+    for at, num_prompted, weight, advance in steps_of(points.without_ngrams()):
         for d in range(advance):
-            if d < state:
+            if d < num_prompted:
                 overall[d, points.prompted[at, d]] += weight
             elif d < M + 2 and d < points.left[at]:
-                overall[M, points.alone[at + d]] += weight
+                overall[M, points.unprompted[at + d]] += weight
 
     def rates(counted: np.ndarray) -> np.ndarray:
         return counted[..., :-1] / np.maximum(counted.sum(-1, keepdims=True), 1e-9)
 
     np.testing.assert_allclose(acceptance.prompted, rates(prompted))
-    np.testing.assert_allclose(acceptance.unprompted, rates(alone))
+    np.testing.assert_allclose(acceptance.unprompted, rates(unprompted))
     np.testing.assert_allclose(acceptance.overall, rates(overall))
-    np.testing.assert_allclose(acceptance.chain, hits / np.maximum(tries, 1e-9))
+    np.testing.assert_allclose(acceptance.ngram, hits / np.maximum(tries, 1e-9))
     np.testing.assert_allclose(acceptance.beside, rates(beside))
-    np.testing.assert_allclose(acceptance.moves, moves / moves.sum(axis=2)[..., None])
+    np.testing.assert_allclose(
+        acceptance.transitions, transitions / transitions.sum(axis=2)[..., None]
+    )
     assert tries.sum() > 5 and beside.sum() > 1
 
 
 @pytest.mark.parametrize("sources", [(1.0, 1.0, 0.3), (1.0, 0.0, 0.0)])
-def test_what_is_promised_is_what_a_walk_gets(sources):
-    """Text in passages that are easy to guess, and others that are not: most of its
+def test_what_is_promised_is_what_a_walk_gets(sources, monkeypatch):
+    """Text in passages that are easy to predict, and others that are not: most of its
     tokens are in the former, most of its steps in the latter."""
     rng = np.random.default_rng(5)
     length, texts = 400, Texts(M)
-    # Of two prompt tokens and the table alone.
+    # Of two prompt tokens, and of the bigram table alone.
     weak = np.array(sources)[:, None]
     hard = np.zeros((20, length), dtype=bool)
     for row in hard:
@@ -313,7 +343,7 @@ def test_what_is_promised_is_what_a_walk_gets(sources):
         )
         nothing = np.zeros(n, dtype=int)
         parts.append(
-            TriedPoints(
+            WeightedPoints(
                 text=np.full(n, text),
                 root=np.arange(1, n + 1),
                 fresh=np.arange(n) == 0,
@@ -322,29 +352,34 @@ def test_what_is_promised_is_what_a_walk_gets(sources):
                 tried=nothing,
                 prompted=place[None, :M].swapaxes(1, 2),
                 beside=np.full((1, n, M), K),
-                alone=place[M],
-                beside_alone=np.full(n, K),
+                unprompted=place[M],
+                beside_unprompted=np.full(n, K),
             )
         )
-    points = TriedPoints.joined(parts)
-    curve = LatencyCurve((1, 8, 32), (1.0, 1.2, 2.0))
-    acceptance, best = evidence_rates.settled_evidence(points, texts, K, curve, 1)
+    points = WeightedPoints.joined(parts)
+    price = 0.03
+    monkeypatch.setattr(rates_module, "ROW_PRICES", (price,))
+    acceptance, best = rates_module.settled_acceptance(points, texts, K, 1)
     known = points.with_weights(best)
 
     def promised_over_walked(acceptance) -> float:
-        found = best_policy(acceptance, curve, 64, 1)
+        found = best_policy(acceptance, LatencyCurve.linear(1.0, price), 64, 1)
         steps = walk_steps(known, found.trees, K)
-        return found.tau * steps.begins.sum() / (steps.begins * steps.advances).sum()
+        return (
+            found.acceptance_length
+            * steps.begins.sum()
+            / (steps.begins * steps.advances).sum()
+        )
 
     assert promised_over_walked(acceptance) == pytest.approx(1, abs=0.02)
     if not sources[1]:
         # Counted over all tokens it is too much.
-        everywhere = evidence_rates._from_everywhere(known)
-        naive = evidence_rates._counted(known, everywhere, everywhere, texts, K)
+        everywhere = Steps.everywhere(known)
+        naive = rates_module._counted(known, everywhere, everywhere, texts, K)
         assert promised_over_walked(naive) > 1.05
 
 
 def test_a_middling_tree():
     ranks = np.array([[3, 1, 0], [3, 2, 0], [4, 0, 0], [0, 0, 1]])
-    np.testing.assert_array_equal(accepted_guesses(ranks), [3, 1, 0, 2])
-    np.testing.assert_array_equal(accepted_guesses(ranks[:, :1]), [1, 1, 0, 1])
+    np.testing.assert_array_equal(accepted_drafts(ranks), [3, 1, 0, 2])
+    np.testing.assert_array_equal(accepted_drafts(ranks[:, :1]), [1, 1, 0, 1])
