@@ -167,7 +167,7 @@ def test_output_that_is_there_already(workplace: Workplace, capsys) -> None:
     assert workplace.run("train") == 0
     refused(workplace, capsys, "train", "already has config.json and")
     # --overwrite replaces prompt tokens, and never a model.
-    word = "describes a model"
+    word = "refusing to overwrite"
     refused(workplace, capsys, "train", word, "--overwrite", out=workplace.model)
     refused(workplace, capsys, "train", "is a file", out=workplace.data)
     inside = workplace.data / "out"
