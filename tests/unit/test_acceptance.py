@@ -1,142 +1,153 @@
-"""Acceptance tables: what is read back, and every input that must be refused."""
+"""Acceptance models: what is read back, sources left out, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vllm_ppd import files as atomic
-from vllm_ppd.search.acceptance_table import AcceptanceError, AcceptanceStats
+from tests.unit.models import random_model
+from vllm_ppd import files
+from vllm_ppd.search.acceptance import AcceptanceModel
+from vllm_ppd.search.latency import MeasurementError
 
 TABLE = [[0.5, 0.2, 0.1], [0.3, 0.1, 0.15]]
-SOURCE = {"model": "org/base", "text": ["a", "b"], "positions": 1000}
+MODEL = random_model(3, m=2, ranks=3, classes=2)
+TABLES = (
+    *("marginal", "prompted", "unprompted", "ngram", "beside"),
+    *("transitions", "overall"),
+)
 
 
-def refused(values: object, *words: str) -> None:
-    with pytest.raises(AcceptanceError) as caught:
-        AcceptanceStats(values)  # type: ignore[arg-type]
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in (*words, "vllm-ppd calibrate"):
-        assert word in message, message
+def assert_same(first: AcceptanceModel, second: AcceptanceModel) -> None:
+    for name in TABLES:
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_round_trip(tmp_path):
     path = tmp_path / "acceptance.json"
-    third = [[1 / 3, 1e-300, 0.1 + 0.2]]
-    for table, source in ((TABLE, SOURCE), (third, None), ([[0, 1]], {})):
-        AcceptanceStats(np.array(table), source).save(path)
-        loaded = AcceptanceStats.load(path)
-        assert loaded.acceptance.dtype == np.float64
-        assert loaded.acceptance.tolist() == table
-        assert loaded.source == source
-    content = json.loads(path.read_text())
-    assert (content["format"], content["format_version"]) == ("ppd_acceptance", 1)
+    third = AcceptanceModel.of([[1 / 3, 1e-300, 0.1 + 0.2]], {"text": ["a"]})
+    for model in (MODEL, MODEL.without_ngram(), MODEL.without_bigram(), third):
+        model.save(path)
+        assert_same(AcceptanceModel.load(path), model)
+    assert AcceptanceModel.load(path).source == {"text": ["a"]}
     assert os.listdir(tmp_path) == ["acceptance.json"]
 
 
-def test_sizes_and_immutability() -> None:
-    values = np.array(TABLE, dtype=np.float32)
-    stats = AcceptanceStats(values)
-    assert (stats.num_prompt_tokens, stats.num_ranks) == (2, 3)
-    values[0, 0] = 9
-    assert stats.acceptance[0, 0] == 0.5
-    with pytest.raises(ValueError, match="read-only"):
-        stats.acceptance[0, 0] = 9
-    AcceptanceStats(np.array([[0.5, 0.5 + 5e-7]]))  # rounding of a sum is forgiven
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ([0.5, 0.2], ["shape [2]", "[prompt tokens, ranks]"]),
-        ([[[0.5]]], ["shape [1, 1, 1]"]),
-        ([[]], ["shape [1, 0]"]),
-        ([], ["shape [0]"]),
-        (0.5, ["shape []"]),
-        ([[0.5, 0.2], [0.5]], ["not a table of numbers"]),
-        ([["0.5"]], ["not a table of numbers"]),
-        ([[True]], ["not a table of numbers"]),
-        ([[None]], ["not a table of numbers"]),
-        ({"1": [0.5]}, ["not a table of numbers"]),
-        ([[10**400]], ["not a table of numbers"]),
-        ([[0.5, 1.2]], ["acceptance[0][1] is 1.2", "[0, 1]"]),
-        ([[0.5, 0.2], [0.1, -0.25]], ["acceptance[1][1] is -0.25"]),
-        ([[float("nan")]], ["acceptance[0][0] is nan"]),
-        ([[float("inf")]], ["acceptance[0][0] is inf"]),
-        ([[0.5, 0.4], [0.5, 0.7]], ["acceptance[1] sums to 1.2", "at most 1"]),
-    ],
-)
-def test_bad_tables(values: object, words: list[str]) -> None:
-    refused(values, *words)
-
-
-@pytest.mark.parametrize(
-    ("source", "word"),
-    [("text", "expected an object"), ({"a": {1}}, "JSON"), ({"a": np.nan}, "JSON")],
-)
-def test_bad_sources(source: object, word: str) -> None:
-    with pytest.raises(AcceptanceError, match=word):
-        AcceptanceStats(np.array(TABLE), source)  # type: ignore[arg-type]
-
-
-def content(**changes: object) -> str:
-    data = AcceptanceStats(np.array(TABLE), SOURCE).to_dict() | changes
-    return json.dumps({k: v for k, v in data.items() if v is not ...})
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("{", ["is not JSON"]),
-        ("\xff", ["is not JSON"]),
-        ("[" * 100_000, ["is not JSON"]),
-        ("[1]", ["no acceptance table", "no format"]),
-        ('{"acceptance": [[0.5]]}', ["no acceptance table", "no format"]),
-        (content(format="ppd_tree_policy"), ["'ppd_tree_policy'"]),
-        (content(format_version=2), ["format_version is 2", "upgrade"]),
-        (content(format_version=True), ["format_version is True"]),
-        (content(format_version=...), ["format_version is None"]),
-        (content(acceptence=[]), ["'acceptence'", "did you mean 'acceptance'"]),
-        (content(rows=3), ["unknown key 'rows'"]),
-        (content(acceptance=...), ["'acceptance' is missing"]),
-        (content(acceptance=[[float("nan")]]), ["acceptance[0][0] is nan"]),
-        (content(acceptance=[[2]]), ["acceptance[0][0] is 2"]),
-        (content(source="me"), ["source is 'me'"]),
-    ],
-)
-def test_bad_files(tmp_path: Path, text: str, words: list[str]) -> None:
-    path = tmp_path / "acceptance.json"
-    path.write_text(text, encoding="latin-1")
-    with pytest.raises(AcceptanceError) as caught:
-        AcceptanceStats.load(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in (str(path), *words):
-        assert word in message, message
-
-
-def test_unreadable_and_unwritable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stats = AcceptanceStats(np.array(TABLE))
-    for path in (tmp_path, tmp_path / "nowhere.json"):
-        with pytest.raises(AcceptanceError, match="cannot be read"):
-            AcceptanceStats.load(path)
-    with pytest.raises(AcceptanceError, match="cannot be written"):
-        stats.save(tmp_path / "nowhere" / "acceptance.json")
-
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     def full_disk(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
     path = tmp_path / "acceptance.json"
-    stats.save(path)
-    monkeypatch.setattr(atomic.os, "fsync", full_disk)
-    with pytest.raises(AcceptanceError, match="No space left"):
-        AcceptanceStats(np.array([[0.1]])).save(path)
-    assert AcceptanceStats.load(path).acceptance.tolist() == TABLE
+    MODEL.save(path)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        MODEL.without_ngram().save(path)
+    assert_same(AcceptanceModel.load(path), MODEL)
     assert os.listdir(tmp_path) == ["acceptance.json"]
+
+
+def test_values_are_copied_and_fixed():
+    table = np.array(TABLE, dtype=np.float32)
+    model = AcceptanceModel.of(table)
+    table[0, 0] = 9
+    assert model.prompted[0, 0] == model.marginal[0, 0] == 0.5
+    with pytest.raises(ValueError, match="read-only"):
+        model.prompted[0, 0] = 9
+    AcceptanceModel.of([[0.5, 0.5 + 5e-7]])  # rounding of a sum is forgiven
+
+
+def test_probabilities_by_place():
+    # Off the n-gram draft: a prompt row's, then the table's, as deep as that reaches.
+    where = MODEL.probabilities
+    assert where(2, 1, 1, False).tolist() == MODEL.prompted[0].tolist()
+    assert where(1, 0, 2, False).tolist() == MODEL.unprompted.tolist()
+    assert where(9, 0, 2, False).tolist() == MODEL.prompted[1].tolist()
+    assert where(0, 0, 4, False).any() and not where(0, 0, 5, False).any()
+    # On it: its own token, then the others given that it is wrong.
+    right = MODEL.ngram[1, 0]
+    expected = [right, *(1 - right) * MODEL.beside[1, 0]]
+    assert where(1, 2, 1, True) == pytest.approx(expected)
+    expected = [right, *(1 - right) * MODEL.unprompted]
+    assert where(0, 2, 1, True) == pytest.approx(expected)
+    # Beyond the measured depth no n-gram token is right; class 0 has none.
+    assert where(0, 1, 3, True)[0] == 0
+    assert where(1, 0, 1, True).tolist() == MODEL.prompted[0].tolist()
+    assert (MODEL.max_depth(0), AcceptanceModel.of(TABLE).max_depth(0)) == (4, 2)
+
+
+def test_sources_that_are_switched_off():
+    # Without n-gram matches, easier and harder steps are not told apart.
+    without = MODEL.without_ngram()
+    assert without.num_classes == 1
+    np.testing.assert_array_equal(without.prompted, MODEL.overall[:2])
+    np.testing.assert_array_equal(without.unprompted, MODEL.overall[2])
+    # Without the bigram table its ranks mean nothing; n-gram drafts stay as measured.
+    without = MODEL.without_bigram()
+    np.testing.assert_array_equal(without.prompted, MODEL.marginal)
+    np.testing.assert_array_equal(without.ngram, MODEL.ngram)
+    assert not without.unprompted.any()
+    neither = MODEL.without_bigram().without_ngram()
+    assert (neither.num_classes, neither.unprompted.any()) == (1, False)
+    # Matches that were not measured are as in ordinary text.
+    assert neither.with_typical_ngrams().num_classes == 3
+    assert MODEL.with_typical_ngrams() is MODEL
+
+
+def test_of_a_folder(tmp_path):
+    assert_same(AcceptanceModel.of_folder(tmp_path, 3), AcceptanceModel.typical(3))
+    MODEL.save(tmp_path / "acceptance.json")
+    assert_same(AcceptanceModel.of_folder(tmp_path, 2), MODEL)
+    with pytest.raises(MeasurementError, match=r"2 prompt tokens, but the folder ho"):
+        AcceptanceModel.of_folder(tmp_path, 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0.5, 0.2], r"shape \[2\]; expected \[prompt tokens, ranks\]"),
+        ([[[0.5]]], r"shape \[1, 1, 1\]"),
+        ([[]], r"shape \[1, 0\]"),
+        ([], r"shape \[0\]"),
+        (0.5, r"shape \[\]"),
+        ([[0.5, 0.2], [0.5]], "not a table of numbers"),
+        ([["0.5"]], "not a table of numbers"),
+        ([[True]], "not a table of numbers"),
+        ([[None]], "not a table of numbers"),
+        ({"1": [0.5]}, "not a table of numbers"),
+        ([[10**400]], "not a table of numbers"),
+        ([[0.5, 1.2]], r"outside \[0, 1\]"),
+        ([[0.5, 0.2], [0.1, -0.25]], r"outside \[0, 1\]"),
+        ([[float("nan")]], r"outside \[0, 1\]"),
+        ([[0.5, 0.4], [0.5, 0.7]], r"marginal\[1\] sums to 1.2; .* at most 1"),
+    ],
+)
+def test_bad_tables(values, message):
+    with pytest.raises(MeasurementError, match=message) as caught:
+        AcceptanceModel.of(values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ngram", [[1.5, 0.2], [0.1, 0.1]], "ngram holds values outside"),
+        ("ngram", [[0.1, 0.2]], "beside has shape"),
+        ("unprompted", [0.1], "unprompted has shape"),
+        ("overall", [[0.1, 0.1, 0.1]], "overall has shape"),
+        ("marginal", [[0.1, 0.1]], "marginal has shape"),
+        ("prompted", 0.5, "not enough values"),
+        ("prompted", [], "not enough values"),
+        ("transitions", [[1, 1], [0, 1]], "transitions has shape"),
+        ("transitions", np.full((2, 3, 3), 0.5).tolist(), "must sum to 1"),
+    ],
+)
+def test_bad_files(tmp_path, name, value, message):
+    path = tmp_path / "acceptance.json"
+    path.write_text(json.dumps({**MODEL.to_dict(), name: value}))
+    with pytest.raises(MeasurementError, match=message) as caught:
+        AcceptanceModel.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)

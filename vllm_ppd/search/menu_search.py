@@ -1,30 +1,37 @@
-"""Tree menus: the few policies among which an engine chooses while it serves.
+"""The search for tree menus: the few policies among which an engine chooses.
 
-The best trees depend on what a row costs, and that depends on machine and load. Over
-the range of row prices that machines have, a dozen policies are within 1 % of the best
-one for each price (docs/findings.md), so they are searched for once.
+The best trees depend on the price of a row, and that depends on machine and load. For
+each price between 0.001 and 0.2 plain steps, one of about ten policies is within 1 % of
+the best one, so a menu is searched for once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve, LatencyProfile, expected_speedup
-from vllm_ppd.search.policy_iteration import SearchedPolicy, best_policy
-from vllm_ppd.trees.menu import MENU_FILE, MenuEntry, TreeMenu, load_menus
+from vllm_ppd.search.policy_iteration import (
+    SearchedPolicy,
+    best_policy,
+    policy_value,
+)
+from vllm_ppd.trees.menu import MENU_FILE, TreeMenu, load_menus
 from vllm_ppd.trees.tree import TreeError
 
 __all__ = ["acceptance_for", "build_menu", "menu_for", "prior_lengths"]
 
 # What one more row costs, in plain steps of one row.
-ROW_PRICES = tuple(np.geomspace(0.8, 0.0008, 12))
+ROW_PRICES = tuple(np.geomspace(0.0008, 0.8, 12))
 # Rows of a step where every request has as many.
 ROW_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-# Less than this over plain decoding is not worth a start with drafts.
+# An entry is worth its place if it is so much faster at its row price than the others.
+_LEAST_GAIN = 1.005
+# An engine starts with drafts if they promise so much over plain decoding.
 _LEAST_SPEEDUP = 1.03
 
 
@@ -41,39 +48,55 @@ def build_menu(
             entry is the policy with the most tokens per step within them; otherwise an
             entry is the policy with the most tokens per second at one row price.
     """
+    if fixed_rows:
+        policies = _by_row_count(model, max_rows, num_ept)
+    else:
+        policies = _by_row_price(model, max_rows, num_ept)
+    if not policies:
+        # Nothing pays at any price: the smallest tree that can be drafted for.
+        constant = LatencyCurve.constant()
+        policies = [best_policy(model, constant, 1 + num_ept, num_ept)]
+    entries = [policy.entry() for policy in policies]
+    if fixed_rows:
+        entries = [replace(e, row_shares=((e.max_rows, 1.0),)) for e in entries]
+    return TreeMenu(tuple(entries))
+
+
+def _by_row_count(
+    model: AcceptanceModel, max_rows: int, num_ept: int
+) -> list[SearchedPolicy]:
+    """By rising rows, those that accept more than the one before."""
     policies: list[SearchedPolicy] = []
     policy: SearchedPolicy | None = None
-    if fixed_rows:
-        counts = sorted({n for n in ROW_COUNTS if n < max_rows} | {max_rows})
-        for count in counts:
-            policy = best_policy(
-                model, LatencyCurve.constant(), count, num_ept, start=policy
-            )
+    for count in sorted({n for n in ROW_COUNTS if n < max_rows} | {max_rows}):
+        policy = best_policy(
+            model, LatencyCurve.constant(), count, num_ept, start=policy
+        )
+        if policy.max_rows > (policies[-1].max_rows if policies else 1):
             policies.append(policy)
-    else:
-        for price in ROW_PRICES:
-            curve = LatencyCurve.linear(1.0, float(price))
-            policies.append(best_policy(model, curve, max_rows, num_ept))
-    entries = [policy.entry() for policy in policies if policy.max_rows > 1]
-    if not entries:
-        # Nothing pays at any price: the smallest tree that can be drafted for.
-        smallest = best_policy(model, LatencyCurve.constant(), 1 + num_ept, num_ept)
-        entries = [smallest.entry()]
-    if fixed_rows:
-        entries = [_padded(entry) for entry in entries]
-    return TreeMenu(tuple(_distinct(entries)))
+    return policies
 
 
-def _padded(entry: MenuEntry) -> MenuEntry:
-    return MenuEntry(entry.policies, entry.acceptance_length, ((entry.max_rows, 1.0),))
-
-
-def _distinct(entries: Iterable[MenuEntry]) -> list[MenuEntry]:
-    """By rising draft length; of equal ones that which accepts more."""
-    by_length: dict[int, MenuEntry] = {}
-    for entry in sorted(entries, key=lambda entry: entry.acceptance_length or 0.0):
-        by_length[entry.num_draft_tokens] = entry
-    return [by_length[length] for length in sorted(by_length)]
+def _by_row_price(
+    model: AcceptanceModel, max_rows: int, num_ept: int
+) -> list[SearchedPolicy]:
+    """By falling row price, so by rising rows; at least one row apart."""
+    policies: list[SearchedPolicy] = []
+    for price in ROW_PRICES:
+        curve = LatencyCurve.linear(1.0, float(price))
+        policy = best_policy(model, curve, max_rows, num_ept)
+        if policies:
+            last = policies[-1]
+            least = _LEAST_GAIN * policy_value(last.trees, model, curve)[1]
+            if least < policy.tokens_per_second and policy.max_rows >= last.max_rows:
+                # The menu tells its entries apart by their rows.
+                policy = best_policy(model, curve, last.max_rows - 1, num_ept)
+            if policy.tokens_per_second <= least:
+                continue
+        if policy.max_rows == 1:
+            break
+        policies.append(policy)
+    return policies[::-1]
 
 
 def menu_for(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ppd.files import check_content, check_keys, read_json, write_json
-from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy
+from vllm_ppd.trees.tree import MAX_ROWS, SparseTree, TreeError, TreePolicy
 
 __all__ = ["MENU_FILE", "MenuEntry", "TreeMenu", "load_menus", "save_menus"]
 
@@ -55,9 +55,15 @@ class MenuEntry:
         if self.max_rows < 2:
             raise TreeError("a menu entry needs a tree of at least 2 rows")
         length = self.acceptance_length
-        if length is not None and not length >= 1:
-            raise TreeError(f"acceptance_length is {length!r}; expected at least 1")
-        if shares and abs(sum(share for _, share in shares) - 1) > 1e-6:
+        if length is not None and not 1 <= length <= MAX_ROWS:
+            raise TreeError(
+                f"acceptance_length is {length!r}; expected 1 to {MAX_ROWS}"
+            )
+        if shares and not (
+            abs(sum(share for _, share in shares) - 1) <= 1e-6
+            and min(share for _, share in shares) >= 0
+            and min(rows for rows, _ in shares) >= 1
+        ):
             raise TreeError(f"row_shares are {shares}; expected shares that sum to 1")
 
     @cached_property
