@@ -1,4 +1,4 @@
-"""V2's first start measures the machine for the next one, which plans by it."""
+"""V2's first start measures the machine before it serves, and drafts by the result."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import numpy as np
 from tests.engine.conftest import cpu_only
 from tests.engine.v2.engine import V2EngineProcess
 from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
+from vllm_ppd.adaptive.draft_length import load_buckets
+from vllm_ppd.engine import counters
 from vllm_ppd.search.latency import LatencyProfile, cache_file
+from vllm_ppd.search.menu_search import prior_lengths
+from vllm_ppd.trees.menu import TreeMenu
 
 
 @cpu_only
-def test_a_machine_is_measured_for_the_next_start(
+def test_a_machine_is_measured_before_it_serves(
     plain, tiny_engine, tiny_prompts, tmp_path, capfd
 ):
     engine: dict[str, Any] = {
@@ -23,6 +27,7 @@ def test_a_machine_is_measured_for_the_next_start(
             "method": "ppd",
             "model": tiny_prompts,
             "num_speculative_tokens": 4,
+            "online": False,
         },
     }
     requests = prompts(2, seed=71)
@@ -41,33 +46,34 @@ def test_a_machine_is_measured_for_the_next_start(
             shown = capfd.readouterr()
             return shown.out + shown.err
 
-        said = start(1)
-        assert "PPD measures steps: 100%" in said
-        assert "this start's trees are those of a typical machine" in said
+        def schedule(number: int) -> list[int]:
+            """The draft lengths that it started with, for one request and for two."""
+            again = {**engine, "max_logprobs": 20 + number}
+            return process.call("first_schedule", again)
+
+        assert "PPD measures this machine: 100%" in start(1)
         (file,) = (tmp_path / "vllm_ppd" / "profiles").iterdir()
         profile = LatencyProfile.load(file)
         assert cache_file(profile.key).name == file.name
         assert profile.key["runner"] == "V2"
-        assert profile.requests == (1, 2) and set(profile.rows) >= {1, 2, 4}
-        assert max(profile.rows) <= 5
+        first = {**engine, "max_logprobs": 21}
+        menu = TreeMenu.from_dict(process.call("report", first)["menu"])
+        assert profile.rows == (1, *(entry.max_rows for entry in menu.entries))
+        assert max(profile.rows) <= 5 and profile.num_running[0] == 1
         table = np.array(profile.seconds)
-        # DraftInputs take more kernels, which the interpreter runs slowly.
+        # Drafts take more kernels, which the interpreter runs slowly.
         assert (table[:, 1] > table[:, 0]).all()
-        # What was measured was no traffic.
-        counts = process.call("metrics", {**engine, "max_logprobs": 21}, prefix="vllm:")
-        assert 0 < counts["vllm:ppd_request_steps"] <= 16
+        # What was measured was no traffic, and decides already.
+        counts = process.call("metrics", first, prefix="vllm:")
+        assert 0 < counts["vllm:ppd_request_steps"] <= 2 * 8 / counters.EVERY + 2
+        assert schedule(1) == prior_lengths(menu, profile, load_buckets(2))
 
-        def speculates(number: int) -> bool:
-            report = process.call("report", {**engine, "max_logprobs": 20 + number})
-            return any(tier["policies"] for tier in report["plan"]["tiers"])
-
-        # What a typical machine is worth guessing for is not on one that says so.
-        assert speculates(1)
-        steep = profile.to_dict() | {
-            "seconds": [[0.001] + [1.0] * (len(profile.rows) - 1)] * 2
-        }
-        LatencyProfile.from_dict(steep).save(file)
-        assert "PPD measures steps" not in start(2)
-        assert not speculates(2)
+        # A machine that says so is decoded on plainly; on another drafts are free.
+        for number, seconds, drafts in ((2, 1.0, False), (3, 0.001, True)):
+            rows = [0.001] + [seconds] * (len(profile.rows) - 1)
+            content = profile.to_dict() | {"num_running": [1], "seconds": [rows]}
+            LatencyProfile.from_dict(content).save(file)
+            assert "PPD measures this machine" not in start(number)
+            assert [length > 0 for length in schedule(number)] == [drafts] * 2
     finally:
         process.stop()
