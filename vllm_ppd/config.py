@@ -38,7 +38,8 @@ class PPDConfig:
     """File of a tree menu (trees.json) to serve instead of the folder's own."""
     profile: str = "auto"
     """Latency profile that sets the first draft lengths: "auto" measures the machine at
-    its first start and keeps the result, "none" does without, else a file's path."""
+    its first start and keeps the result, "measure" measures at every start, "none" does
+    without, else a file's path."""
     measure_seconds: float = 20.0
     """Time budget of that measurement; it starts no further round after it."""
     bigram: bool = True
@@ -71,7 +72,8 @@ class PPDConfig:
             raise PPDConfigError(f"tree is {self.tree!r}; expected a file's path")
         if not isinstance(self.profile, str) or not self.profile:
             raise PPDConfigError(
-                f"profile is {self.profile!r}; expected 'auto', 'none' or a file's path"
+                f"profile is {self.profile!r}; expected 'auto', 'measure', 'none' or "
+                "a file's path"
             )
         seconds = self.measure_seconds
         is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)

@@ -221,13 +221,13 @@ def known_profile(choice: str, key: dict[str, Any]) -> LatencyProfile | None:
     """The profile on file; None where there is none.
 
     Args:
-        choice: "auto", "none" or a file's path.
+        choice: "auto", "measure", "none" or a file's path.
         key: of `profile_key`.
 
     Raises:
         FormatError, MeasurementError: a file named by the user that cannot be used.
     """
-    if choice == "none":
+    if choice in ("measure", "none"):
         return None
     if choice != "auto":
         return LatencyProfile.load(choice, key)

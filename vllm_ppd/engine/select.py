@@ -187,7 +187,7 @@ def _serving_settings(
         ngram=config.ngram and menu.num_classes > 1,
         adapts=config.online,
         profile=None if profile is None else profile.to_dict(),
-        measure=config.profile == "auto" and profile is None,
+        measure=config.profile in ("auto", "measure") and profile is None,
         measure_seconds=config.measure_seconds,
         profile_key=key,
     )

@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_ppd.engine.settings import PPDSpeculativeConfig
+from vllm_ppd.engine.settings import PPDSpeculativeConfig, serving_settings
 from vllm_ppd.engine.v1.executor import attach_drafts
 
 
@@ -36,6 +36,7 @@ class _ReportingWorker:
     """What every PPD worker answers to ``collective_rpc``."""
 
     model_runner: Any
+    vllm_config: Any
 
     def ppd_profile(self) -> dict[str, Any] | None:
         """The latency profile that this start measured; None if it measured none."""
@@ -43,8 +44,16 @@ class _ReportingWorker:
         return None if profile is None else profile.to_dict()
 
     def ppd_report(self) -> dict[str, Any]:
-        """What PPD does now: the menu, and the log's next line."""
-        return self.model_runner.ppd_report()
+        """What PPD does now: the menu, the latency profile and whether this start has
+        measured it, and the log's next line."""
+        settings = serving_settings(self.vllm_config)
+        assert settings is not None  # the worker is PPD's
+        measured = self.ppd_profile()
+        return {
+            **self.model_runner.ppd_report(),
+            "profile": measured or settings.profile,
+            "measured": measured is not None,
+        }
 
 
 class PPDCPUWorker(_ReportingWorker, CPUWorker):
@@ -83,7 +92,7 @@ class PPDCPUWorker(_ReportingWorker, CPUWorker):
 
 
 class PPDCPUWorkerV2(_ReportingWorker, CPUWorker):
-    """The CPU worker on the V2 model runner, through Triton's interpreter: for tests."""
+    """The CPU worker on the V2 model runner, by Triton's interpreter: for tests."""
 
     def init_device(self) -> None:
         import vllm.v1.worker.cpu.model_runner as cpu_runner
