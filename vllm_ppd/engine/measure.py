@@ -144,8 +144,8 @@ def _profile_of(
     in proportion to the rows.
     """
     by_load: dict[int, dict[int, float]] = defaultdict(dict)
-    for (load, count), seconds in sorted(medians.items()):
-        by_load[load][count] = seconds
+    for (load, count), median in sorted(medians.items()):
+        by_load[load][count] = median
     # A plain step alone says nothing of what rows cost.
     loads = [load for load, curve in by_load.items() if load == 1 or len(curve) > 1]
     table = []
