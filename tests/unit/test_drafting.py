@@ -10,7 +10,7 @@ from vllm_ppd.trees.drafting import DraftInputs, fill_trees, rank_children
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 from vllm_ppd.trees.ngram import MAX_NGRAM_DRAFTS, match_ngram, match_ngrams
-from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
 VOCABULARY = 24
 
@@ -56,26 +56,6 @@ def test_children_are_ranked_by_logit_and_gain(has_bigram, has_logits):
         own = logits[row] if has_logits else None
         best = best_children(own, parents[row], table, 0.7, excluded[row])[:4]
         assert ranked[row].tolist() == best + [-1] * (4 - len(best))
-
-
-def test_a_small_batch_by_hand():
-    # root -> a, b; a -> c. Prompt tokens: 2 on the root, 1 on a, b and c.
-    fork = SparseTree((0, 0, 1), (0, 1, 0), (2, 1, 1, 1))
-    policy = TreePolicy((chain_tree(0, (2,)), chain_tree(1, (1, 1)), fork))
-    logits = torch.zeros(3, VOCABULARY)
-    # Two prompt rows of request 0, none of request 1, one of request 2.
-    for row, (best, second) in enumerate([(7, 8), (9, 10), (11, 12)]):
-        logits[row, best], logits[row, second] = 2.0, 1.0
-    inputs = DraftInputs(
-        np.array([2, 0, 1]), logits, np.array([1, 2, 3]), np.full((3, 4), -1)
-    )
-    tables = TreeTables(policy, first_soft_id=100)
-    ids = fill_trees(tables, np.array([2, 0, 1]), inputs, None, np.ones(2))
-    assert ids.tolist() == [
-        [7, 8, 9, 100, 101, 100, 100, 100],
-        [100, 101, 0, 0, 0, 0, 0, 0],
-        [11, 100, 100, 0, 0, 0, 0, 0],
-    ]
 
 
 @pytest.mark.parametrize("has_bigram", [True, False])

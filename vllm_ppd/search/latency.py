@@ -51,7 +51,7 @@ class LatencyCurve:
     """
 
     rows: tuple[int, ...]
-    """Rows of each measured point, all of one request: root, candidates, prompts."""
+    """Rows of each measured point, all of one request: root, draft tokens, prompts."""
     seconds: tuple[float, ...]
     """Seconds of a step with that many rows."""
     tail: float | None = None
@@ -71,10 +71,10 @@ class LatencyCurve:
                 f"the latency curve starts at {self.rows[0]} rows; measure a plain "
                 "step of 1 row as well"
             )
-        for before, after in pairwise(self.rows):
-            if after <= before:
+        for left, right in pairwise(self.rows):
+            if right <= left:
                 raise MeasurementError(
-                    f"the latency curve has {after} rows after {before}; sort the "
+                    f"the latency curve has {right} rows after {left}; sort the "
                     "points by rows and keep one for each"
                 )
         for count, time in zip(self.rows, self.seconds, strict=True):
@@ -82,11 +82,11 @@ class LatencyCurve:
                 raise MeasurementError(
                     f"a step of {count} rows takes {time:g} s; expected a positive time"
                 )
-        for index, (before_s, after_s) in enumerate(pairwise(self.seconds)):
-            if after_s < before_s:
+        for index, (first, second) in enumerate(pairwise(self.seconds)):
+            if second < first:
                 raise MeasurementError(
-                    f"{self.rows[index + 1]} rows take {after_s:g} s, less than "
-                    f"{self.rows[index]} rows ({before_s:g} s); smooth the "
+                    f"{self.rows[index + 1]} rows take {second:g} s, less than "
+                    f"{self.rows[index]} rows ({first:g} s); smooth the "
                     "measurement so that it never falls"
                 )
         tail = self.seconds[-1] / self.rows[-1] if self.tail is None else self.tail

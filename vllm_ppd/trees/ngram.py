@@ -60,12 +60,12 @@ def _longest_match(context: np.ndarray, max_length: int) -> tuple[int, int]:
     """(length, end) of the longest match, of several the first; (0, 0) without one."""
     n = len(context)
     # Positions before which the context's last `length` tokens stand.
-    alive = np.arange(1, n)
+    positions = np.arange(1, n)
     longest, at = 0, 0
     for length in range(1, min(max_length, n - 1) + 1):
-        alive = alive[alive >= length]
-        alive = alive[context[alive - length] == context[n - length]]
-        if not len(alive):
+        positions = positions[positions >= length]
+        positions = positions[context[positions - length] == context[n - length]]
+        if not len(positions):
             break
-        longest, at = length, int(alive[0])
+        longest, at = length, int(positions[0])
     return longest, at
