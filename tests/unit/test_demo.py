@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
-import sys
+import os
 import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from vllm_ppd.cli import demo, demo_prompts, demo_view, main
-from vllm_ppd.cli.demo_report import Comparison, NearTie, Totals, verdict
-from vllm_ppd.cli.engine_worker import sentence
-from vllm_ppd.cli.engines import EngineFailedError, EngineProcess, start_all
-from vllm_ppd.cli.generation import Generation, Step
+from vllm_ppd.cli import demo, demo_view, main
+from vllm_ppd.cli.demo_view import Comparison, NearTie, Totals, verdict
+from vllm_ppd.cli.engines import (
+    EngineFailedError,
+    EngineProcess,
+    Generation,
+    Step,
+    cpu_dtype,
+    sentence,
+    start_all,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,13 +55,13 @@ def test_excerpts_end_where_something_begins(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     lines = [json.dumps({"text": text}) for text in (code, "short", prose)]
     file.write_text("\n".join(lines))
-    found = demo_prompts.excerpts(file, 2)
+    found = demo.excerpts(file, 2)
     assert found[0].endswith("\ndef first(a):")
     assert found[1].endswith("night.")
-    assert all(len(text) <= demo_prompts.MAX_CHARACTERS for text in found)
-    assert demo_prompts.excerpts(file, 2) == found
+    assert all(len(text) <= 700 for text in found)
+    assert demo.excerpts(file, 2) == found
     with pytest.raises(ValueError, match="lower --num-prompts"):
-        demo_prompts.excerpts(file, 3)
+        demo.excerpts(file, 3)
 
 
 @pytest.mark.parametrize("line", ["{", '{"words": 1}', '{"text": 1}', "[1]"])
@@ -62,9 +69,40 @@ def test_bad_texts(tmp_path: Path, line: str) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text(f'{{"text": "fine"}}\n{line}\n')
     with pytest.raises(ValueError, match=r"line 2 of .*texts\.jsonl"):
-        list(demo_prompts.read_texts(file))
+        demo.excerpts(file, 1)
     with pytest.raises(ValueError, match="cannot be read"):
-        list(demo_prompts.read_texts(tmp_path / "none"))
+        demo.excerpts(tmp_path / "none", 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("fpu avx2 avx512f", "float32"),
+        ("fpu avx512f avx512_bf16", "bfloat16"),
+        ("fpu amx_bf16 amx_tile", "bfloat16"),
+        (None, "float32"),
+    ],
+)
+def test_data_type_by_what_the_cpu_can_do(tmp_path: Path, flags, dtype: str) -> None:
+    file = tmp_path / "cpuinfo"
+    if flags is not None:
+        file.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: avx512_bf16\n")
+    assert cpu_dtype(file) == dtype
+
+
+@pytest.mark.parametrize("given", ["auto", "bfloat16"])
+def test_settings_for_this_machine(monkeypatch, given: str) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    args = parser.parse_args(["--dtype", given, "--eager"])
+    settings, notes = demo.engine_settings(args, "model")
+    assert settings["dtype"] == (cpu_dtype() if given == "auto" else given)
+    assert [note.split(",")[0] for note in notes] == (
+        [f"data type {cpu_dtype()}"] if given == "auto" else []
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert demo.engine_settings(args, "model")[0]["dtype"] == given
 
 
 def generation(counts: list[int], step_s: float) -> Generation:
@@ -85,12 +123,10 @@ PPD = generation([1, 3, 1, 2], 0.014)
 def test_generation_figures() -> None:
     assert PPD.ids == PLAIN.ids == (0, 1, 2, 3, 4, 5, 6)
     assert PPD.text == PLAIN.text
-    assert PPD.tokens_per_step == 2.0
-    assert PLAIN.tokens_per_step == 1.0
+    assert PPD.acceptance_length == 2.0
+    assert PLAIN.acceptance_length == 1.0
     assert PPD.tokens_per_s == pytest.approx(7 / 0.056)
-    assert Generation(()).tokens_per_step == 1.0
-    records = [[0.1, [5], "", "a"], [0.2, [], "", ""], [0.3, [6, 7], "b", "c"]]
-    assert len(Generation.of(records).steps) == 2
+    assert Generation(()).acceptance_length == 1.0
 
 
 @pytest.mark.parametrize(
@@ -116,8 +152,7 @@ def test_verdict_is_honest() -> None:
     assert "slower here (0.50x)" in verdict([slower], [], "bfloat16", 0)[0]
     level = Comparison("p", (PLAIN,), (PLAIN,))
     assert "no faster here (1.00x)" in verdict([level], [], "bfloat16", 0)[0]
-    assert "drawn" not in " ".join(verdict([level], [], "bfloat16", 0))
-    assert "at random" in verdict([level], [], "bfloat16", 0.7)[1]
+    assert "same distribution" in verdict([level], [], "bfloat16", 0.7)[1]
 
 
 def test_differing_ids_are_said_and_placed() -> None:
@@ -127,7 +162,7 @@ def test_differing_ids_are_said_and_placed() -> None:
     tie = NearTie(0, 4, 0.06, "a", "b")
     said = verdict([cut], [tie], "bfloat16", 0)
     assert "identical for 0 of 1 prompts" in said[1]
-    assert "near-tie, which rounding decides" in said[2]
+    assert "near-tie that rounding can decide" in said[2]
     assert "prompt 1 from token 5" in said[2]
     assert "please report" in verdict([cut], [tie], "float32", 0)[1]
     assert "not a near-tie" in str(NearTie(0, 4, 2.0, "a", "b"))
@@ -167,51 +202,49 @@ def test_pydantic_errors_become_sentences() -> None:
     assert sentence(RuntimeError("plain words")) == "plain words"
 
 
-WORKER = """
-import json, sys, time
-print("Traceback (most recent call last)", file=sys.stderr)
-print("(Worker) ValueError: the root cause", file=sys.stderr)
-print("RuntimeError: engine core failed", file=sys.stderr, flush=True)
-mode = json.loads(input())["mode"]
-answers = {
-    "start": {"event": "ready", "card": {}},
-    "encode": {"event": "ids", "ids": [[1, 2]]},
-    "generate": {"event": "done", "wall_s": 0.5, "engine_steps": 2, "full": [0.5, 3],
-        "requests": [[[0.1, [5], "", "a"], [0.2, [6, 7], "b", "c"]]]},
-    "score": {"event": "scores", "top": [[1, -0.5, "x"], [2, -0.75, "y"]]},
-    "refused": {"event": "error", "invalid": True, "message": "no such model"},
-    "failed": {"event": "error", "invalid": False, "message": "see above"},
-}
-print(json.dumps({"event": "imported", "device": "cpu"}), flush=True)
-for line in sys.stdin:
-    command = json.loads(line)["command"]
-    if command == "quit" or mode == "dies":
-        sys.exit()
-    if mode == "hangs":
-        time.sleep(60)
-    answer = answers.get(mode, answers[command])
-    if command == "generate" and json.loads(line)["stream"]:
-        steps = [[0, 0.1, [5], "", "a"]]
-        print(json.dumps({"event": "progress", "steps": steps}), flush=True)
-    print(json.dumps(answer), flush=True)
-"""
+class FakeEngine:
+    """An engine whose `start` works, is refused, fails, dies or hangs."""
+
+    def __init__(self, settings: dict[str, str]):
+        print("Traceback (most recent call last)")
+        print("(Worker) ValueError: the root cause")
+        print("RuntimeError: engine core failed", flush=True)
+        self.mode = settings["mode"]
+
+    def device(self) -> str:
+        return "cpu"
+
+    def start(self) -> str:
+        if self.mode == "refused":
+            raise ValueError("no such model")
+        if self.mode == "failed":
+            raise RuntimeError("see above")
+        if self.mode == "dies":
+            os._exit(1)
+        if self.mode == "hangs":
+            time.sleep(60)
+        return "float32"
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[1, 2] for _ in texts]
+
+    def generate(self, prompt: list[int], params: dict[str, float]) -> Generation:
+        return PPD
+
+    def score(self, prompt: list[int]) -> list[tuple[int, float, str]]:
+        return [(1, -0.5, "x"), (2, -0.75, "y")]
 
 
 def fake_engine(mode: str, folder: Path) -> EngineProcess:
-    command = (sys.executable, "-c", WORKER)
-    return EngineProcess("an engine", {"mode": mode}, folder, command=command)
+    return EngineProcess("an engine", {"mode": mode}, folder, FakeEngine)
 
 
 def test_conversation_with_an_engine(tmp_path: Path) -> None:
     engine = fake_engine("works", tmp_path)
-    start_all([engine], parallel=True)
+    start_all([engine])
+    assert (engine.device, engine.dtype) == ("cpu", "float32")
     assert engine.encode(["x"]) == [[1, 2]]
-    seen: list = []
-    batch = engine.generate([[1, 2]], {}, seen.extend)
-    assert seen == [[0, 0.1, [5], "", "a"]]
-    assert batch.tokens == 3
-    assert batch.requests[0].ids == (5, 6, 7)
-    assert engine.generate([[1, 2]], {}) == batch
+    assert engine.generate([1, 2], {}) == PPD
     assert engine.score([1]) == [(1, -0.5, "x"), (2, -0.75, "y")]
     engine.close()
 

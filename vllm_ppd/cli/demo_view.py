@@ -1,10 +1,12 @@
-"""How the demo looks: two panels that fill on one clock, then a table."""
+"""What `vllm-ppd demo` shows: two panels that fill on one clock, a table, a verdict."""
 
 from __future__ import annotations
 
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
 
 from rich.align import Align
 from rich.columns import Columns
@@ -15,17 +17,101 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from vllm_ppd.cli.demo_report import Comparison, Totals
-from vllm_ppd.cli.generation import Generation
+from vllm_ppd.cli.engines import Generation
 
-OWN, GUESSED, PROMPT = "default", "bold green", "dim"
+OWN, DRAFTED, PROMPT = "default", "bold green", "dim"
 TITLES = ("plain vLLM", "vLLM with PPD")
 BORDERS = ("blue", "green")
-# A replay that is over sooner than this cannot be followed by eye.
-REPLAY_S = 4.0
+# Shorter replays cannot be followed by eye, longer ones take too long.
+REPLAY_S = (4.0, 20.0)
 FRAMES_PER_S = 20
 PANEL_LINES = 16
 NARROW = 76  # columns below which the panels stand one above the other
+# Gap between the two likeliest tokens, in nats, below which rounding alone can decide:
+# logits of 16 to 32 are 0.125 apart in bf16.
+NEAR_TIE = 0.25
+# Share of repeated 4-grams from which the verdict mentions it.
+LOOPING = 0.3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt and its texts, one per round and decoder."""
+
+    prompt: str
+    plain: tuple[Generation, ...]
+    ppd: tuple[Generation, ...]
+
+    @property
+    def plain_speed(self) -> float:
+        """Median tokens per second."""
+        return median(g.tokens_per_s for g in self.plain)
+
+    @property
+    def ppd_speed(self) -> float:
+        return median(g.tokens_per_s for g in self.ppd)
+
+    @property
+    def speedup(self) -> float:
+        """PPD's speed over the plain one's of the same round, median of the rounds."""
+        return median(
+            ppd.tokens_per_s / plain.tokens_per_s
+            for plain, ppd in zip(self.plain, self.ppd, strict=True)
+        )
+
+    @property
+    def first_difference(self) -> int | None:
+        """Index of the first token id that differs in the first round, or None.
+
+        Texts of which one continues the other differ where the shorter ends.
+        """
+        ours, theirs = self.ppd[0].ids, self.plain[0].ids
+        if ours == theirs:
+            return None
+        pairs = zip(ours, theirs, strict=False)
+        common = min(len(ours), len(theirs))
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), common)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """All prompts of a demo together, taken from each prompt's first round."""
+
+    plain_tokens: int
+    ppd_tokens: int
+    plain_steps: int
+    ppd_steps: int
+    acceptance_length: float
+    speedup: float
+    plain_step_ms: float
+    ppd_step_ms: float
+
+    @classmethod
+    def of(cls, comparisons: Sequence[Comparison]) -> Totals:
+        plain = [c.plain[0] for c in comparisons]
+        ppd = [c.ppd[0] for c in comparisons]
+        decoded = sum(len(g.ids) - len(g.steps[0].ids) for g in ppd if g.steps)
+        decode_steps = sum(len(g.steps) - 1 for g in ppd if g.steps)
+        return cls(
+            plain_tokens=sum(len(g.ids) for g in plain),
+            ppd_tokens=sum(len(g.ids) for g in ppd),
+            plain_steps=sum(len(g.steps) for g in plain),
+            ppd_steps=sum(len(g.steps) for g in ppd),
+            acceptance_length=decoded / decode_steps if decode_steps else 1.0,
+            speedup=median(c.speedup for c in comparisons),
+            plain_step_ms=_step_ms([g for c in comparisons for g in c.plain]),
+            ppd_step_ms=_step_ms([g for c in comparisons for g in c.ppd]),
+        )
+
+
+def _step_ms(generations: Sequence[Generation]) -> float:
+    """Median duration of a decode step in milliseconds."""
+    gaps = [
+        later.at_s - earlier.at_s
+        for g in generations
+        for earlier, later in zip(g.steps, g.steps[1:], strict=False)
+    ]
+    return 1000 * median(gaps) if gaps else 0.0
 
 
 def header(model: str, prompt_tokens: str, args: argparse.Namespace) -> Panel:
@@ -64,7 +150,7 @@ def panel(
     for step in generation.steps:
         if step.at_s > until_s:
             break
-        text.append(step.guessed, style=GUESSED)
+        text.append(step.drafted, style=DRAFTED)
         text.append(step.own, style=OWN)
         tokens, steps, at = tokens + len(step.ids), steps + 1, step.at_s
     if not done:
@@ -90,9 +176,8 @@ def side_by_side(
     ppd: Generation,
     until_s: float,
     note: str,
-    running: str | None = None,
 ) -> RenderableType:
-    """Both panels at one moment; `running` is the title of a panel still written to."""
+    """Both panels at one moment of their common clock."""
     narrow = console.width < NARROW
     width = console.width if narrow else (console.width - 1) // 2
     panels = [
@@ -104,29 +189,25 @@ def side_by_side(
             generation,
             until_s,
             width,
-            until_s >= generation.seconds and title != running,
+            until_s >= generation.seconds,
         )
         for title, border, generation in zip(TITLES, BORDERS, (plain, ppd), strict=True)
     ]
     body = Group(*panels) if narrow else Columns(panels, padding=(0, 1))
     legend = Text.assemble(
-        ("accepted guesses", GUESSED), (f"  {note}" if note else "", "dim")
+        ("accepted draft tokens", DRAFTED), (f"  {note}" if note else "", "dim")
     )
     return Group(body, Align.center(legend))
 
 
-def replay(console: Console, comparison: Comparison, moving: bool) -> None:
-    """Show the first round of both at once, slowed down so that it can be read.
-
-    moving: otherwise show the end only, for a run that was watched as it happened.
-    """
+def replay(console: Console, comparison: Comparison) -> None:
+    """Show the first round of both at once, at a speed that can be read."""
     plain, ppd = comparison.plain[0], comparison.ppd[0]
     end = max(plain.seconds, ppd.seconds)
-    slower = 1.0 if not end else max(1.0, REPLAY_S / end)
-    if not moving:
-        console.print(side_by_side(console, comparison.prompt, plain, ppd, end, ""))
-        return
-    note = f"replayed {slower:.0f}x slower than it was, both on one clock"
+    duration = min(max(end, REPLAY_S[0]), REPLAY_S[1])
+    slower = duration / end if end else 1.0
+    how = f"{slower:.0f}x slower" if slower >= 1 else f"{1 / slower:.0f}x faster"
+    note = f"replayed {how} than measured, both on one clock"
     with Live(console=console, auto_refresh=False) as view:
         start = time.perf_counter()
         now = 0.0
@@ -161,7 +242,7 @@ def summary(comparisons: Sequence[Comparison], greedy: bool) -> Table:
     """One row per prompt and a row for all."""
     table = Table(title="plain vLLM -> vLLM with PPD", title_style="bold")
     table.add_column("prompt")
-    for name in ("tokens/s", "speed", "steps", "tokens/step"):
+    for name in ("tokens/s", "speed", "steps", "tokens per step"):
         table.add_column(name, justify="right")
     table.add_column("token ids")
     for number, c in enumerate(comparisons, start=1):
@@ -172,7 +253,7 @@ def summary(comparisons: Sequence[Comparison], greedy: bool) -> Table:
             f"{c.plain_speed:,.0f} -> {c.ppd_speed:,.0f}",
             _speed(c.speedup),
             f"{len(c.plain[0].steps)} -> {len(c.ppd[0].steps)}",
-            f"{c.ppd[0].tokens_per_step:.2f}",
+            f"{c.ppd[0].acceptance_length:.2f}",
             same if greedy else "sampled",
         )
     totals = Totals.of(comparisons)
@@ -182,7 +263,7 @@ def summary(comparisons: Sequence[Comparison], greedy: bool) -> Table:
         "",
         _speed(totals.speedup),
         f"{totals.plain_steps} -> {totals.ppd_steps}",
-        f"{totals.tokens_per_step:.2f}",
+        f"{totals.acceptance_length:.2f}",
         "",
     )
     return table
@@ -191,3 +272,86 @@ def summary(comparisons: Sequence[Comparison], greedy: bool) -> Table:
 def _speed(ratio: float) -> str:
     colour = "green" if ratio >= 1.02 else "yellow" if ratio > 0.98 else "red"
     return f"[bold {colour}]{ratio:.2f}x[/]"
+
+
+@dataclass(frozen=True)
+class NearTie:
+    """The two likeliest tokens where two greedy texts part."""
+
+    prompt: int
+    position: int
+    gap: float
+    first: str
+    second: str
+
+    def __str__(self) -> str:
+        where = f"prompt {self.prompt + 1} from token {self.position + 1}"
+        choice = f"{self.first!r} over {self.second!r} by {self.gap:.3f} nats"
+        verdict = (
+            "a near-tie that rounding can decide"
+            if self.gap < NEAR_TIE
+            else "not a near-tie: please report this"
+        )
+        return f"{where}: the model prefers {choice}, {verdict}"
+
+
+def verdict(
+    comparisons: Sequence[Comparison],
+    ties: Sequence[NearTie],
+    dtype: str,
+    temperature: float,
+) -> list[str]:
+    """Sentences for the end of a demo: speed first, then exactness."""
+    lines = [_speed_sentence(Totals.of(comparisons))]
+    repeated = median(c.plain[0].repeated for c in comparisons)
+    if repeated > LOOPING:
+        lines.append(
+            f"The model repeats itself: {repeated:.0%} of the 4-grams in its texts "
+            "occurred before, and loops are easy to predict. "
+            + ("" if temperature else "Try --temperature 0.7.")
+        )
+    return lines + _exactness(comparisons, ties, dtype, temperature)
+
+
+def _speed_sentence(totals: Totals) -> str:
+    cost = totals.ppd_step_ms / totals.plain_step_ms if totals.plain_step_ms else 1.0
+    steps = (
+        f"{totals.acceptance_length:.2f} tokens per step, and a step took "
+        f"{totals.ppd_step_ms:.1f} ms instead of {totals.plain_step_ms:.1f} ms "
+        f"({cost:.2f}x)"
+    )
+    if totals.speedup >= 1.02:
+        return f"PPD was {totals.speedup:.2f}x as fast: {steps}."
+    if totals.speedup > 0.98:
+        return f"PPD was no faster here ({totals.speedup:.2f}x): {steps}."
+    return (
+        f"PPD was slower here ({totals.speedup:.2f}x): {steps}. Draft tokens cost "
+        "extra time if the machine has no computing power to spare, as with few CPU "
+        "cores or a busy machine."
+    )
+
+
+def _exactness(
+    comparisons: Sequence[Comparison],
+    ties: Sequence[NearTie],
+    dtype: str,
+    temperature: float,
+) -> list[str]:
+    if temperature > 0:
+        return [
+            f"At temperature {temperature:g} both sample from the same distribution, "
+            "so the two texts need not be equal."
+        ]
+    same = sum(c.first_difference is None for c in comparisons)
+    if same == len(comparisons):
+        tokens = sum(len(c.ppd[0].ids) for c in comparisons)
+        return [f"All {tokens:,} token ids are identical to plain vLLM's."]
+    lines = [
+        f"Token ids are identical for {same} of {len(comparisons)} prompts. In {dtype} "
+        "a step of several rows rounds a little differently from a step of one row, "
+        "which can decide near-ties; with --dtype float32 it does not."
+        if dtype != "float32"
+        else f"Token ids are identical for {same} of {len(comparisons)} prompts only; "
+        "in float32 they should all be: please report this."
+    ]
+    return [*lines, *map(str, ties)]

@@ -1,51 +1,33 @@
-"""vLLM engines in processes of their own, so that decoders can be compared.
+"""vLLM engines in processes of their own, so that their speeds can be compared.
 
-Two engines in one process would share its interpreter, and their timings; here each
-decoder has a process that sleeps while another is measured. The conversation with
-`engine_worker` is one JSON object per line:
-
-    to the worker                          from the worker
-    {settings of vllm.LLM}                 {"event": "imported", "device"}
-    {"command": "start"}                   {"event": "ready", "card"}
-    {"command": "encode", "texts"}         {"event": "ids", "ids"}
-    {"command": "generate", "prompts",     {"event": "progress", "steps"}, any number,
-     "params", "stream", "at_once",         {"event": "done", "wall_s", "requests", ...}
-     "lengths"}
-    {"command": "score", "ids"}            {"event": "scores", "top"}
-    {"command": "report"}                  {"event": "report", "report"}
-    {"command": "hold", "plan"}            {"event": "held"}
-    {"command": "quit"}
-    (at any time)                          {"event": "error", "invalid", "message"}
-
-A step of a request is [seconds, token ids, text of accepted guesses, other text].
+Engines in one process would share its interpreter and their timings. In processes of
+their own, one sleeps while another is measured. `EngineProcess` is the near end; the
+far end runs `serve`, which calls a method of `Engine` for each message.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import multiprocessing
 import os
-import queue
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from vllm_ppd.cli.generation import Batch, Generation
-
-if TYPE_CHECKING:
-    from vllm_ppd.trees.menu import TreePlan
+from typing import Any
 
 __all__ = [
     "EngineFailedError",
     "EngineProcess",
+    "Generation",
+    "Step",
+    "cpu_dtype",
     "engine_processes",
     "settle",
     "start_all",
@@ -54,28 +36,205 @@ __all__ = [
 # An idle vLLM worker on CPU polls for a second after its last step, on the very core
 # that the next engine's worker is bound to.
 SETTLE_S = 1.2
-WORKER = (sys.executable, "-m", "vllm_ppd.cli.engine_worker")
-START_TIMEOUT_S = 1800.0
 QUIT_TIMEOUT_S = 15.0
 TERMINATE_TIMEOUT_S = 3.0
+# How often a silent engine is checked for life.
+_ALIVE_S = 0.5
+# Defaults of an engine's environment; the user's own variables win.
+_ENVIRONMENT = {
+    # Several engines share the machine; vLLM would give each half of it.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONUNBUFFERED": "1",
+}
 _ERROR_LINE = re.compile(r"\b\w*(?:Error|Exception): .+")
 
 
 class EngineFailedError(RuntimeError):
-    """An engine that did not start or stopped; the message names its log."""
+    """An engine that did not start, or stopped; the message names its log."""
 
 
-def engine_environment(in_process: bool) -> dict[str, str]:
-    """The environment of an engine: the user's own, and defaults for what is unset."""
-    defaults = {
-        # Several engines share the machine; vLLM would give each half of it.
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    if in_process:
-        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}
+def cpu_dtype(cpuinfo: str | os.PathLike[str] = "/proc/cpuinfo") -> str:
+    """The faster data type on this CPU: "bfloat16" or "float32".
+
+    A CPU without bfloat16 instructions computes it through a fallback that is several
+    times slower than float32.
+    """
+    try:
+        flags = re.findall(r"^flags\s*:(.*)$", Path(cpuinfo).read_text(), re.M)
+    except OSError:
+        return "float32"
+    words = set(" ".join(flags).split())
+    return "bfloat16" if words & {"avx512_bf16", "amx_bf16"} else "float32"
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tokens of one request from one engine step."""
+
+    at_s: float
+    """Seconds since the request was added."""
+    ids: tuple[int, ...]
+    drafted: str
+    """Text of the accepted draft tokens."""
+    own: str
+    """Text of the last token, which the model chose in this step."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The tokens of one request, step by step; steps without tokens are left out."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(i for step in self.steps for i in step.ids)
+
+    @property
+    def text(self) -> str:
+        return "".join(step.drafted + step.own for step in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        """From the start of the request to its last token."""
+        return self.steps[-1].at_s if self.steps else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return len(self.ids) / self.seconds if self.seconds else 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens per decode step; the first step, which reads the prompt, is left
+        out."""
+        steps = len(self.steps) - 1
+        return (len(self.ids) - len(self.steps[0].ids)) / steps if steps > 0 else 1.0
+
+    @property
+    def repeated(self) -> float:
+        """Share of the 4-grams that occurred in the text before; 1 for a long loop."""
+        ids = self.ids
+        grams = [ids[i : i + 4] for i in range(len(ids) - 3)]
+        return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+class Engine:
+    """A vLLM engine, in its own process. Methods take and return picklable values.
+
+    Args:
+        settings: of `vllm.LLM`.
+    """
+
+    def __init__(self, settings: dict[str, Any]):
+        self.settings = settings
+        self.num_requests = 0
+
+    def device(self) -> str:
+        """Import vLLM: the part of a start that depends on nothing."""
+        import vllm  # noqa: F401
+        from vllm.platforms import current_platform
+
+        return current_platform.device_type
+
+    def start(self) -> str:
+        """Returns the data type."""
+        from vllm import LLM
+
+        self.llm = LLM(**self.settings)
+        self.tokenizer = self.llm.get_tokenizer()
+        dtype = self.llm.llm_engine.vllm_config.model_config.dtype
+        return str(dtype).removeprefix("torch.")
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [self.tokenizer.encode(text) for text in texts]
+
+    def generate(self, prompt: list[int], params: dict[str, Any]) -> Generation:
+        """Run one request. The recording of a step is one list append."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self.llm.llm_engine
+        sampling = SamplingParams(output_kind=RequestOutputKind.DELTA, **params)
+        self.num_requests += 1
+        records: list[tuple[float, Any]] = []
+        start = time.perf_counter()
+        name = f"request-{self.num_requests}"
+        engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now = time.perf_counter() - start
+            records += [(now, output.outputs[0]) for output in outputs]
+        return Generation(
+            tuple(
+                Step(at_s, tuple(new.token_ids), *self._split(new.token_ids, new.text))
+                for at_s, new in records
+                if new.token_ids
+            )
+        )
+
+    def _split(self, ids: Sequence[int], text: str) -> tuple[str, str]:
+        """A step's text as (accepted draft tokens, the model's own token)."""
+        if len(ids) < 2:
+            return "", text
+        own = self.tokenizer.decode([ids[-1]])
+        if own and text.endswith(own):
+            return text[: -len(own)], own
+        return text, ""
+
+    def score(self, prompt: list[int]) -> list[tuple[int, float, str]]:
+        """(token id, log probability, text) of the two likeliest next tokens."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=2)
+        inputs = [{"prompt_token_ids": prompt}]
+        (output,) = self.llm.generate(inputs, params, use_tqdm=False)
+        logprobs = output.outputs[0].logprobs[0].items()
+        top = sorted(logprobs, key=lambda item: -item[1].logprob)[:2]
+        return [(i, entry.logprob, self.tokenizer.decode([i])) for i, entry in top]
+
+    def report(self) -> dict[str, Any]:
+        """The answer of PPD's first worker to `ppd_report`."""
+        return self.llm.collective_rpc("ppd_report")[0]
+
+
+def sentence(error: BaseException) -> str:
+    """The error's text; of a pydantic report, the messages alone."""
+    details = getattr(error, "errors", None)
+    if callable(details):
+        texts = [str(item["msg"]).removeprefix("Value error, ") for item in details()]
+        return "; ".join(texts)
+    return str(error).strip() or type(error).__name__
+
+
+def serve(
+    connection: Connection,
+    log: Path,
+    settings: dict[str, Any],
+    engine_class: type[Any] = Engine,
+) -> None:
+    """Answer (method, arguments) by (kind, value), until the method is None.
+
+    The kinds are "result", "invalid" (a ValueError) and "failed".
+    """
+    # A session of its own: Ctrl-C reaches the near end alone, which ends this one.
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    os.environ.update({**_ENVIRONMENT, **os.environ})
+    try:
+        engine = engine_class(settings)
+        while (message := connection.recv())[0] is not None:
+            method, arguments = message
+            connection.send(("result", getattr(engine, method)(*arguments)))
+    except EOFError:
+        return  # the near end is gone
+    except Exception as error:
+        traceback.print_exc()
+        kind = "invalid" if isinstance(error, ValueError) else "failed"
+        connection.send((kind, sentence(error)))
 
 
 class EngineProcess:
@@ -85,82 +244,57 @@ class EngineProcess:
         name: for messages and the log's name.
         settings: arguments of `vllm.LLM`.
         log_folder: where `<name>.log` is written.
-        in_process: keep vLLM's engine core in the same process as its front end.
-        command: what to run; for tests.
+        engine_class: for tests.
+
+    Attributes:
+        device: "cpu" or "cuda", after `wait_imported`.
+        dtype: "bfloat16" etc., after `wait_ready`.
     """
 
     def __init__(
         self,
         name: str,
-        settings: dict[str, Any],
+        settings: Mapping[str, Any],
         log_folder: Path,
-        in_process: bool = False,
-        command: Sequence[str] = WORKER,
+        engine_class: type[Any] = Engine,
     ):
         self.name = name
         self.log = log_folder / f"{name.replace(' ', '-')}.log"
-        self.device = ""
-        self.card: dict[str, Any] = {}
-        self._busy = True
-        self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        with self.log.open("ab") as log:
-            # A session of its own: Ctrl-C reaches us alone, and we end the engine.
-            self._process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=engine_environment(in_process),
-                text=True,
-                encoding="utf-8",
-                start_new_session=True,
-            )
-        threading.Thread(target=self._read, daemon=True).start()
-        self._write(settings)
+        self.device = self.dtype = ""
+        context = multiprocessing.get_context("spawn")
+        self._connection, far_end = context.Pipe()
+        self._process = context.Process(
+            target=serve, args=(far_end, self.log, dict(settings), engine_class)
+        )
+        self._process.start()
+        far_end.close()
+        self._call("device")
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._messages.put(json.loads(line))
-        self._messages.put(None)
-
-    def _write(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
+    def _call(self, method: str, *arguments: Any) -> None:
         self._busy = True
         # A dead engine is reported when its answer is awaited, with its reason.
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
+        with contextlib.suppress(OSError):
+            self._connection.send((method, arguments))
 
-    def _wait(
-        self,
-        event: str,
-        timeout_s: float | None = None,
-        on_progress: Callable[[list[Any]], None] | None = None,
-    ) -> dict[str, Any]:
-        while True:
-            try:
-                message = self._messages.get(timeout=timeout_s)
-            except queue.Empty:
-                raise EngineFailedError(
-                    f"the engine of {self.name} gave no sign of life for "
-                    f"{timeout_s:.0f} s; its log is {self.log}"
-                ) from None
-            if message is None:
-                raise self._failure("it ended")
-            if message["event"] == "error":
-                if message["invalid"]:
-                    raise ValueError(message["message"])
-                raise self._failure(message["message"])
-            if message["event"] == "progress" and on_progress is not None:
-                on_progress(message["steps"])
-            if message["event"] == event:
-                self._busy = False
-                return message
+    def _answer(self) -> Any:
+        try:
+            while not self._connection.poll(_ALIVE_S):
+                # Its own children may hold the pipe open.
+                if not self._process.is_alive() and not self._connection.poll():
+                    raise EOFError
+            kind, value = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._failure("it ended") from None
+        if kind == "invalid":
+            raise ValueError(value)
+        if kind == "failed":
+            raise self._failure(value)
+        self._busy = False
+        return value
 
     def _failure(self, reason: str) -> EngineFailedError:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        # vLLM's processes report in turn, and the first to fail knows why.
+        # vLLM's processes report in turn; the first one to fail has the cause.
         _, _, failed = text.partition("Traceback (most recent call last)")
         cause = _ERROR_LINE.search(failed)
         what = cause.group(0) if cause else reason.split("\n")[0]
@@ -169,109 +303,73 @@ class EngineProcess:
         )
 
     def wait_imported(self) -> None:
-        """Until vLLM is imported, the part of a start that needs nothing of ours."""
-        self.device = self._wait("imported", START_TIMEOUT_S)["device"]
+        """Wait until the process has imported vLLM."""
+        self.device = self._answer()
 
     def begin_start(self) -> None:
-        self._write({"command": "start"})
+        self._call("start")
 
     def wait_ready(self) -> None:
-        """Until the engine can generate.
+        """Wait until the engine can generate.
 
-        Raises ValueError for what the settings got wrong, EngineFailedError else.
+        Raises ValueError for settings that vLLM refuses, else EngineFailedError.
         """
-        self.card = self._wait("ready", START_TIMEOUT_S)["card"]
+        self.dtype = self._answer()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, with the tokenizer's own begin-of-text token."""
-        self._write({"command": "encode", "texts": list(texts)})
-        return self._wait("ids")["ids"]
+        self._call("encode", list(texts))
+        return self._answer()
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: dict[str, Any],
-        on_progress: Callable[[list[Any]], None] | None = None,
-        at_once: int | None = None,
-        lengths: Sequence[int] | None = None,
-    ) -> Batch:
-        """Run the prompts and wait for the end.
+    def generate(self, prompt: Sequence[int], params: Mapping[str, Any]) -> Generation:
+        """Run one request to its end; params are those of `vllm.SamplingParams`."""
+        self._call("generate", list(prompt), dict(params))
+        return self._answer()
 
-        params: those of `vllm.SamplingParams`.
-        at_once: most requests in the engine at a time (None: all of them); the next
-            one comes when one has finished.
-        lengths: most tokens of each request, instead of the one in `params`.
-        on_progress: called about ten times a second with [request, *step] lists;
-            without it the engine sends nothing until it has finished.
-        """
-        stream = on_progress is not None
-        message = {
-            "prompts": [list(p) for p in prompts],
-            "params": params,
-            "stream": stream,
-            "at_once": at_once,
-            "lengths": None if lengths is None else list(lengths),
-        }
-        self._write({"command": "generate", **message})
-        done = self._wait("done", on_progress=on_progress)
-        requests = tuple(Generation.of(records) for records in done["requests"])
-        return Batch(
-            done["wall_s"], done["engine_steps"], requests, tuple(done["full"])
-        )
-
-    def score(self, ids: Sequence[int]) -> list[tuple[int, float, str]]:
-        """(id, log probability, text) of the two likeliest tokens after `ids`."""
-        self._write({"command": "score", "ids": list(ids)})
-        return [(i, p, text) for i, p, text in self._wait("scores")["top"]]
+    def score(self, prompt: Sequence[int]) -> list[tuple[int, float, str]]:
+        """(id, log probability, text) of the two likeliest tokens after `prompt`."""
+        self._call("score", list(prompt))
+        return self._answer()
 
     def report(self) -> dict[str, Any]:
-        """What PPD's trees do now, see `PPDRunnerMixin.ppd_report`."""
-        self._write({"command": "report"})
-        return self._wait("report")["report"]
-
-    def hold(self, plan: TreePlan | None = None) -> None:
-        """From now on PPD keeps to its trees, or to a plan's, whatever the traffic."""
-        given = None if plan is None else plan.to_dict()
-        self._write({"command": "hold", "plan": given})
-        self._wait("held")
+        """The answer of PPD's first worker to `ppd_report`."""
+        self._call("report")
+        return self._answer()
 
     def close(self) -> None:
-        """End the engine and every process it started."""
-        # An engine in the middle of something (Ctrl-C, a failure) reads no commands.
+        """End the engine and every process that it started."""
+        # A busy engine (after Ctrl-C, or a failure) reads no messages.
         if not self._busy:
-            self._write({"command": "quit"})
-            self._ended(QUIT_TIMEOUT_S)
-        for signal_, grace_s in (
-            (signal.SIGTERM, TERMINATE_TIMEOUT_S),
-            (signal.SIGKILL, None),
-        ):
-            # A session of its own: the group holds the engine's processes, no others.
+            with contextlib.suppress(OSError):
+                self._connection.send((None, ()))
+            self._process.join(QUIT_TIMEOUT_S)
+        pid = self._process.pid
+        assert pid is not None
+        for signal_ in (signal.SIGTERM, signal.SIGKILL):
+            # Its session holds the processes that it started, and no others.
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal_)
-            self._ended(grace_s)
-        with contextlib.suppress(OSError):
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-
-    def _ended(self, timeout_s: float | None) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout_s)
+                os.killpg(pid, signal_)
+            self._process.join(TERMINATE_TIMEOUT_S)
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
 
 
 @contextlib.contextmanager
 def engine_processes(
-    settings: Mapping[str, Mapping[str, Any]], purpose: str, in_process: bool = False
+    settings: Mapping[str, Mapping[str, Any]], purpose: str
 ) -> Iterator[dict[str, EngineProcess]]:
-    """Engines by name, not yet started, that end with the block.
+    """Engines by name, not yet started; they end with the block.
 
-    Their logs stay only if an engine fails. `purpose` is part of their folder's name.
+    Their logs are kept only if an engine fails. `purpose` is part of their folder's
+    name.
     """
     folder = Path(tempfile.mkdtemp(prefix=f"vllm-ppd-{purpose}-"))
     engines: dict[str, EngineProcess] = {}
     keep = False
     try:
         for name, options in settings.items():
-            engines[name] = EngineProcess(name, dict(options), folder, in_process)
+            engines[name] = EngineProcess(name, options, folder)
         yield engines
     except EngineFailedError:
         keep = True
@@ -284,29 +382,23 @@ def engine_processes(
 
 
 def start_all(
-    engines: Sequence[EngineProcess],
-    say: Callable[[str], None] = lambda text: None,
-    parallel: bool = False,
+    engines: Sequence[EngineProcess], say: Callable[[str], None] = lambda text: None
 ) -> None:
-    """Bring engines up, one after the other unless `parallel` and on CPU.
+    """Start engines: all at once on CPU, one after another on a GPU.
 
     On a GPU each engine measures how much memory is free, so two must not start at
     the same time.
     """
     for engine in engines:
         engine.wait_imported()
-    if parallel and all(engine.device == "cpu" for engine in engines):
-        say(f"starting {' and '.join(engine.name for engine in engines)}")
-        for engine in engines:
+    at_once = all(engine.device == "cpu" for engine in engines)
+    for group in [engines] if at_once else [[engine] for engine in engines]:
+        say(f"starting {' and '.join(engine.name for engine in group)}")
+        for engine in group:
             engine.begin_start()
         # The last first: it speculates, so its settings are likelier to be refused.
-        for engine in reversed(engines):
+        for engine in reversed(group):
             engine.wait_ready()
-        return
-    for engine in engines:
-        say(f"starting {engine.name}")
-        engine.begin_start()
-        engine.wait_ready()
 
 
 def settle() -> None:
