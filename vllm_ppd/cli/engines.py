@@ -8,16 +8,18 @@ far end runs `serve`, which calls a method of `Engine` for each message.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,8 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "PYTHONUNBUFFERED": "1",
 }
+# Not `python -m`, which would pickle the classes of this file as those of __main__.
+_FAR_END = "from vllm_ppd.cli.engines import serve; serve({})"
 _ERROR_LINE = re.compile(r"\b\w*(?:Error|Exception): .+")
 
 
@@ -122,6 +126,8 @@ class Generation:
 
 class Engine:
     """A vLLM engine, in its own process. Methods take and return picklable values.
+
+    Whatever vLLM and its own processes print goes to the log.
 
     Args:
         settings: of `vllm.LLM`.
@@ -208,23 +214,17 @@ def sentence(error: BaseException) -> str:
     return str(error).strip() or type(error).__name__
 
 
-def serve(
-    connection: Connection,
-    log: Path,
-    settings: dict[str, Any],
-    engine_class: type[Any] = Engine,
-) -> None:
-    """Answer (method, arguments) by (kind, value), until the method is None.
+def serve(descriptor: int) -> None:
+    """Run the far end of an engine.
 
-    The kinds are "result", "invalid" (a ValueError) and "failed".
+    The first message is (class, settings); the next are (method, arguments), until the
+    method is None. Each is answered by (kind, value), where the kinds are "result",
+    "invalid" (a ValueError) and "failed".
     """
-    # A session of its own: Ctrl-C reaches the near end alone, which ends this one.
-    os.setsid()
-    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    for descriptor in (1, 2):
-        os.dup2(file, descriptor)
-    os.environ.update({**_ENVIRONMENT, **os.environ})
+    os.set_inheritable(descriptor, False)
+    connection = Connection(descriptor)
     try:
+        engine_class, settings = connection.recv()
         engine = engine_class(settings)
         while (message := connection.recv())[0] is not None:
             method, arguments = message
@@ -261,13 +261,22 @@ class EngineProcess:
         self.name = name
         self.log = log_folder / f"{name.replace(' ', '-')}.log"
         self.device = self.dtype = ""
-        context = multiprocessing.get_context("spawn")
-        self._connection, far_end = context.Pipe()
-        self._process = context.Process(
-            target=serve, args=(far_end, self.log, dict(settings), engine_class)
-        )
-        self._process.start()
+        self._connection, far_end = Pipe()
+        descriptor = far_end.fileno()
+        with self.log.open("ab") as log:
+            # A session of its own: Ctrl-C reaches this process alone, which then ends
+            # the engine.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _FAR_END.format(descriptor)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**_ENVIRONMENT, **os.environ},
+                pass_fds=(descriptor,),
+                start_new_session=True,
+            )
         far_end.close()
+        self._connection.send((engine_class, dict(settings)))
         self._call("device")
 
     def _call(self, method: str, *arguments: Any) -> None:
@@ -280,7 +289,7 @@ class EngineProcess:
         try:
             while not self._connection.poll(_ALIVE_S):
                 # Its own children may hold the pipe open.
-                if not self._process.is_alive() and not self._connection.poll():
+                if self._process.poll() is not None and not self._connection.poll():
                     raise EOFError
             kind, value = self._connection.recv()
         except (EOFError, OSError):
@@ -342,17 +351,17 @@ class EngineProcess:
         if not self._busy:
             with contextlib.suppress(OSError):
                 self._connection.send((None, ()))
-            self._process.join(QUIT_TIMEOUT_S)
-        pid = self._process.pid
-        assert pid is not None
+            self._wait(QUIT_TIMEOUT_S)
         for signal_ in (signal.SIGTERM, signal.SIGKILL):
             # Its session holds the processes that it started, and no others.
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, signal_)
-            self._process.join(TERMINATE_TIMEOUT_S)
-        self._process.kill()
-        self._process.join()
+                os.killpg(self._process.pid, signal_)
+            self._wait(TERMINATE_TIMEOUT_S)
         self._connection.close()
+
+    def _wait(self, timeout_s: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
 
 
 @contextlib.contextmanager
