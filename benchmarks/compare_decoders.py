@@ -33,6 +33,7 @@ from harness import (
     Measured,
     decoder_settings,
     encode_prompts,
+    engine_dtype,
     measure_cell,
     report_cell,
     text_lengths,
@@ -52,14 +53,6 @@ from results import (
 from vllm_ppd.files import write_json
 
 
-def names(text: str) -> list[str]:
-    chosen = text.split(",")
-    unknown = [name for name in chosen if name not in DECODERS]
-    if unknown or len(set(chosen)) != len(chosen):
-        raise argparse.ArgumentTypeError(f"choose from {', '.join(DECODERS)}")
-    return chosen
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
@@ -68,7 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     prompts = ROOT / "trained_prompts" / "demo"
     add("--prompts", default=str(prompts), help="prompt tokens: folder or hub id")
     usual = ["plain", "ppd", "ngram"]
-    add("--decoders", type=names, default=usual, help=",".join(DECODERS))
+    add("--decoders", type=numbers(str), default=usual, help=",".join(DECODERS))
     add("--ppd-config", type=json.loads, default={}, metavar="JSON", help="more keys")
     add("--ngram-config", type=json.loads, default={}, metavar="JSON", help="more keys")
     add("--other", type=Path, metavar="CHECKOUT", help="add the PPD of this checkout")
@@ -102,6 +95,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.num_prompts, args.prompt_tokens, args.max_tokens = 2, 16, 8
         args.batch, args.temperature, args.rounds = [1, 2], [0.0, 1.0], 3
         args.eager, args.waves = True, 1
+    if set(args.decoders) - set(DECODERS):
+        parser.error(f"--decoders: choose from {', '.join(DECODERS)}")
     if args.rounds * args.starts < 3:
         parser.error("--rounds times --starts must be at least 3, to show a spread")
     if not 0 <= args.range_ratio < 1:
@@ -116,17 +111,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.other and not (args.other / "vllm_ppd" / "plugin.py").exists():
         parser.error(f"--other is {args.other}, which is no checkout of this project")
     return args
-
-
-def engine_dtype(dtype: str) -> str:
-    """As asked for, or what this machine's CPU computes well, or vLLM's choice."""
-    import torch
-
-    if dtype != "auto" or torch.cuda.is_available():
-        return dtype
-    from vllm_ppd.cli import engines
-
-    return getattr(engines, "cpu_dtype", lambda: dtype)()
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -235,8 +219,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     f"start {start} of {args.starts}"
                 )
                 count = max(args.num_prompts, args.waves * cell.batch)
-                some = prompts[:count], cell, lengths[:count]
-                measured[cell].append(measure_cell(engines, *some, args.rounds, menus))
+                work = prompts[:count], cell, lengths[:count], args.rounds
+                measured[cell].append(measure_cell(engines, *work, menus))
                 results = results_document(
                     "compare_decoders",
                     card,
@@ -255,19 +239,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def heading(results: dict[str, Any]) -> str:
-    """Where the figures come from, above the table."""
-    machine = results["environment"]
-    engine = next(iter(results["engines"].values()))
-    return (
-        f"{machine['cpu']}, {machine['usable_cores']} cores, "
-        f"{len(engine['worker_cpus'])} of them for vLLM's worker; load average "
-        f"{machine['load_average']} before the run\n"
-        f"vLLM {engine['vllm']} on {engine['device']}, torch {engine['torch']}, "
-        f"{engine['dtype']}, {'eager' if engine['eager'] else 'compiled'}\n"
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
@@ -275,7 +246,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, EngineError) as error:
         say(f"error: {error}")
         return 2 if isinstance(error, ValueError) else 1
-    print(heading(results))
     print(table(results["cells"]))
     finish(results, args.out)
     return 0

@@ -28,8 +28,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Batch", "Engine", "EngineError", "Generation", "running", "settle"]
-
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = {
     # Several engines share the machine; vLLM would give each half of it.
@@ -84,20 +82,13 @@ class Batch:
     """PPD's own metrics of this run: request_steps, rows; empty without PPD."""
 
     @classmethod
-    def of(cls, result: Mapping[str, Any]) -> Batch:
+    def of(cls, wall_s: float, requests: Any, full: Any, **more: Any) -> Batch:
         """From the result of `generate`."""
-        requests = tuple(
+        generations = tuple(
             Generation(tuple((at, tuple(ids)) for at, ids in steps if ids))
-            for steps in result["requests"]
+            for steps in requests
         )
-        seconds, tokens = result["full"]
-        return cls(
-            result["wall_s"],
-            result["engine_steps"],
-            requests,
-            (seconds, tokens),
-            result["counters"],
-        )
+        return cls(wall_s=wall_s, requests=generations, full=tuple(full), **more)
 
     @property
     def tokens(self) -> int:
@@ -172,7 +163,7 @@ class Engine:
             at_once=at_once,
             lengths=None if lengths is None else list(lengths),
         )
-        return Batch.of(result)
+        return Batch.of(**result)
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None

@@ -9,8 +9,8 @@ here that of the paper's Vicuna-7B. Decoders take turns on the same prompts:
     ppd R    the best trees of R rows, whatever the load
 
 Reported are tokens per second from the first request on until one ends (prompts
-included), the ratio to plain within a round, and the time of a step that all requests
-share. vLLM's n-gram is missing: nobody published its acceptance for this text;
+included), the ratio to plain within a round, and the median time of a step. vLLM's
+n-gram is missing, because its acceptance was not published for this text;
 compare_decoders.py runs it for real.
 
     python benchmarks/gpu_decode.py --out benchmarks/results/NAME.json
@@ -25,12 +25,10 @@ import argparse
 import os
 import tempfile
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from engines import Batch, Engine, running
+from engines import Engine, running
 from gpu_kernels import choose_device
 from harness import Cell, measure_cell, report_cell
 from published import SHAPES, TABLE, load_table, make_model, save_trees
@@ -107,28 +105,6 @@ def cells_of(args: argparse.Namespace) -> list[tuple[int, int]]:
     return [(first, batch) for batch in args.batches] + [(n, 1) for n in longer]
 
 
-def step_ms(batch: Batch) -> float:
-    """Median time of a step in which all requests take part."""
-    began = max(request.steps[0][0] for request in batch.requests)
-    ended = min(request.steps[-1][0] for request in batch.requests)
-    times = [at for at, _ in batch.requests[0].steps if began <= at <= ended]
-    gaps = [later - earlier for earlier, later in pairwise(times)]
-    return 1000 * median(gaps or [batch.wall_s])
-
-
-class Timed:
-    """An engine that also keeps the step times of its runs."""
-
-    def __init__(self, engine: Engine):
-        self._engine = engine
-        self.step_ms: list[float] = []
-
-    def generate(self, *args: Any, **options: Any) -> Batch:
-        batch = self._engine.generate(*args, **options)
-        self.step_ms.append(step_ms(batch))
-        return batch
-
-
 def measure_shape(
     shape: str, engines: Mapping[str, Engine], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
@@ -143,19 +119,9 @@ def measure_shape(
             ]
             for k in range(batch)
         ]
-        timed = {
-            name: Timed(engine)
-            for name, engine in engines.items()
-            if takes_part(name, batch, args)
-        }
-        cell = Cell(batch, 0.0)
-        lengths = [args.tokens] * batch
-        measured = measure_cell(timed, prompts, cell, lengths, args.rounds)
-        for name, decoder in timed.items():
-            for figures, ms in zip(
-                measured[name].rounds, decoder.step_ms[1:], strict=True
-            ):
-                figures["step_ms"] = ms
+        chosen = {n: e for n, e in engines.items() if takes_part(n, batch, args)}
+        cell, lengths = Cell(batch, 0.0), [args.tokens] * batch
+        measured = measure_cell(chosen, prompts, cell, lengths, args.rounds)
         report = report_cell(cell, [measured])
         cells.append({"shape": shape, "context": context, **report})
         show(cells[-1])
@@ -168,7 +134,7 @@ def show(cell: dict[str, Any]) -> None:
         print(
             f"{cell['shape']:5}{cell['context']:7}{cell['batch']:5}  {name:9}"
             f"{figures['tokens_per_s']['median']:10.0f}"
-            f"{figures['step_ms']['median']:9.3f}"
+            f"{figures['ms_per_step']['median']:9.3f}"
             f"{figures['acceptance_length']['median']:8.2f}"
             f"{ratio['median']:8.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})",
             flush=True,
@@ -210,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             with running(options, say) as engines:
                 for name, engine in engines.items():
                     if name != "plain":
-                        engine.call("published:replay_v2", table=table)
+                        engine.call("published:replay", table=table)
                 cells += measure_shape(shape, engines, args)
     finish(results_document("gpu_decode", card, vars(args), cells), args.out)
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from published import TABLE, load_table
+from published import SHAPES, TABLE, load_table
 from results import Spread, environment_card, finish, parser_of, results_document
 
 from vllm_ppd.kernels.device_tables import DeviceTables
@@ -42,14 +42,6 @@ from vllm_ppd.trees.bigram import BigramTensors
 from vllm_ppd.trees.drafting import POOL
 from vllm_ppd.trees.layout import TreeTables, pack_mask
 
-# (layers, heads, KV heads, head size) of models in use.
-SHAPES = {
-    "1b": (16, 32, 8, 64),  # Llama 3.2 1B
-    "7b": (32, 32, 32, 128),  # Vicuna 7B
-    "8b": (32, 32, 8, 128),  # Llama 3.1 8B
-    "13b": (40, 40, 40, 128),  # Vicuna 13B
-    "tiny": (2, 4, 2, 16),
-}
 VOCABULARY = 32000
 # Of two kernels' outputs, 16-bit values of order 1.
 TOLERANCE = 0.02
@@ -121,12 +113,7 @@ def microseconds(
 class Attention:
     """The tensors of an attention measurement, and the kernels on them.
 
-    Args:
-        shape: a key of SHAPES.
-        batch, rows, context: requests, rows of each, and tokens before them.
-        block_size: slots per block of the cache.
-        dtype: of all.
-        device: where.
+    `batch` requests have `rows` rows each and `context` tokens before them.
     """
 
     def __init__(
@@ -139,7 +126,7 @@ class Attention:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        _, heads, kv_heads, self.head_size = SHAPES[shape]
+        *_, heads, kv_heads, self.head_size, _ = SHAPES[shape]
         self.batch, self.rows, self.context = batch, rows, context
         self.device = device
         self.about = {"shape": shape, "batch": batch, "rows": rows, "context": context}
@@ -310,7 +297,7 @@ def step_calls(
     from vllm_ppd.kernels.triton.place_tree import place_tree
     from vllm_ppd.kernels.triton.tree_walk import tree_walk
 
-    layers, _, kv_heads, head_size = SHAPES[shape]
+    _, _, layers, _, kv_heads, head_size, _ = SHAPES[shape]
     # The paper's Vicuna-7B; its largest trees are three deep.
     model = AcceptanceModel.of(load_table(TABLE))
     policy = best_policy(model, LatencyCurve.constant(), rows).entry().policies[0]
@@ -394,17 +381,13 @@ def measure_step(
 
 
 def show(cell: dict[str, Any]) -> None:
-    where = [f"{n} {cell[n]}" for n in ("batch", "context", "rows") if n in cell]
-    if cell["kernel"] == "attention":
-        tree, flash = cell["tree_us"]["median"], cell["flash_us"]["median"]
-        text = f"tree {tree:.1f} us, flash {flash:.1f} us, {cell['ratio']:.2f}x"
-    elif cell["kernel"] == "step":
-        medians = [f"{n} {us['median']:.1f}" for n, us in cell["us"].items()]
-        text = "us: " + ", ".join(medians)
-    else:
-        times = [tile["us"] for tile in cell["tiles"]]
-        text = f"us by tile: {times}"
-    print(f"{cell['kernel']} {cell['shape']} {', '.join(where)}: {text}", flush=True)
+    """One line, with medians for spreads."""
+    shown = {k: v["median"] if "median" in str(v)[:9] else v for k, v in cell.items()}
+    if "us" in cell:
+        shown["us"] = {name: us["median"] for name, us in cell["us"].items()}
+    if "tiles" in cell:
+        shown["tiles"] = [tile["us"] for tile in cell["tiles"]]
+    print(", ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -10,24 +10,14 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import median
+from typing import Any
 
 import numpy as np
 from engines import Batch, Generation, settle
 from results import sameness, summarise
-
-__all__ = [
-    "DECODERS",
-    "Cell",
-    "Measured",
-    "decoder_settings",
-    "encode_prompts",
-    "figures",
-    "measure_cell",
-    "report_cell",
-    "text_lengths",
-]
 
 # "fixed" is PPD that adapts nothing; "other" is the PPD of another checkout.
 DECODERS = ("plain", "ppd", "ngram", "fixed", "other")
@@ -37,19 +27,6 @@ NGRAM = {
     "prompt_lookup_max": 4,
     "prompt_lookup_min": 2,
 }
-
-
-class Decoder(Protocol):
-    """What is measured; an engine, or a fake in tests."""
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: Mapping[str, Any],
-        *,
-        at_once: int | None = None,
-        lengths: Sequence[int] | None = None,
-    ) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -92,28 +69,17 @@ def decoder_settings(
     return {**base, "speculative_config": speculative}
 
 
-def read_texts(path: Path) -> list[tuple[str, bool]]:
-    """(text, whether it is a whole prompt) of lines {"text": ...} or {"prompt": ...}.
-
-    Raises ValueError, one sentence with the file and line, for anything else.
-    """
-    texts = []
+def read_texts(path: Path, key: str = "text") -> list[str]:
+    """The texts of lines {"text": ...}; raises ValueError for anything else."""
+    texts: list[str] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the texts in {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            content = json.loads(line)
-            whole = "prompt" in content
-            texts.append((content["prompt" if whole else "text"] + "", whole))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'line {number} of {path} is no JSON object {{"text": "..."}} or '
-                '{"prompt": "..."}'
-            ) from error
+        for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+            texts.append(json.loads(line)[key] + "")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"text {len(texts) + 1} of {path} cannot be read ({error!r}); expected "
+            'lines {"text": "..."}, or all of them {"prompt": "..."}'
+        ) from error
     return texts
 
 
@@ -151,20 +117,23 @@ def encode_prompts(tokenizer: Any, path: Path, count: int, length: int) -> list[
 
     Raises ValueError for too few or too short texts.
     """
-    texts = read_texts(path)
-    if texts and all(whole for _, whole in texts):
-        # A file of prompts is used as it is, again from its start if it is short.
-        return [tokenizer.encode(texts[i % len(texts)][0]) for i in range(count)]
+    try:
+        prompts = read_texts(path, "prompt")
+    except ValueError:
+        texts = read_texts(path)
+    else:
+        # Prompts are used as they are, again from the first if there are too few.
+        return [tokenizer.encode(prompts[i % len(prompts)]) for i in range(count)]
     # Text has hardly ever more than eight characters per token.
-    passages = pick_texts([text for text, _ in texts], count, 8 * length)
-    prompts = [tokenizer.encode(passage)[:length] for passage in passages]
-    short = sum(len(ids) < length for ids in prompts)
+    passages = pick_texts(texts, count, 8 * length)
+    cut = [tokenizer.encode(passage)[:length] for passage in passages]
+    short = sum(len(ids) < length for ids in cut)
     if short:
         raise ValueError(
             f"{short} of {count} passages of {path} have fewer than {length} tokens; "
             "lower --prompt-tokens"
         )
-    return prompts
+    return cut
 
 
 def text_lengths(count: int, tokens: int, spread: float) -> list[int]:
@@ -187,7 +156,12 @@ def figures(batch: Batch, menu: Sequence[Sequence[float]] | None) -> dict[str, f
     # As a server under load sees it: the end, when ever fewer requests are running,
     # says more of how unequal texts are than of how fast they are written.
     seconds, tokens = batch.full
-    found = {
+    gaps = [
+        later - earlier
+        for request in requests
+        for (earlier, _), (later, _) in pairwise(request.steps)
+    ]
+    values = {
         "tokens_per_s": tokens / seconds,
         "tokens_per_s_to_the_end": batch.tokens / batch.wall_s,
         "wall_s": batch.wall_s,
@@ -195,27 +169,32 @@ def figures(batch: Batch, menu: Sequence[Sequence[float]] | None) -> dict[str, f
         "engine_steps": batch.engine_steps,
         # A request's first step reads the prompt and is left out.
         "acceptance_length": decoded / decode_steps if decode_steps else 1.0,
-        "ms_per_step": 1000 * batch.wall_s / max(1, batch.engine_steps),
+        # Of steps as a request sees them; those that read prompts are few.
+        "ms_per_step": 1000 * median(gaps or [batch.wall_s]),
         "first_token_s": sum(r.steps[0][0] for r in requests) / len(requests),
     }
     counted = batch.counters.get("request_steps", 0.0)
     if menu and counted:
-        found["rows"] = batch.counters["rows"] / counted
-        found["promised_length"] = promised_length(menu, found["rows"])
-    return found
+        values["rows"] = batch.counters["rows"] / counted
+        # Between two entries, and before the first, steps are a mixture.
+        points = zip(*sorted([(1.0, 1.0), *map(tuple, menu)]), strict=True)
+        values["promised_length"] = float(np.interp(values["rows"], *points))
+    return values
 
 
-def promised_length(menu: Sequence[Sequence[float]], rows: float) -> float:
-    """The acceptance length that a menu's search expects of steps with so many rows.
+def engine_dtype(dtype: str) -> str:
+    """As asked for; for auto what this CPU computes well, on a GPU vLLM's choice."""
+    import torch
 
-    Between two entries, and between plain steps and the first, it is that of a mixture.
-    """
-    points = sorted([(1.0, 1.0), *((float(x), float(y)) for x, y in menu)])
-    return float(np.interp(rows, *zip(*points, strict=True)))
+    if dtype != "auto" or torch.cuda.is_available():
+        return dtype
+    from vllm_ppd.cli import engines
+
+    return getattr(engines, "cpu_dtype", lambda: dtype)()
 
 
 def measure_cell(
-    engines: Mapping[str, Decoder],
+    engines: Mapping[str, Any],
     prompts: Sequence[Sequence[int]],
     cell: Cell,
     lengths: Sequence[int],

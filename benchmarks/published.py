@@ -23,7 +23,6 @@ SHAPES = {
     "7b": (4096, 11008, 32, 32, 32, 128, 32000),  # Vicuna 7B
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),  # Llama 3.1 8B
     "13b": (5120, 13824, 40, 40, 40, 128, 32000),  # Vicuna 13B
-    "100m": (768, 2112, 12, 12, 6, 64, 4096),
     "tiny": (64, 128, 2, 4, 2, 32, 64),
 }
 
@@ -83,40 +82,8 @@ def load_table(path: Path) -> list[list[float]]:
     return table
 
 
-def replay_v1(llm: Any, table: list[list[float]]) -> None:
-    """For an in-process engine on the V1 runner."""
-    from vllm_ppd.engine.v1 import sampling
-    from vllm_ppd.trees.verify import TreeWalk, kv_moves
-
-    del llm
-    random = np.random.default_rng(0)
-    probabilities = np.asarray(table)
-
-    def walk(step: Any, tokens: np.ndarray, picked: np.ndarray) -> Any:
-        tables, ids = step.tables, step.tree_ids
-        depths = tables.node_depths[ids]  # [B, N]
-        ranks = np.minimum(tables.node_ranks[ids], probabilities.shape[1] - 1)
-        depths = np.clip(depths, 1, len(probabilities))
-        chances = probabilities[depths - 1, ranks]
-        walked = TreeWalk(step, tokens)
-        going_on = True
-        while going_on:
-            children = (walked.parents == walked.nodes[:, None]) & (walked.tokens >= 0)
-            reach = np.where(children, chances, 0.0).cumsum(axis=1)
-            hit = (random.random(len(ids))[:, None] < reach) & children
-            first = hit.argmax(axis=1)[:, None]
-            chosen = np.take_along_axis(walked.tokens, first, axis=1)[:, 0]
-            # A token that no child has ends the walk.
-            end = picked[walked.logit_rows]
-            end = np.where(np.isin(end, walked.tokens), 0, end)
-            going_on = walked.descend(np.where(hit.any(axis=1), chosen, end))
-        return walked, *kv_moves(step, walked)
-
-    sampling.walk_greedy_cpu = walk  # type: ignore[assignment]
-
-
-def replay_v2(llm: Any, table: list[list[float]]) -> None:
-    """For an engine on the V2 runner, in its workers and on the device."""
+def replay(llm: Any, table: list[list[float]]) -> None:
+    """In the workers of an engine on the V2 runner, on the device."""
     llm.collective_rpc(_replay_in_worker, args=(table,))
 
 

@@ -19,23 +19,6 @@ from typing import Any
 
 from vllm_ppd.files import write_json
 
-__all__ = [
-    "ROOT",
-    "Spread",
-    "environment_card",
-    "finish",
-    "markdown",
-    "numbers",
-    "parser_of",
-    "ratios",
-    "read_results",
-    "results_document",
-    "sameness",
-    "say",
-    "shown_path",
-    "summarise",
-]
-
 ROOT = Path(__file__).resolve().parent.parent
 # Variables that change how fast vLLM or torch run.
 _VARIABLES = (
@@ -170,22 +153,14 @@ def cpu_model(cpuinfo: str) -> str:
     return platform.machine()
 
 
-def git_state(folder: Path = ROOT) -> dict[str, Any]:
-    """Commit and whether files differ from it; None where git cannot tell."""
-
-    def git(*args: str) -> str | None:
-        command = ["git", "-C", str(folder), *args]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "changed": None if changed is None else bool(changed),
-    }
+def git(*args: str) -> str | None:
+    """What git says of this checkout; None where it says nothing."""
+    command = ["git", "-C", str(ROOT), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def environment_card() -> dict[str, Any]:
@@ -197,7 +172,8 @@ def environment_card() -> dict[str, Any]:
         "usable_cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
-        "git": git_state(),
+        "commit": git("rev-parse", "HEAD"),
+        "changed": git("status", "--porcelain", "--untracked-files=no") != "",
         "variables": {n: os.environ[n] for n in _VARIABLES if n in os.environ},
         "versions": {},
     }

@@ -17,8 +17,6 @@ random tokens; how many draft tokens are accepted does not matter here. Engine c
 in the front end's process with one thread; figures are medians over steps, then turns.
 
     python benchmarks/step_cost.py --out benchmarks/results/step_cost.json
-    python benchmarks/step_cost.py --shape 100m \
-        --replay benchmarks/data/vicuna-7b-v1.3.json     # speed at that acceptance
 
 The last line printed is one JSON document.
 """
@@ -34,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import running
-from published import SHAPES, TABLE, load_table, make_model, save_trees
+from published import save_trees
 from results import (
     ROOT,
     Spread,
@@ -176,10 +174,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows, cells = args.rows, []
     with tempfile.TemporaryDirectory() as folder:
         model, prompts = str(args.model), str(args.prompts)
-        table = load_table(args.replay) if args.replay else None
-        if args.shape:
-            published = table or load_table(TABLE)
-            model, prompts = make_model(args.shape, published, Path(folder))
         length = max(args.context) + 8 * args.steps + 512
         base = {
             "model": model,
@@ -190,9 +184,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             "enforce_eager": args.eager,
             "enable_prefix_caching": False,
         }
-        if args.shape:
-            base |= {"load_format": "dummy", "skip_tokenizer_init": True}
-        trees = table or AcceptanceModel.of_folder(Path(prompts), 3).marginal
+        trees = AcceptanceModel.of_folder(Path(prompts), 3).marginal
         file, draft_length = save_trees(trees, rows, Path(folder))
         ppd = {
             "method": "ppd",
@@ -210,8 +202,6 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         with running(options, say) as engines:
             for engine in engines.values():
                 engine.call("step_cost:instrument")
-            if args.replay:
-                engines["ppd"].call("published:replay_v1", table=table)
             for context in args.context:
                 turns: dict[str, list[dict[str, Any]]] = {}
                 for _ in range(args.rounds):
@@ -244,10 +234,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, default=ROOT / "demo_model" / "model")
     add("--prompts", type=Path, default=ROOT / "trained_prompts" / "demo")
-    add("--shape", choices=SHAPES, help="a random model instead")
     add("--context", type=int, nargs="+", default=[128, 1024, 4096])
     add("--rows", type=int, default=4, help="rows of a PPD step")
-    add("--replay", type=Path, help="accept as often as this acceptance table says")
     add("--steps", type=int, default=40, help="per turn")
     add("--rounds", type=int, default=15, help="turns of each engine")
     add("--dtype", default="bfloat16")

@@ -23,7 +23,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,86 +41,74 @@ ROWS = (8, 16, 64)
 BASELINE = {"batch-size": 8, "points": 32, "updates": 1}
 
 
-@dataclass(frozen=True)
-class Run:
-    """One short training."""
-
-    name: str
-    """Also the name of its folder."""
-    flags: Mapping[str, Any] = field(default_factory=dict)
-    """Flags of `vllm-ppd train` that differ from the baseline's."""
-    share: float = 1.0
-    """Its part of the minutes per run."""
-    init_from: str | None = None
-    """The run whose prompt tokens it starts with."""
-
-
-def _varied(flag: str, values: Iterable[Any], own: Any = None) -> list[Run]:
-    """A run per value of a flag; the baseline has the value `own`."""
-    return [
-        _BASELINE if value == own else Run(f"{flag}={value}", {flag: value})
+def _varied(flag: str, *values: Any) -> dict[str, dict[str, Any]]:
+    """A run per value of a flag; the baseline's own value is given as text."""
+    return {
+        "baseline" if isinstance(value, str) else f"{flag}={value}": {}
+        if isinstance(value, str)
+        else {flag: value}
         for value in values
-    ]
+    }
 
 
-_BASELINE = Run("baseline")
-_QUARTER = Run("time=1_4", share=1 / 4)
-_ONE = Run("num-prompt-tokens=1", {"num-prompt-tokens": 1})
-# By what is varied; no run starts from a later one.
-TABLES: dict[str, list[Run]] = {
-    "time": [
-        Run("time=1_16", share=1 / 16),
-        _QUARTER,
-        _BASELINE,
-        Run("time=4", share=4),
-    ],
-    "text": [*_varied("max-tokens", (8192, 16384, 131072)), _BASELINE],
-    "prompt_tokens": _varied("num-prompt-tokens", range(1, 7), 3),
-    "ept": _varied("num-ept", (1, 2, 4, 8), 1),
-    "loss": [_BASELINE, Run("loss=labels", {"loss": "labels"})],
-    "alpha": _varied("alpha", (0.4, 0.6, 0.8, 1.0), 0.8),
-    "init": [
-        _BASELINE,
-        Run("init=vocabulary", {"init": "vocabulary"}),
-        Run("init=quarter", init_from=_QUARTER.name),
-        Run("init=m_1", init_from=_ONE.name),
-    ],
-    "batch": _varied("batch-size", (1, 2, 4, 8), 8),
-    "points": _varied("points", (1, 4, 16, 32, 64), 32),
+# Tables of runs by name, and what differs from the baseline: flags of `vllm-ppd train`,
+# "share" of the seconds, and "from", the run whose prompt tokens it starts with.
+TABLES: dict[str, dict[str, dict[str, Any]]] = {
+    "time": {
+        "time=1_16": {"share": 1 / 16},
+        "time=1_4": {"share": 1 / 4},
+        "baseline": {},
+        "time=4": {"share": 4},
+    },
+    "text": _varied("max-tokens", 8192, 16384, 131072) | {"baseline": {}},
+    "prompt_tokens": _varied("num-prompt-tokens", 1, 2, "3", 4, 5, 6),
+    "ept": _varied("num-ept", "1", 2, 4, 8),
+    "loss": {"baseline": {}, "loss=labels": {"loss": "labels"}},
+    "alpha": _varied("alpha", 0.4, 0.6, "0.8", 1.0),
+    "init": {
+        "baseline": {},
+        "init=vocabulary": {"init": "vocabulary"},
+        "init=quarter": {"from": "time=1_4"},
+        "init=m_1": {"from": "num-prompt-tokens=1"},
+    },
+    "batch": _varied("batch-size", 1, 2, 4, "8"),
+    "points": _varied("points", 1, 4, 16, "32", 64),
 }
 
 
-def runs_of(tables: Iterable[str]) -> list[Run]:
+def runs_of(tables: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Every run of the tables once, each after the one that it starts from."""
-    everything = {run.name: run for runs in TABLES.values() for run in runs}
-    chosen: dict[str, Run] = {}
+    everything = {name: run for runs in TABLES.values() for name, run in runs.items()}
+    chosen: dict[str, dict[str, Any]] = {}
     for table in tables:
-        for run in TABLES[table]:
-            for name in (run.init_from, run.name):
-                if name is not None:
-                    chosen.setdefault(name, everything[name])
-    return list(chosen.values())
+        for name, run in TABLES[table].items():
+            start = run.get("from")
+            if start is not None:
+                chosen.setdefault(start, everything[start])
+            chosen.setdefault(name, run)
+    return chosen
 
 
 def train_command(
-    run: Run, seed: int, folder: Path, args: argparse.Namespace
+    run: Mapping[str, Any], seed: int, folder: Path, args: argparse.Namespace
 ) -> list[str]:
     """The `vllm-ppd train` of a run, into `folder`, going on from its checkpoint."""
+    changes = {k: v for k, v in run.items() if k not in ("share", "from")}
     flags: dict[str, Any] = {
         **BASELINE,
         "model": args.model,
         "data": args.data,
         "held-out": args.held_out,
         "length": args.length,
-        "minutes": args.seconds * run.share / 60,
+        "minutes": args.seconds * run.get("share", 1) / 60,
         "evaluations": 1,
         "evaluation-sequences": 1,
         "seed": seed,
         "out": folder,
-        **run.flags,
+        **changes,
     }
-    if run.init_from is not None:
-        flags["init"] = folder.with_name(f"{run.init_from},seed={seed}")
+    if "from" in run:
+        flags["init"] = folder.with_name(f"{run['from']},seed={seed}")
     return command("train", flags, "--resume", "--cpu", "--quiet")
 
 
@@ -170,12 +157,14 @@ def examine(folder: Path) -> dict[str, Any]:
     }
 
 
-def finish_run(run: Run, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def finish_run(
+    name: str, run: Mapping[str, Any], seed: int, args: argparse.Namespace
+) -> dict[str, Any]:
     """A run's record, from the work folder if it is there already.
 
     Raises ValueError when a command fails, with its last line.
     """
-    folder = args.work / f"{run.name},seed={seed}"
+    folder = args.work / f"{name},seed={seed}"
     file = folder.with_name(folder.name + ".json")
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
@@ -188,8 +177,8 @@ def finish_run(run: Run, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         done = subprocess.run(each, env=environment, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip() or "it says nothing").splitlines()[-1]
-            raise ValueError(f"{' '.join(each[2:5])} of {run.name} failed: {reason}")
-    record = {"run": run.name, "seed": seed, **examine(folder)}
+            raise ValueError(f"{' '.join(each[2:5])} of {name} failed: {reason}")
+    record = {"run": name, "seed": seed, **examine(folder)}
     file.write_text(json.dumps(record), encoding="utf-8")
     return record
 
@@ -198,8 +187,8 @@ def table(name: str, cells: list[dict[str, Any]]) -> str:
     """One Markdown table: a row per run, medians over seeds."""
     rows = [["run", "top-1 by distance", "top-10", *(f"{n} rows" for n in ROWS)]]
     for run in TABLES[name]:
-        seeds = [cell for cell in cells if cell["run"] == run.name]
-        row = [run.name]
+        seeds = [cell for cell in cells if cell["run"] == run]
+        row = [run]
         for rates in ("top1", "top10"):
             columns = zip(*(cell[rates] for cell in seeds), strict=True)
             shown = (f"{median(column):.3f}".removeprefix("0") for column in columns)
@@ -250,9 +239,9 @@ def main(argv: list[str] | None = None) -> int:
     cells = []
     try:
         for seed in range(args.seeds):
-            for run in runs_of(args.tables):
-                cells.append(finish_run(run, seed, args))
-                say(f"{run.name}, seed {seed}: {cells[-1]}")
+            for name, run in runs_of(args.tables).items():
+                cells.append(finish_run(name, run, seed, args))
+                say(f"{name}, seed {seed}: {cells[-1]}")
     except ValueError as error:
         say(f"error: {error}")
         return 2

@@ -27,12 +27,13 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from engines import EngineError, Generation, running
-from harness import encode_prompts
+from harness import encode_prompts, engine_dtype
 from published import load_table
 from results import (
     ROOT,
@@ -196,24 +197,17 @@ def entry_of(
     if kind == "ours":
         return best_policy(model, _CONSTANT, rows, num_ept).entry()
     if kind == "chain":
-        only = {
-            n: np.array(getattr(model, n)) for n in ("prompted", "beside", "unprompted")
-        }
-        only["prompted"][:, 1:] = only["beside"][...] = only["unprompted"][...] = 0
-        entry = best_policy(replace(model, **only), _CONSTANT, rows, num_ept).entry()
-        policies = [policy.trees for policy in entry.policies]
+        first = np.arange(model.prompted.shape[1]) == 0
+        only = {"prompted": model.prompted * first, "beside": 0 * model.beside}
+        single = replace(model, unprompted=0 * model.unprompted, **only)
+        policies = best_policy(single, _CONSTANT, rows, num_ept).trees
     else:
-        m = model.num_prompt_tokens
+        m, ranks = model.marginal.shape
         policies = []
         for match_class in range(model.num_classes):
-            along = [
-                model.probabilities(m, match_class, depth, True)[
-                    : model.marginal.shape[1]
-                ]
-                for depth in range(1, m + 1)
-            ]
-            table = AcceptanceModel.of(np.stack(along))
-            policies.append(paper_trees(table, rows, num_ept))
+            of_depth = partial(model.probabilities, m, match_class)
+            table = [of_depth(depth, True)[:ranks] for depth in range(1, m + 1)]
+            policies.append(paper_trees(AcceptanceModel.of(table), rows, num_ept))
     length = policy_value(policies, model, _CONSTANT)[0]
     return MenuEntry(tuple(TreePolicy(tuple(trees)) for trees in policies), length)
 
@@ -281,7 +275,7 @@ def engine_options(args: argparse.Namespace, file: Path, source: Any) -> dict[st
     }
     settings = {
         "model": args.model,
-        "dtype": args.dtype,
+        "dtype": engine_dtype(args.dtype),
         "seed": 0,
         # No speed is measured, and eager engines start sooner.
         "enforce_eager": True,
@@ -348,9 +342,8 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
     head += ["greedy" if t == "0" else f"temperature {t}" for t in temperatures]
     rows = [head]
     for cell in cells:
-        sources = ["prompt rows", "bigram", "ngram"]
-        used = [True, cell["bigram"], cell["ngram"]]
-        drafts = " + ".join(name for name, on in zip(sources, used, strict=True) if on)
+        sources = [name for name in ("bigram", "ngram") if cell[name]]
+        drafts = " + ".join(["prompt rows", *sources])
         row = [cell["statistics"], drafts, cell["kind"], cell["rows"]]
         row.append(f"{cell['predicted']:.3f}")
         for t in temperatures:

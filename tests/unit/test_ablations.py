@@ -112,7 +112,7 @@ def test_commands_have_flags_that_exist() -> None:
     from vllm_ppd.cli.main import _parser
 
     args = train_ablation.parse_arguments(["--data", str(DEMO)])
-    for run in train_ablation.runs_of(train_ablation.TABLES):
+    for run in train_ablation.runs_of(train_ablation.TABLES).values():
         command = train_ablation.train_command(run, 0, Path("out"), args)
         _parser("train").parse_args(command[3:])
     command = train_ablation.calibrate_command(Path("out"), args)

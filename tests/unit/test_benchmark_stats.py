@@ -155,7 +155,7 @@ def test_tokens_are_counted_from_vllms_outputs() -> None:
     llm = SimpleNamespace(llm_engine=FakeEngine())
     for _ in range(2):
         batch = engines.Batch.of(
-            engines.generate(llm, [[1]] * 3, {"ignore_eos": True}, 2, [4, 6, 3])
+            **engines.generate(llm, [[1]] * 3, {"ignore_eos": True}, 2, [4, 6, 3])
         )
         assert [len(request.ids) for request in batch.requests] == [4, 6, 3]
         assert [len(request.steps) for request in batch.requests] == [2, 3, 2]
@@ -251,7 +251,7 @@ def test_prompts_are_the_same_every_time(tmp_path: Path) -> None:
     prompts = harness.encode_prompts(tokenizer, file, 3, 64)
     assert [len(ids) for ids in prompts] == [2, 3, 2]
     file.write_text('{"text": 1}\n')
-    with pytest.raises(ValueError, match="line 1 of"):
+    with pytest.raises(ValueError, match="text 1 of"):
         harness.encode_prompts(tokenizer, file, 3, 64)
 
 

@@ -1,1 +1,0 @@
-"""Measuring scripts; run them from the repository's root."""
