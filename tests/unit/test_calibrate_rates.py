@@ -379,7 +379,7 @@ def test_what_is_promised_is_what_a_walk_gets(sources, monkeypatch):
         assert promised_over_walked(naive) > 1.05
 
 
-def test_a_middling_tree():
+def test_a_medium_tree():
     ranks = np.array([[3, 1, 0], [3, 2, 0], [4, 0, 0], [0, 0, 1]])
     np.testing.assert_array_equal(accepted_drafts(ranks), [3, 1, 0, 2])
     np.testing.assert_array_equal(accepted_drafts(ranks[:, :1]), [1, 1, 0, 1])

@@ -79,15 +79,15 @@ def naive_loss(model, table, ids, insertion, kind):
         for j in range(e):
             inputs = torch.cat([context, table[:, j]])[None]
             members.append(model.model(inputs_embeds=inputs).logits[0, -m:])
-        guess = torch.stack(members).mean(dim=0).log_softmax(dim=-1)
+        draft = torch.stack(members).mean(dim=0).log_softmax(dim=-1)
         own = model.model(ids[b, first : p + m + 1][None]).logits[0, -m:]
         for i in range(m):
             after = p + 1 + i + 1
             if kind == "kl":
                 target = own[i].log_softmax(dim=-1).detach()
-                value = (target.exp() * (target - guess[i])).sum()
+                value = (target.exp() * (target - draft[i])).sum()
             elif after <= last:
-                value = -guess[i, ids[b, after]]
+                value = -draft[i, ids[b, after]]
             else:
                 continue
             sums[i] = sums[i] + value
@@ -241,15 +241,15 @@ def test_scores_against_a_loop() -> None:
     """With an identity head the hidden rows are the logits."""
     generator = torch.Generator().manual_seed(0)
     count, m, vocab = 40, 2, 30
-    guess = torch.randn(count, m, 1, vocab, generator=generator)
+    draft = torch.randn(count, m, 1, vocab, generator=generator)
     target = torch.randn(count, m, vocab, generator=generator)
-    # Some guesses right, so that hits and near misses both occur.
-    guess[::3, :, 0] = target[::3] + 0.3 * guess[::3, :, 0]
+    # Some predictions right, so that hits and near misses both occur.
+    draft[::3, :, 0] = target[::3] + 0.3 * draft[::3, :, 0]
     tokens = torch.randint(vocab, (count, m), generator=generator)
     tokens[::5, 1] = NO_TOKEN
     on_path = torch.rand(count, m, generator=generator) < 0.5
     _, scores = prompt_loss(
-        guess,
+        draft,
         Targets(target, tokens, on_path),
         lambda hidden: hidden.float(),
         alpha=1.0,
@@ -257,13 +257,13 @@ def test_scores_against_a_loop() -> None:
     )
     found = scores.summary()
     for i in range(m):
-        order = guess[:, i, 0].argsort(dim=1, descending=True)
+        order = draft[:, i, 0].argsort(dim=1, descending=True)
         best = target[:, i].argmax(dim=1)
         top1, top10 = order[:, 0] == best, (order[:, :10] == best[:, None]).any(1)
         known = tokens[:, i] != NO_TOKEN
         true10 = (order[:, :10] == tokens[:, i, None]).any(1)
         kl = F.kl_div(
-            guess[:, i, 0].log_softmax(-1),
+            draft[:, i, 0].log_softmax(-1),
             target[:, i].softmax(-1),
             reduction="batchmean",
         )

@@ -26,7 +26,7 @@ from vllm_ppd.trees.ngram import match_ngram
 
 __all__ = ["WEIGHTS", "AcceptanceCounts", "NgramMatches", "count_bigrams"]
 
-# Candidate weights of the bigram table's gain, of which each prompt token gets one.
+# Weights of the bigram table's gain that are tried; each prompt token gets one.
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 # Tokens of a window, next tokens per position, and positions per pass of the model.
 _WINDOW, _NEXT_TOKENS, _ROWS_AT_ONCE = 256, 16, 1 << 11
@@ -101,7 +101,7 @@ class AcceptanceCounts:
     ):
         self.num_ranks, self._num_ept = num_ranks, num_ept
         self._bigram = None if table is None else BigramTensors.of(table)
-        self.candidates = WEIGHTS if table else (0.0,)
+        self._weights = WEIGHTS if table else (0.0,)
         # A point has m true tokens after its root.
         self._texts = Texts(num_prompt_tokens)
         self._points: list[WeightedPoints] = []
@@ -109,8 +109,8 @@ class AcceptanceCounts:
     def ranks(
         self, logits: torch.Tensor, parents: np.ndarray, truth: np.ndarray, *wrong: Any
     ) -> np.ndarray:
-        """int64 [W, n]: rank of the true tokens with each candidate weight; K if the
-        list does not have it.
+        """int64 [W, n]: rank of the true tokens with each weight; K if the list
+        lacks it.
 
         Args:
             logits: float32 [n, V] of prompt rows.
@@ -123,7 +123,7 @@ class AcceptanceCounts:
             rank_children(
                 logits, tokens, self._bigram, weight, self.num_ranks, *excluded
             )
-            for weight in self.candidates
+            for weight in self._weights
         ]
         return np.stack([_rank_in(ids.numpy(), truth) for ids in lists])
 
@@ -195,7 +195,7 @@ class AcceptanceCounts:
         model, best = settled_acceptance(
             points, self._texts, self.num_ranks, self._num_ept
         )
-        weights = tuple(self.candidates[index] for index in best)
+        weights = tuple(self._weights[index] for index in best)
         return replace(model, marginal=marginal), weights
 
 

@@ -245,10 +245,10 @@ def _places(
     wrong = matches.wrong_drafts(rows, target)[np.arange(len(index)), distance]
     prompted = counts.ranks(logits, parents, truth)
     beside = np.full_like(prompted, counts.num_ranks)
-    some = np.flatnonzero(wrong >= 0)
-    if len(some):
-        beside[:, some] = counts.ranks(
-            logits[some], parents[some], truth[some], wrong[some]
+    failed = np.flatnonzero(wrong >= 0)
+    if len(failed):
+        beside[:, failed] = counts.ranks(
+            logits[failed], parents[failed], truth[failed], wrong[failed]
         )
     return prompted, beside
 

@@ -32,7 +32,7 @@ __all__ = [
     "walk_steps",
 ]
 
-# Trees are those of a tree menu at these row prices: small, middling and large ones.
+# Trees are those of a tree menu at these row prices: small, medium and large ones.
 ROW_PRICES = (0.2, 0.05, 0.01)
 # Rounds of trees and counts after the first count, and most rows of those trees.
 _ROUNDS, _MAX_ROWS = 3, 64
@@ -40,11 +40,11 @@ _ROUNDS, _MAX_ROWS = 3, 64
 _CHOSEN_BY = 4
 # Probabilities that no step of the trees puts to the test are needed all the same. So
 # steps with other prompt rows count, too, by so much; and so do transitions of steps
-# with a middling tree.
+# with a medium tree.
 _ELSEWHERE = 0.02
 # Less than any weight of a point.
 _NEVER = 1e-9
-# Draft tokens of a middling tree at each depth.
+# Draft tokens of a medium tree at each depth.
 _WIDTHS = (4, 2, 1)
 # Walks begin at so many points, and have forgotten where once they are past these.
 _BURN_IN = 8
@@ -277,7 +277,7 @@ def _rates_where(
 ) -> tuple[np.ndarray, np.ndarray]:
     """[m, K] of prompt tokens, and [K] of the bigram table alone, over steps from the
     points `here` that come as far, with the prompt token's row or without."""
-    m, reached = points.num_prompt_tokens, _middling_advances(points)
+    m, reached = points.num_prompt_tokens, _medium_advances(points)
     prompted = np.zeros((m, num_ranks))
     unprompted = np.zeros(num_ranks + 1)
     elsewhere = _ELSEWHERE * steps.begins.sum(axis=(0, 2))
@@ -307,12 +307,12 @@ def _transitions(points: StepPoints, steps: Steps, texts: Texts) -> np.ndarray:
     where = np.nonzero(steps.begins)
     count(where[1], steps.begins[where], steps.advances[where])
     elsewhere = _ELSEWHERE * steps.begins.sum(axis=(0, 2))
-    count(np.arange(len(elsewhere)), elsewhere, _middling_advances(points))
+    count(np.arange(len(elsewhere)), elsewhere, _medium_advances(points))
     return counts / counts.sum(axis=2, keepdims=True)
 
 
 def accepted_drafts(ranks: np.ndarray) -> np.ndarray:
-    """[n] draft tokens of a middling tree that would be accepted.
+    """[n] draft tokens of a medium tree that would be accepted.
 
     ranks: [n, m] rank of the true token by each prompt token.
     """
@@ -321,8 +321,8 @@ def accepted_drafts(ranks: np.ndarray) -> np.ndarray:
     return (ranks < widths).cumprod(axis=1).sum(axis=1)
 
 
-def _middling_advances(points: StepPoints) -> np.ndarray:
-    """[N] tokens of steps that try the whole n-gram draft, or a middling tree."""
+def _medium_advances(points: StepPoints) -> np.ndarray:
+    """[N] tokens of steps that try the whole n-gram draft, or a medium tree."""
     accepted = accepted_drafts(points.prompted)
     return 1 + np.where(points.right > 0, points.right, accepted)
 
