@@ -51,17 +51,15 @@ _LOG_SECONDS = 10.0
 # Processes that this one starts find the folder by it.
 _FOLDER = "PPD_METRICS_FOLDER"
 _published = False
-_SAMPLED = " One step in eight counts."
 _HELP = {
-    "request_steps": "Steps of requests, by kind: with draft rows, and plain."
-    + _SAMPLED,
+    "request_steps": "Steps of requests, by kind: with draft rows, and plain.",
     "emitted_tokens": "Tokens that those steps emitted; over request_steps it is the "
-    "mean acceptance length." + _SAMPLED,
-    "rows": "Rows that those steps scheduled for decoding." + _SAMPLED,
-    "draft_tokens": "Draft tokens among those rows." + _SAMPLED,
-    "accepted_tokens": "Accepted draft tokens, by their source." + _SAMPLED,
+    "mean acceptance length.",
+    "rows": "Rows that those steps scheduled for decoding.",
+    "draft_tokens": "Draft tokens among those rows.",
+    "accepted_tokens": "Accepted draft tokens, by their source.",
     "num_prompted_steps": "Steps with draft rows, by how deep the prompt rows of the "
-    "request's last step reach." + _SAMPLED,
+    "request's last step reach.",
 }
 
 
@@ -264,8 +262,9 @@ class _PPDCollector(Collector):
         families: dict[str, CounterMetricFamily] = {}
         for name, labels, value in read_counts(self._folder):
             if name not in families:
+                text = f"{_HELP[name]} One step in eight counts."
                 families[name] = CounterMetricFamily(
-                    f"vllm:ppd_{name}", _HELP[name], labels=list(labels)
+                    f"vllm:ppd_{name}", text, labels=list(labels)
                 )
             families[name].add_metric(list(labels.values()), value)
         yield from families.values()
