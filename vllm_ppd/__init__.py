@@ -1,3 +1,3 @@
-"""Parallel Prompt Decoding for vLLM: a served model speculates by itself."""
+"""Speculative decoding for vLLM without a draft model: Parallel Prompt Decoding."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
 """Entry point that vLLM calls once in every process (``vllm.general_plugins``).
 
-It must cost nothing and break nothing for those who do not use PPD: it only makes
-``method: "ppd"`` known. Everything that can fail, fails when PPD is selected.
+It only makes vLLM accept ``method: "ppd"``. Without that method it costs nothing and
+changes nothing; all checks happen when PPD is selected.
 """
 
 from __future__ import annotations

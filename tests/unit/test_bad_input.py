@@ -51,8 +51,8 @@ class Workplace:
         return main.main([*own, *given, "--cpu", "--quiet", *more])
 
     def files(self) -> dict[str, bytes]:
-        found = (path for path in self.folder.rglob("*") if path.is_file())
-        return {str(path): path.read_bytes() for path in found}
+        paths = (path for path in self.folder.rglob("*") if path.is_file())
+        return {str(path): path.read_bytes() for path in paths}
 
 
 @pytest.fixture
@@ -66,13 +66,13 @@ def command(request: pytest.FixtureRequest) -> str:
 
 
 def refused(workplace, capsys, command: str, word: str, *more: str, **changed) -> None:
-    before = workplace.files()
+    original = workplace.files()
     assert workplace.run(command, *more, **changed) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"vllm-ppd {command}: ")
     assert message.count("\n") == 1, message
     assert word in message
-    assert workplace.files() == before
+    assert workplace.files() == original
 
 
 def test_the_two_commands_work(workplace: Workplace, command: str) -> None:
@@ -186,11 +186,11 @@ def no_space(*_: Any) -> None:
 
 def test_a_disk_that_is_full_from_the_start(workplace, capsys, command, monkeypatch):
     monkeypatch.setattr(atomic.os, "fsync", no_space)
-    before = workplace.files()
+    original = workplace.files()
     assert workplace.run(command) == 2
     message = capsys.readouterr().err
     assert "No space left on device" in message and message.count("\n") == 1
-    assert workplace.files() == before
+    assert workplace.files() == original
 
 
 def test_a_disk_that_fills_up_while_training(workplace, capsys, monkeypatch) -> None:
@@ -235,15 +235,15 @@ def test_a_checkpoint_of_another_run(workplace, capsys, monkeypatch) -> None:
 
 def test_ctrl_c_while_loading(workplace, capsys, command, monkeypatch) -> None:
     monkeypatch.setattr(FrozenModel, "load", interrupt)
-    before = workplace.files()
+    original = workplace.files()
     assert workplace.run(command) == 130
     assert capsys.readouterr().err.strip() == ""
-    assert workplace.files() == before
+    assert workplace.files() == original
     assert not workplace.out.exists()
 
 
 def test_ctrl_c_while_measuring(workplace, capsys, monkeypatch) -> None:
     monkeypatch.setattr(calibrate_module, "continue_prompts", interrupt)
-    before = workplace.files()
+    original = workplace.files()
     assert workplace.run("calibrate") == 130
-    assert workplace.files() == before
+    assert workplace.files() == original

@@ -134,17 +134,17 @@ def inspect_json(capsys, *argv: str) -> tuple[int, dict]:
 
 
 def test_inspect_json(prompts: Path, model: Path, capsys) -> None:
-    status, found = inspect_json(capsys, str(prompts), "--model", str(model))
+    status, described = inspect_json(capsys, str(prompts), "--model", str(model))
     assert status == 0
-    assert (found["num_prompt_tokens"], found["num_ept"]) == (3, 2)
-    assert found["hidden_size"] == HIDDEN
-    assert found["trainable_parameters"] == 3 * 2 * HIDDEN
-    assert found["norms"][1] == [5.0, 0.0]
-    assert found["base_model"]["name"] == "org/base"
-    assert found["training"] is None
-    assert found["acceptance"] is None
-    assert found["problems"] == []
-    assert found["fits"] == {
+    assert (described["num_prompt_tokens"], described["num_ept"]) == (3, 2)
+    assert described["hidden_size"] == HIDDEN
+    assert described["trainable_parameters"] == 3 * 2 * HIDDEN
+    assert described["norms"][1] == [5.0, 0.0]
+    assert described["base_model"]["name"] == "org/base"
+    assert described["training"] is None
+    assert described["acceptance"] is None
+    assert described["problems"] == []
+    assert described["fits"] == {
         "model": str(model),
         "fits": True,
         "weights_compared": True,
@@ -165,13 +165,13 @@ def test_inspect_reads_the_records(prompts: Path, capsys) -> None:
     model.save(prompts / ACCEPTANCE_FILE)
     menu = build_menu(model, 8, 2)
     save_menus(prompts / MENU_FILE, menu, menu)
-    status, found = inspect_json(capsys, str(prompts))
+    status, described = inspect_json(capsys, str(prompts))
     assert status == 0
-    assert found["training"]["steps"] == 7
-    assert "history" not in found["training"]
-    assert found["draft_lengths"] == list(menu.draft_lengths)
-    assert found["acceptance"]["top1"] == [0.25, 0.125, 0.0625]
-    assert found["acceptance"]["top10"] == [0.375, 0.25, 0.0625]
+    assert described["training"]["steps"] == 7
+    assert "history" not in described["training"]
+    assert described["draft_lengths"] == list(menu.draft_lengths)
+    assert described["acceptance"]["top1"] == [0.25, 0.125, 0.0625]
+    assert described["acceptance"]["top10"] == [0.375, 0.25, 0.0625]
     assert main.main(["inspect", str(prompts)]) == 0
     shown = capsys.readouterr().out
     for word in ("org/base", "7 steps", "0.300 / 0.600", "0.062 / 0.062", "alpha 0.8"):
@@ -181,10 +181,10 @@ def test_inspect_reads_the_records(prompts: Path, capsys) -> None:
 def test_inspect_says_what_does_not_fit(prompts: Path, model: Path, capsys) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "hidden_size": 16}))
-    status, found = inspect_json(capsys, str(prompts), "--model", str(model))
+    status, described = inspect_json(capsys, str(prompts), "--model", str(model))
     assert status == 1
-    assert found["fits"]["fits"] is False
-    assert "hidden size 16 instead of 8" in found["problems"][0]
+    assert described["fits"]["fits"] is False
+    assert "hidden size 16 instead of 8" in described["problems"][0]
     assert main.main(["inspect", str(prompts), "--model", str(model)]) == 1
     assert "problem: these prompt tokens" in capsys.readouterr().out
 
@@ -192,9 +192,9 @@ def test_inspect_says_what_does_not_fit(prompts: Path, model: Path, capsys) -> N
 @pytest.mark.parametrize("name", ["training.json", ACCEPTANCE_FILE, MENU_FILE])
 def test_inspect_reports_unreadable_records(prompts: Path, name: str, capsys) -> None:
     (prompts / name).write_text("{")
-    status, found = inspect_json(capsys, str(prompts))
+    status, described = inspect_json(capsys, str(prompts))
     assert status == 1
-    assert name in found["problems"][0]
+    assert name in described["problems"][0]
 
 
 def test_inspect_refuses_other_folders(tmp_path: Path, model: Path, capsys) -> None:

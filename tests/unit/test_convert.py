@@ -56,7 +56,7 @@ def ours(tmp_path: Path, model: Path) -> Path:
 def test_loads_directly(tmp_path: Path, pickled: bool, dtype: torch.dtype) -> None:
     table = TABLE.to(dtype)
     folder = write_authors_checkpoint(tmp_path / "theirs", table, pickled=pickled)
-    before = (folder / "adapter_config.json").read_bytes()
+    original = (folder / "adapter_config.json").read_bytes()
     loaded = PromptTokens.load(folder)
     assert torch.equal(loaded.embeddings, table.float())
     # The tensor's row order is the project's: token 3, EPT 1 is row 2 * 2 + 1.
@@ -65,7 +65,7 @@ def test_loads_directly(tmp_path: Path, pickled: bool, dtype: torch.dtype) -> No
     assert torch.equal(loaded.rows[5], table[2, 1].float())
     assert loaded.base.name == "lmsys/vicuna-tiny"
     assert (loaded.base.architecture, loaded.base.vocab_size) == (None, None)
-    assert (folder / "adapter_config.json").read_bytes() == before
+    assert (folder / "adapter_config.json").read_bytes() == original
 
 
 def test_what_is_known_of_the_base_model_is_checked(theirs: Path, model: Path) -> None:
@@ -273,7 +273,9 @@ def test_conversion_needs_the_model_it_fits(theirs: Path, model: Path, tmp_path)
 
 
 def test_nothing_is_lost(theirs: Path, ours: Path, model: Path, tmp_path: Path) -> None:
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    original = {
+        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    }
 
     def refused(source: Path, target: Path, word: str, overwrite: bool) -> None:
         with pytest.raises(ValueError, match=word):
@@ -292,7 +294,7 @@ def test_nothing_is_lost(theirs: Path, ours: Path, model: Path, tmp_path: Path) 
     (lora / "adapter_config.json").unlink()
     lora.rmdir()
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert after == before
+    assert after == original
 
 
 def test_overwriting_replaces_the_whole_checkpoint(ours: Path, tmp_path: Path) -> None:
@@ -337,9 +339,9 @@ def test_inspect_knows_the_layout(theirs: Path, model: Path, capsys) -> None:
     for word in ("lmsys/vicuna-tiny", "unknown", "with 2 EPT"):
         assert word in shown
     assert main.main(["inspect", "--json", str(theirs)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["format_version"] is None
-    assert found["bytes"] > 6 * HIDDEN * 4
+    described = json.loads(capsys.readouterr().out)
+    assert described["format_version"] is None
+    assert described["bytes"] > 6 * HIDDEN * 4
 
 
 def test_without_safetensors_the_model_is_known_by_its_sizes(

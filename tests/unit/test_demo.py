@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from vllm_ppd.cli import demo, demo_view, main
-from vllm_ppd.cli.demo_view import Comparison, NearTie, Totals, verdict
+from vllm_ppd.cli.demo_view import Comparison, Totals, verdict
 from vllm_ppd.cli.engines import (
     EngineFailedError,
     EngineProcess,
@@ -21,7 +21,6 @@ from vllm_ppd.cli.engines import (
     Step,
     cpu_dtype,
     sentence,
-    start_all,
 )
 
 
@@ -55,11 +54,11 @@ def test_excerpts_end_where_something_begins(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     lines = [json.dumps({"text": text}) for text in (code, "short", prose)]
     file.write_text("\n".join(lines))
-    found = demo.excerpts(file, 2)
-    assert found[0].endswith("\ndef first(a):")
-    assert found[1].endswith("night.")
-    assert all(len(text) <= 700 for text in found)
-    assert demo.excerpts(file, 2) == found
+    texts = demo.excerpts(file, 2)
+    assert texts[0].endswith("\ndef first(a):")
+    assert texts[1].endswith("night.")
+    assert all(len(text) <= 700 for text in texts)
+    assert demo.excerpts(file, 2) == texts
     with pytest.raises(ValueError, match="lower --num-prompts"):
         demo.excerpts(file, 3)
 
@@ -143,29 +142,25 @@ def test_verdict_is_honest() -> None:
     assert faster.speedup == pytest.approx(0.070 / 0.056)
     totals = Totals.of([faster])
     assert (totals.plain_steps, totals.ppd_steps) == (7, 4)
-    said = " ".join(verdict([faster], [], "bfloat16", 0))
+    said = " ".join(verdict([faster], "bfloat16", 0))
     assert "1.25x as fast: 2.00 tokens per step" in said
     assert "14.0 ms instead of 10.0 ms (1.40x)" in said
     assert "All 7 token ids are identical" in said
 
     slower = Comparison("p", (PLAIN,), (generation([1, 3, 1, 2], 0.035),))
-    assert "slower here (0.50x)" in verdict([slower], [], "bfloat16", 0)[0]
+    assert "slower here (0.50x)" in verdict([slower], "bfloat16", 0)[0]
     level = Comparison("p", (PLAIN,), (PLAIN,))
-    assert "no faster here (1.00x)" in verdict([level], [], "bfloat16", 0)[0]
-    assert "same distribution" in verdict([level], [], "bfloat16", 0.7)[1]
+    assert "no faster here (1.00x)" in verdict([level], "bfloat16", 0)[0]
+    assert "same distribution" in verdict([level], "bfloat16", 0.7)[1]
 
 
 def test_differing_ids_are_said_and_placed() -> None:
     other = generation([1, 3], 0.01)
     cut = Comparison("p", (PLAIN,), (other,))
     assert cut.first_difference == 4
-    tie = NearTie(0, 4, 0.06, "a", "b")
-    said = verdict([cut], [tie], "bfloat16", 0)
-    assert "identical for 0 of 1 prompts" in said[1]
-    assert "near-tie that rounding can decide" in said[2]
-    assert "prompt 1 from token 5" in said[2]
-    assert "please report" in verdict([cut], [tie], "float32", 0)[1]
-    assert "not a near-tie" in str(NearTie(0, 4, 2.0, "a", "b"))
+    said = verdict([cut], "bfloat16", 0)
+    assert "identical for 0 of 1 prompts. In bfloat16 a step" in said[1]
+    assert "please report" in verdict([cut], "float32", 0)[1]
 
 
 @pytest.mark.parametrize("width", [60, 120])
@@ -211,9 +206,6 @@ class FakeEngine:
         print("RuntimeError: engine core failed", flush=True)
         self.mode = settings["mode"]
 
-    def device(self) -> str:
-        return "cpu"
-
     def start(self) -> str:
         if self.mode == "refused":
             raise ValueError("no such model")
@@ -231,22 +223,20 @@ class FakeEngine:
     def generate(self, prompt: list[int], params: dict[str, float]) -> Generation:
         return PPD
 
-    def score(self, prompt: list[int]) -> list[tuple[int, float, str]]:
-        return [(1, -0.5, "x"), (2, -0.75, "y")]
-
 
 def fake_engine(mode: str, folder: Path) -> EngineProcess:
     return EngineProcess("an engine", {"mode": mode}, folder, FakeEngine)
 
 
-def test_conversation_with_an_engine(tmp_path: Path) -> None:
-    engine = fake_engine("works", tmp_path)
-    start_all([engine])
-    assert (engine.device, engine.dtype) == ("cpu", "float32")
-    assert engine.encode(["x"]) == [[1, 2]]
-    assert engine.generate([1, 2], {}) == PPD
-    assert engine.score([1]) == [(1, -0.5, "x"), (2, -0.75, "y")]
-    engine.close()
+def test_conversation_with_engines(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "_SETTLE_S", 0.0)
+    pair = [fake_engine("works", tmp_path) for _ in range(2)]
+    assert demo.start(pair) == "float32"
+    assert pair[0].call("encode", ["x"]) == [[1, 2]]
+    (comparison,) = demo.measure(pair, ["x"], [[1, 2]], {}, rounds=2)
+    assert comparison == Comparison("x", (PPD,) * 2, (PPD,) * 2)
+    for engine in pair:
+        engine.close()
 
 
 @pytest.mark.parametrize(
@@ -260,15 +250,14 @@ def test_conversation_with_an_engine(tmp_path: Path) -> None:
 def test_failing_engines(tmp_path: Path, mode: str, kind: type, words: str) -> None:
     engine = fake_engine(mode, tmp_path)
     with pytest.raises(kind, match=words):
-        start_all([engine])
+        engine.call("start")
     engine.close()
     engine.close()
 
 
 def test_a_hanging_engine_is_ended(tmp_path: Path) -> None:
     engine = fake_engine("hangs", tmp_path)
-    engine.wait_imported()
-    engine.begin_start()
+    engine.send("start")
     start = time.monotonic()
     engine.close()
     assert time.monotonic() - start < 10

@@ -86,17 +86,15 @@ def test_other_files_are_ignored_and_kept(folder: Path) -> None:
 
 
 def test_save_refuses_to_overwrite(folder: Path) -> None:
-    before = (folder / "prompt_tokens.safetensors").read_bytes()
+    original = (folder / "prompt_tokens.safetensors").read_bytes()
     with pytest.raises(PromptTokensError, match=r"already has config\.json"):
         make_prompts(m=1).save(folder)
-    assert (folder / "prompt_tokens.safetensors").read_bytes() == before
+    assert (folder / "prompt_tokens.safetensors").read_bytes() == original
 
 
 def test_save_never_replaces_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    with pytest.raises(
-        PromptTokensError, match="it is not the config"
-    ):
+    with pytest.raises(PromptTokensError, match="it is not the config"):
         make_prompts().save(tmp_path, overwrite=True)
     assert os.listdir(tmp_path) == ["config.json"]
 
@@ -107,11 +105,11 @@ def test_failed_save_leaves_nothing_half_written(
     def full_disk(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    before = PromptTokens.load(folder).embeddings
+    original = PromptTokens.load(folder).embeddings
     monkeypatch.setattr(atomic.os, "fsync", full_disk)
     with pytest.raises(PromptTokensError, match="No space left"):
         make_prompts(m=1).save(folder, overwrite=True)
-    assert torch.equal(PromptTokens.load(folder).embeddings, before)
+    assert torch.equal(PromptTokens.load(folder).embeddings, original)
     assert len(os.listdir(folder)) == 2
 
 
@@ -255,9 +253,9 @@ def test_fingerprint_agrees_across_copies(tmp_path: Path, weight) -> None:
     assert prints[0].embedding_sha256 is not None
     assert prints[0] == prints[1] == prints[2]
     other = model_folder(tmp_path / "other", weight + 0.1)
-    found = BaseModelFingerprint.of_folder(other)
-    assert found.name == "other"
-    assert found.embedding_sha256 != prints[0].embedding_sha256
+    fingerprint = BaseModelFingerprint.of_folder(other)
+    assert fingerprint.name == "other"
+    assert fingerprint.embedding_sha256 != prints[0].embedding_sha256
 
 
 def test_fingerprint_of_sharded_model(tmp_path: Path, weight: torch.Tensor) -> None:
@@ -289,9 +287,9 @@ def test_fingerprint_without_weights(tmp_path: Path, weight: torch.Tensor) -> No
     config = {"architectures": ["Gemma3ForConditionalGeneration"]}
     config["text_config"] = {"hidden_size": HIDDEN, "vocab_size": VOCAB}
     (model / "config.json").write_text(json.dumps(config))
-    found = BaseModelFingerprint.of_folder(model)
-    assert found.embedding_sha256 is None
-    assert (found.hidden_size, found.vocab_size) == (HIDDEN, VOCAB)
+    fingerprint = BaseModelFingerprint.of_folder(model)
+    assert fingerprint.embedding_sha256 is None
+    assert (fingerprint.hidden_size, fingerprint.vocab_size) == (HIDDEN, VOCAB)
 
 
 @pytest.mark.parametrize(

@@ -20,18 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="folder or hub id of the prompt tokens to read, in either layout",
+        help="Folder or hub id of the prompt tokens to read, in either layout.",
     )
     parser.add_argument(
-        "destination", metavar="DST", help="folder to write, in the other layout"
+        "destination", metavar="DST", help="Folder to write, in the other layout."
     )
     parser.add_argument(
         "--model",
-        help="folder or hub id of the base model; required if SRC is in the authors' "
-        "layout (for a hub id, only the JSON files are downloaded)",
+        help="Folder or hub id of the base model; required if SRC is in the authors' "
+        "layout (for a hub id, only the JSON files are downloaded).",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace prompt tokens in DST"
+        "--overwrite", action="store_true", help="Replace prompt tokens in DST."
     )
 
 

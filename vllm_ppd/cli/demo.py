@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from vllm_ppd.hub import resolve_path
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vllm_ppd.cli.demo_view import Comparison, NearTie
+    from vllm_ppd.cli.demo_view import Comparison
     from vllm_ppd.cli.engines import EngineProcess, Generation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,9 @@ MODEL = ROOT / "demo_model" / "model"
 PROMPTS = ROOT / "trained_prompts" / "demo"
 TEXTS = ROOT / "demo_model" / "held_out.jsonl"
 
+# An idle vLLM worker on CPU polls for a second after its last step, on the very core
+# that the next engine's worker is bound to.
+_SETTLE_S = 1.2
 # A text that takes so many seconds is measured once only.
 SLOW_S = 4.0
 # Each engine's share of a GPU's memory.
@@ -44,52 +48,52 @@ _HEAD = re.compile(r"^[ \t]*(?:async def|def|class) .*:[ \t]*$", re.M)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", help="folder or hub id of a model (default: the demo model)"
+        "--model", help="Folder or hub id of a model (default: the demo model)."
     )
     parser.add_argument(
         "--prompts",
         metavar="PATH",
-        help="folder or hub id of prompt tokens for that model (default: the demo's)",
+        help="Folder or hub id of prompt tokens for that model (default: the demo's).",
     )
     parser.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="text to continue; may be repeated (default: excerpts of held-out text)",
+        help="Text to continue; may be repeated (default: excerpts of held-out text).",
     )
     parser.add_argument(
-        "--num-prompts", type=int, default=3, help="number of excerpts (default: 3)"
+        "--num-prompts", type=int, default=3, help="Number of excerpts (default: 3)."
     )
     parser.add_argument(
         "--max-tokens",
         type=int,
         default=128,
-        help="tokens to generate after each prompt (default: 128)",
+        help="Tokens to generate after each prompt (default: 128).",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
-        help="sampling temperature; 0 is greedy decoding (default: 0)",
+        help="Sampling temperature; 0 is greedy decoding (default: 0).",
     )
     parser.add_argument(
         "--rounds",
         type=int,
         default=3,
-        help="measurements of each text, with both engines in turn (default: 3)",
+        help="Measurements of each text, with both engines in turn (default: 3).",
     )
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "bfloat16", "float16", "float32"),
-        help="data type; auto is the faster of bfloat16 and float32 on a CPU, and the "
-        "checkpoint's own on a GPU (default: auto)",
+        help="Data type; auto is the faster of bfloat16 and float32 on a CPU, and the "
+        "checkpoint's own on a GPU (default: auto).",
     )
-    parser.add_argument("--max-model-len", type=int, help="as in vllm serve")
+    parser.add_argument("--max-model-len", type=int, help="As in vllm serve.")
     parser.add_argument(
         "--eager",
         action="store_true",
-        help="do not compile the model: starts sooner, runs slower",
+        help="Do not compile the model: starts sooner, runs slower.",
     )
 
 
@@ -224,6 +228,19 @@ def _busy(console: Console, text: str) -> Iterator[Any]:
         yield lambda new: progress.update(task, description=new)
 
 
+def start(engines: Sequence[EngineProcess]) -> str:
+    """Start all engines; returns their data type."""
+    import torch
+
+    if torch.cuda.is_available():
+        # One after another, as each measures how much memory is free.
+        return [engine.call("start") for engine in engines][-1]
+    for engine in engines:
+        engine.send("start")
+    # The last first: it speculates, so its settings are likelier to be refused.
+    return [engine.receive() for engine in reversed(engines)][-1]
+
+
 def measure(
     pair: Sequence[EngineProcess],
     prompts: Sequence[str],
@@ -233,36 +250,17 @@ def measure(
 ) -> list[Comparison]:
     """Time all prompts with each engine in turn, `rounds` times."""
     from vllm_ppd.cli.demo_view import Comparison
-    from vllm_ppd.cli.engines import settle
 
     written: list[list[list[Generation]]] = [[[] for _ in ids] for _ in pair]
     for _ in range(rounds):
         for engine, texts in zip(pair, written, strict=True):
-            settle()
+            time.sleep(_SETTLE_S)
             for prompt, generations in zip(ids, texts, strict=True):
-                generations.append(engine.generate(prompt, params))
+                generations.append(engine.call("generate", prompt, params))
     return [
         Comparison(prompt, tuple(plain), tuple(ppd))
         for prompt, plain, ppd in zip(prompts, *written, strict=True)
     ]
-
-
-def near_ties(
-    plain: EngineProcess,
-    ids: Sequence[Sequence[int]],
-    comparisons: Sequence[Comparison],
-) -> list[NearTie]:
-    """The two likeliest tokens at the first difference of each text."""
-    from vllm_ppd.cli.demo_view import NearTie
-
-    ties = []
-    for number, (prompt, c) in enumerate(zip(ids, comparisons, strict=True)):
-        where = c.first_difference
-        if where is not None:
-            first, second = plain.score([*prompt, *c.plain[0].ids[:where]])
-            gap = first[1] - second[1]
-            ties.append(NearTie(number, where, gap, first[2], second[2]))
-    return ties
 
 
 def _short(path: str) -> str:
@@ -282,7 +280,7 @@ def run(args: argparse.Namespace) -> int:
         summary,
         verdict,
     )
-    from vllm_ppd.cli.engines import engine_processes, start_all
+    from vllm_ppd.cli.engines import engine_processes
 
     model, prompt_tokens = check(args)
     prompts = args.prompt or excerpts(TEXTS, args.num_prompts)
@@ -306,24 +304,21 @@ def run(args: argparse.Namespace) -> int:
 
     with engine_processes(both, "demo") as engines:
         pair = list(engines.values())
-        with _busy(console, "importing vLLM") as say:
-            start_all(pair, say)
-            ids = pair[0].encode(prompts)
+        with _busy(console, f"starting {' and '.join(engines)}") as say:
+            dtype = start(pair)
+            ids = pair[0].call("encode", prompts)
             say("warming up")
-            warm_ups = [engine.generate(ids[0], params) for engine in pair]
+            warm_ups = [engine.call("generate", ids[0], params) for engine in pair]
             say("measuring, each engine in turn")
             rounds = 1 if warm_ups[0].seconds > SLOW_S else args.rounds
             comparisons = measure(pair, prompts, ids, params, rounds)
-        greedy = args.temperature == 0
-        ties = near_ties(pair[0], ids, comparisons) if greedy else []
-        dtype = pair[0].dtype
     for number, comparison in enumerate(comparisons, start=1):
         if console.is_terminal:
             replay(console, comparison)
         else:
             print_plainly(console, number, len(comparisons), comparison)
     console.print()
-    console.print(summary(comparisons, greedy))
-    for line in verdict(comparisons, ties, dtype, args.temperature):
+    console.print(summary(comparisons, args.temperature == 0))
+    for line in verdict(comparisons, dtype, args.temperature):
         console.print(line, markup=False)
     return 0

@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from rich.align import Align
@@ -27,9 +28,6 @@ REPLAY_S = (4.0, 20.0)
 FRAMES_PER_S = 20
 PANEL_LINES = 16
 NARROW = 76  # columns below which the panels stand one above the other
-# Gap between the two likeliest tokens, in nats, below which rounding alone can decide:
-# logits of 16 to 32 are 0.125 apart in bf16.
-NEAR_TIE = 0.25
 # Share of repeated 4-grams from which the verdict mentions it.
 LOOPING = 0.3
 
@@ -75,10 +73,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Totals:
-    """All prompts of a demo together, taken from each prompt's first round."""
+    """All prompts of a demo together; steps are those of each prompt's first round."""
 
-    plain_tokens: int
-    ppd_tokens: int
     plain_steps: int
     ppd_steps: int
     acceptance_length: float
@@ -90,14 +86,13 @@ class Totals:
     def of(cls, comparisons: Sequence[Comparison]) -> Totals:
         plain = [c.plain[0] for c in comparisons]
         ppd = [c.ppd[0] for c in comparisons]
-        decoded = sum(len(g.ids) - len(g.steps[0].ids) for g in ppd if g.steps)
-        decode_steps = sum(len(g.steps) - 1 for g in ppd if g.steps)
+        # The first step of a text reads the prompt.
+        decode = [step for g in ppd for step in g.steps[1:]]
+        tokens = sum(len(step.ids) for step in decode)
         return cls(
-            plain_tokens=sum(len(g.ids) for g in plain),
-            ppd_tokens=sum(len(g.ids) for g in ppd),
             plain_steps=sum(len(g.steps) for g in plain),
             ppd_steps=sum(len(g.steps) for g in ppd),
-            acceptance_length=decoded / decode_steps if decode_steps else 1.0,
+            acceptance_length=tokens / len(decode) if decode else 1.0,
             speedup=median(c.speedup for c in comparisons),
             plain_step_ms=_step_ms([g for c in comparisons for g in c.plain]),
             ppd_step_ms=_step_ms([g for c in comparisons for g in c.ppd]),
@@ -106,11 +101,8 @@ class Totals:
 
 def _step_ms(generations: Sequence[Generation]) -> float:
     """Median duration of a decode step in milliseconds."""
-    gaps = [
-        later.at_s - earlier.at_s
-        for g in generations
-        for earlier, later in zip(g.steps, g.steps[1:], strict=False)
-    ]
+    times = [[step.at_s for step in g.steps] for g in generations]
+    gaps = [b - a for each in times for a, b in pairwise(each)]
     return 1000 * median(gaps) if gaps else 0.0
 
 
@@ -274,30 +266,8 @@ def _speed(ratio: float) -> str:
     return f"[bold {colour}]{ratio:.2f}x[/]"
 
 
-@dataclass(frozen=True)
-class NearTie:
-    """The two likeliest tokens where two greedy texts part."""
-
-    prompt: int
-    position: int
-    gap: float
-    first: str
-    second: str
-
-    def __str__(self) -> str:
-        where = f"prompt {self.prompt + 1} from token {self.position + 1}"
-        choice = f"{self.first!r} over {self.second!r} by {self.gap:.3f} nats"
-        verdict = (
-            "a near-tie that rounding can decide"
-            if self.gap < NEAR_TIE
-            else "not a near-tie: please report this"
-        )
-        return f"{where}: the model prefers {choice}, {verdict}"
-
-
 def verdict(
     comparisons: Sequence[Comparison],
-    ties: Sequence[NearTie],
     dtype: str,
     temperature: float,
 ) -> list[str]:
@@ -310,7 +280,7 @@ def verdict(
             "occurred before, and loops are easy to predict. "
             + ("" if temperature else "Try --temperature 0.7.")
         )
-    return lines + _exactness(comparisons, ties, dtype, temperature)
+    return [*lines, _exactness(comparisons, dtype, temperature)]
 
 
 def _speed_sentence(totals: Totals) -> str:
@@ -332,26 +302,22 @@ def _speed_sentence(totals: Totals) -> str:
 
 
 def _exactness(
-    comparisons: Sequence[Comparison],
-    ties: Sequence[NearTie],
-    dtype: str,
-    temperature: float,
-) -> list[str]:
+    comparisons: Sequence[Comparison], dtype: str, temperature: float
+) -> str:
     if temperature > 0:
-        return [
+        return (
             f"At temperature {temperature:g} both sample from the same distribution, "
             "so the two texts need not be equal."
-        ]
+        )
     same = sum(c.first_difference is None for c in comparisons)
     if same == len(comparisons):
         tokens = sum(len(c.ppd[0].ids) for c in comparisons)
-        return [f"All {tokens:,} token ids are identical to plain vLLM's."]
-    lines = [
-        f"Token ids are identical for {same} of {len(comparisons)} prompts. In {dtype} "
-        "a step of several rows rounds a little differently from a step of one row, "
-        "which can decide near-ties; with --dtype float32 it does not."
-        if dtype != "float32"
-        else f"Token ids are identical for {same} of {len(comparisons)} prompts only; "
-        "in float32 they should all be: please report this."
-    ]
-    return [*lines, *map(str, ties)]
+        return f"All {tokens:,} token ids are identical to plain vLLM's."
+    reason = "In float32 they should all be: please report this."
+    if dtype != "float32":
+        reason = (
+            f"In {dtype} a step of several rows rounds a little differently from a "
+            "step of one row, which can decide between two tokens of almost the same "
+            "probability; --dtype float32 avoids that."
+        )
+    return f"Token ids are identical for {same} of {len(comparisons)} prompts. {reason}"

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -31,13 +31,8 @@ __all__ = [
     "Step",
     "cpu_dtype",
     "engine_processes",
-    "settle",
-    "start_all",
 ]
 
-# An idle vLLM worker on CPU polls for a second after its last step, on the very core
-# that the next engine's worker is bound to.
-SETTLE_S = 1.2
 QUIT_TIMEOUT_S = 15.0
 TERMINATE_TIMEOUT_S = 3.0
 # How often a silent engine is checked for life.
@@ -137,15 +132,8 @@ class Engine:
         self.settings = settings
         self.num_requests = 0
 
-    def device(self) -> str:
-        """Import vLLM: the part of a start that depends on nothing."""
-        import vllm  # noqa: F401
-        from vllm.platforms import current_platform
-
-        return current_platform.device_type
-
     def start(self) -> str:
-        """Returns the data type."""
+        """Start vLLM; returns the data type."""
         from vllm import LLM
 
         self.llm = LLM(**self.settings)
@@ -154,10 +142,11 @@ class Engine:
         return str(dtype).removeprefix("torch.")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, with the tokenizer's own begin-of-text token."""
         return [self.tokenizer.encode(text) for text in texts]
 
     def generate(self, prompt: list[int], params: dict[str, Any]) -> Generation:
-        """Run one request. The recording of a step is one list append."""
+        """Run one request to its end; params are those of `vllm.SamplingParams`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -188,17 +177,6 @@ class Engine:
         if own and text.endswith(own):
             return text[: -len(own)], own
         return text, ""
-
-    def score(self, prompt: list[int]) -> list[tuple[int, float, str]]:
-        """(token id, log probability, text) of the two likeliest next tokens."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=2)
-        inputs = [{"prompt_token_ids": prompt}]
-        (output,) = self.llm.generate(inputs, params, use_tqdm=False)
-        logprobs = output.outputs[0].logprobs[0].items()
-        top = sorted(logprobs, key=lambda item: -item[1].logprob)[:2]
-        return [(i, entry.logprob, self.tokenizer.decode([i])) for i, entry in top]
 
     def report(self) -> dict[str, Any]:
         """The answer of PPD's first worker to `ppd_report`."""
@@ -245,10 +223,6 @@ class EngineProcess:
         settings: arguments of `vllm.LLM`.
         log_folder: where `<name>.log` is written.
         engine_class: for tests.
-
-    Attributes:
-        device: "cpu" or "cuda", after `wait_imported`.
-        dtype: "bfloat16" etc., after `wait_ready`.
     """
 
     def __init__(
@@ -260,7 +234,7 @@ class EngineProcess:
     ):
         self.name = name
         self.log = log_folder / f"{name.replace(' ', '-')}.log"
-        self.device = self.dtype = ""
+        self._busy = False
         self._connection, far_end = Pipe()
         descriptor = far_end.fileno()
         with self.log.open("ab") as log:
@@ -277,15 +251,19 @@ class EngineProcess:
             )
         far_end.close()
         self._connection.send((engine_class, dict(settings)))
-        self._call("device")
 
-    def _call(self, method: str, *arguments: Any) -> None:
+    def send(self, method: str, *arguments: Any) -> None:
+        """Begin a call of a method of `Engine`; `receive` waits for its result."""
         self._busy = True
         # A dead engine is reported when its answer is awaited, with its reason.
         with contextlib.suppress(OSError):
             self._connection.send((method, arguments))
 
-    def _answer(self) -> Any:
+    def receive(self) -> Any:
+        """The result of the call that was sent.
+
+        Raises ValueError for what the engine refuses, else EngineFailedError.
+        """
         try:
             while not self._connection.poll(_ALIVE_S):
                 # Its own children may hold the pipe open.
@@ -311,39 +289,10 @@ class EngineProcess:
             f"the engine of {self.name} failed: {what[:300]}; its log is {self.log}"
         )
 
-    def wait_imported(self) -> None:
-        """Wait until the process has imported vLLM."""
-        self.device = self._answer()
-
-    def begin_start(self) -> None:
-        self._call("start")
-
-    def wait_ready(self) -> None:
-        """Wait until the engine can generate.
-
-        Raises ValueError for settings that vLLM refuses, else EngineFailedError.
-        """
-        self.dtype = self._answer()
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, with the tokenizer's own begin-of-text token."""
-        self._call("encode", list(texts))
-        return self._answer()
-
-    def generate(self, prompt: Sequence[int], params: Mapping[str, Any]) -> Generation:
-        """Run one request to its end; params are those of `vllm.SamplingParams`."""
-        self._call("generate", list(prompt), dict(params))
-        return self._answer()
-
-    def score(self, prompt: Sequence[int]) -> list[tuple[int, float, str]]:
-        """(id, log probability, text) of the two likeliest tokens after `prompt`."""
-        self._call("score", list(prompt))
-        return self._answer()
-
-    def report(self) -> dict[str, Any]:
-        """The answer of PPD's first worker to `ppd_report`."""
-        self._call("report")
-        return self._answer()
+    def call(self, method: str, *arguments: Any) -> Any:
+        """`send` and `receive`."""
+        self.send(method, *arguments)
+        return self.receive()
 
     def close(self) -> None:
         """End the engine and every process that it started."""
@@ -388,28 +337,3 @@ def engine_processes(
             engine.close()
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def start_all(
-    engines: Sequence[EngineProcess], say: Callable[[str], None] = lambda text: None
-) -> None:
-    """Start engines: all at once on CPU, one after another on a GPU.
-
-    On a GPU each engine measures how much memory is free, so two must not start at
-    the same time.
-    """
-    for engine in engines:
-        engine.wait_imported()
-    at_once = all(engine.device == "cpu" for engine in engines)
-    for group in [engines] if at_once else [[engine] for engine in engines]:
-        say(f"starting {' and '.join(engine.name for engine in group)}")
-        for engine in group:
-            engine.begin_start()
-        # The last first: it speculates, so its settings are likelier to be refused.
-        for engine in reversed(group):
-            engine.wait_ready()
-
-
-def settle() -> None:
-    """Wait until the engine that ran last is asleep."""
-    time.sleep(SETTLE_S)

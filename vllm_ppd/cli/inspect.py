@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,14 @@ _ACCURACIES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="folder or hub id of prompt tokens")
+    parser.add_argument("path", help="Folder or hub id of prompt tokens.")
     parser.add_argument(
         "--model",
-        help="folder or hub id of a model: also check that the prompt tokens fit it; "
-        "the exit status is 1 if they do not",
+        help="Folder or hub id of a model: also check that the prompt tokens fit it; "
+        "the exit status is 1 if they do not.",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print JSON instead of tables"
+        "--json", action="store_true", help="Print JSON instead of tables."
     )
 
 
@@ -46,10 +46,22 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
     from vllm_ppd.hub import resolve_path
     from vllm_ppd.prompt_tokens.peft import is_peft_checkpoint
     from vllm_ppd.prompt_tokens.tokens import FORMAT_VERSION, PromptTokens, tensor_file
+    from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
+    from vllm_ppd.trees.bigram import BIGRAM_FILE
+    from vllm_ppd.trees.menu import MENU_FILE, load_menus
 
     folder = resolve_path(path)
     prompts = PromptTokens.load(folder)
     problems: list[str] = []
+
+    def record(name: str, read: Callable[[Path], Any]) -> Any:
+        """What `read` makes of a file that may be missing, or unreadable."""
+        try:
+            return read(folder / name) if (folder / name).is_file() else None
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
     return {
         "path": path,
         # The authors' layout has no version of its own.
@@ -59,13 +71,17 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
         "hidden_size": prompts.hidden_size,
         "trainable_parameters": prompts.embeddings.numel(),
         "bytes": tensor_file(folder).stat().st_size,
-        "bigram_bytes": _bigram_bytes(folder),
+        "bigram_bytes": record(BIGRAM_FILE, lambda file: file.stat().st_size),
         # One list per prompt token, one norm per EPT.
         "norms": prompts.embeddings.norm(dim=-1).tolist(),
         "base_model": dataclasses.asdict(prompts.base),
-        "training": _training(folder, problems),
-        "acceptance": _acceptance(folder, prompts.num_prompt_tokens, problems),
-        "draft_lengths": _draft_lengths(folder, problems),
+        "training": record(TRAINING_FILE, _training),
+        "acceptance": record(
+            ACCEPTANCE_FILE, lambda file: _acceptance(file, prompts.num_prompt_tokens)
+        ),
+        "draft_lengths": record(
+            MENU_FILE, lambda file: list(load_menus(file)[0].draft_lengths)
+        ),
         "fits": _fits(prompts, model, problems) if model else None,
         "problems": problems,
     }
@@ -88,61 +104,25 @@ def _fits(prompts: PromptTokens, model: str, problems: list[str]) -> dict[str, A
     }
 
 
-def _bigram_bytes(folder: Path) -> int | None:
-    from vllm_ppd.trees.bigram import BIGRAM_FILE
-
-    path = folder / BIGRAM_FILE
-    return path.stat().st_size if path.is_file() else None
-
-
-def _training(folder: Path, problems: list[str]) -> dict[str, Any] | None:
-    """The training record, with the last of its evaluations only."""
-    path = folder / TRAINING_FILE
-    if not path.is_file():
-        return None
+def _training(path: Path) -> dict[str, Any]:
+    """The training record, without its earlier evaluations."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problems.append(f"{path} cannot be read as JSON: {error}")
-        return None
-    if not isinstance(record, dict):
-        problems.append(f"{path} holds no JSON object")
-        return None
-    return {key: value for key, value in record.items() if key != "history"}
+        return {key: value for key, value in record.items() if key != "history"}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} holds no readable JSON object: {error}") from error
 
 
-def _acceptance(
-    folder: Path, num_prompt_tokens: int, problems: list[str]
-) -> dict[str, Any] | None:
-    from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
+def _acceptance(path: Path, num_prompt_tokens: int) -> dict[str, Any]:
+    from vllm_ppd.search.acceptance import AcceptanceModel
 
-    path = folder / ACCEPTANCE_FILE
-    if not path.is_file():
-        return None
-    try:
-        table = AcceptanceModel.load(path, num_prompt_tokens).marginal
-    except ValueError as error:
-        problems.append(str(error))
-        return None
+    table = AcceptanceModel.load(path, num_prompt_tokens).marginal
     sums = table.cumsum(axis=1)
     return {
         "ranks": table.shape[1],
         "top1": sums[:, 0].tolist(),
         "top10": sums[:, min(10, table.shape[1]) - 1].tolist(),
     }
-
-
-def _draft_lengths(folder: Path, problems: list[str]) -> list[int] | None:
-    from vllm_ppd.trees.menu import MENU_FILE, load_menus
-
-    path = folder / MENU_FILE
-    if not path.is_file():
-        return None
-    try:
-        return list(load_menus(path)[0].draft_lengths)
-    except ValueError as error:
-        problems.append(str(error))
-        return None
 
 
 def run(args: argparse.Namespace) -> int:

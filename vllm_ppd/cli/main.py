@@ -1,7 +1,7 @@
-"""The command `vllm-ppd`: finds the subcommand and turns errors into sentences.
+"""The command `vllm-ppd`: runs a subcommand and prints its errors as sentences.
 
 A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. Only
-the one that is asked for is imported, so that `vllm-ppd --help` answers at once.
+the selected one is imported, so that `vllm-ppd --help` answers at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["main"]
 
 @dataclass(frozen=True)
 class Command:
-    """What the help says about a subcommand without importing it."""
+    """The help of a subcommand that is not imported."""
 
     module: str
     summary: str
@@ -32,12 +32,12 @@ class Command:
 COMMANDS = {
     "demo": Command(
         "vllm_ppd.cli.demo",
-        "watch a model write with and without PPD, side by side",
+        "compare a model with and without PPD, side by side",
         "vllm-ppd demo --max-tokens 200",
     ),
     "inspect": Command(
         "vllm_ppd.cli.inspect",
-        "show what a prompt-token folder holds and which model it fits",
+        "show the contents of a prompt-token folder and check that it fits a model",
         "vllm-ppd inspect trained_prompts/demo --model demo_model/model",
     ),
     "train": Command(
@@ -47,22 +47,22 @@ COMMANDS = {
     ),
     "calibrate": Command(
         "vllm_ppd.cli.calibrate",
-        "measure how often prompt tokens guess right, which chooses their trees",
+        "measure the acceptance of prompt tokens and search the trees to serve",
         "vllm-ppd calibrate PATH --model MODEL --data HELD_OUT.jsonl",
     ),
     "profile": Command(
         "vllm_ppd.cli.profile",
-        "measure the steps of a served model on this machine, which sizes its trees",
-        "vllm-ppd profile MODEL PATH --plot profile.png",
+        "measure how long decode steps of a model take on this machine",
+        "vllm-ppd profile MODEL PATH --out profile.json",
     ),
     "tree": Command(
         "vllm_ppd.cli.tree",
-        "show the trees that prompt tokens are served with and the expected speed",
+        "show the trees that prompt tokens are served with, and their expected speed",
         "vllm-ppd tree trained_prompts/demo",
     ),
     "convert": Command(
         "vllm_ppd.cli.convert",
-        "convert prompt tokens from the authors' PEFT layout, or into it",
+        "convert prompt tokens from the paper authors' PEFT layout, or into it",
         "vllm-ppd convert hmarkc/ppd-vicuna-7b-v1.3 PATH --model lmsys/vicuna-7b-v1.3",
     ),
 }
@@ -75,17 +75,19 @@ def _parser(selected: str | None) -> argparse.ArgumentParser:
     examples = "\n".join(f"  {command.example}" for command in COMMANDS.values())
     parser = argparse.ArgumentParser(
         prog="vllm-ppd",
-        description="Parallel Prompt Decoding for vLLM: a model speculates for itself,"
-        "\nwith a few trained prompt tokens and no draft model.",
+        description="Parallel Prompt Decoding (PPD): speculative decoding for vLLM "
+        "without a draft model.\nA few trained prompt tokens predict the next tokens; "
+        "the model itself verifies them.",
         epilog=f"examples:\n{examples}\n"
-        "  vllm serve MODEL --speculative-model ppd:PATH",
+        "  vllm serve MODEL --speculative-model ppd:PATH\n\n"
+        "PATH is a folder of prompt tokens, or its id on the Hugging Face hub.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--version", action="version", version=f"vllm-ppd {__version__}"
     )
     parser.add_argument(
-        "--debug", action="store_true", help="show the traceback of an error"
+        "--debug", action="store_true", help="Show the traceback of an error."
     )
     subparsers = parser.add_subparsers(
         title="commands", dest="command", metavar="COMMAND"
@@ -102,7 +104,7 @@ def _parser(selected: str | None) -> argparse.ArgumentParser:
             "--debug",
             action="store_true",
             default=argparse.SUPPRESS,
-            help="show the traceback of an error",
+            help="Show the traceback of an error.",
         )
         if name == selected:
             module = importlib.import_module(command.module)

@@ -12,36 +12,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_ppd.cli.engines import engine_processes
-from vllm_ppd.cli.output_files import check_target
 
 if TYPE_CHECKING:
     from vllm_ppd.search.latency import LatencyProfile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder or hub id of the model to be served")
-    parser.add_argument("path", help="folder or hub id of its prompt tokens")
+    parser.add_argument("model", help="Folder or hub id of the model to be served.")
+    parser.add_argument("path", help="Folder or hub id of its prompt tokens.")
     parser.add_argument(
         "--engine",
         nargs="+",
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="engine arguments that you serve with, as vLLM's Python API names them: "
-        "--engine dtype=float32 tensor_parallel_size=2 enforce_eager=true",
+        help="Engine arguments that you serve with, as vLLM's Python API names them: "
+        "--engine dtype=float32 tensor_parallel_size=2 enforce_eager=true.",
     )
     parser.add_argument(
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="time budget of the measurement; more time gives finer curves",
+        help="Time budget of the measurement; more time gives finer curves.",
     )
     parser.add_argument(
-        "--force", action="store_true", help="measure even if a profile is on file"
+        "--force", action="store_true", help="Measure even if a profile is on file."
     )
-    parser.add_argument("--out", metavar="FILE", help="also write the profile here")
+    parser.add_argument("--out", metavar="FILE", help="Also write the profile here.")
     parser.add_argument(
-        "--overwrite", action="store_true", help="allow --out to replace a file"
+        "--overwrite", action="store_true", help="Allow --out to replace a file."
     )
 
 
@@ -73,6 +72,20 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {"gpu_memory_utilization": 0.9, **settings}
 
 
+def _check_target(name: str | None, overwrite: bool) -> None:
+    """Raise ValueError unless the file of --out can, and may, be written."""
+    if name is None:
+        return
+    file = Path(name).expanduser()
+    if file.is_dir() or not file.parent.is_dir():
+        raise ValueError(f"--out is {name}; expected a file in an existing folder")
+    if file.exists() and not overwrite:
+        raise ValueError(
+            f"--out is {name}, which exists already; choose another name, or replace "
+            "it with --overwrite"
+        )
+
+
 def run(args: argparse.Namespace) -> int:
     """Exit status 0. Raises ValueError for unusable input, EngineFailedError else."""
     from rich.console import Console
@@ -82,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_ppd.search.latency import LatencyProfile, cache_file
 
     settings = engine_settings(args)
-    check_target("--out", args.out, args.overwrite)
+    _check_target(args.out, args.overwrite)
     # A name that leads nowhere should not cost an engine's start.
     resolve_path(args.model, allow_patterns=("config.json",))
     PromptTokens.load(resolve_path(args.path))
@@ -104,10 +117,8 @@ def _report(settings: dict[str, Any]) -> dict[str, Any]:
     """Start an engine, ask what it has measured or found on file, and end it."""
     with engine_processes({"profile": settings}, "profile") as engines:
         engine = engines["profile"]
-        engine.wait_imported()
-        engine.begin_start()
-        engine.wait_ready()
-        return engine.report()
+        engine.call("start")
+        return engine.call("report")
 
 
 def profile_table(profile: LatencyProfile) -> Any:

@@ -31,42 +31,42 @@ _LEGEND = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="folder or hub id of prompt tokens")
+    parser.add_argument("path", help="Folder or hub id of prompt tokens.")
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        help="show the menu for this kind of machine (default: cuda if there is a GPU)",
+        help="Kind of machine to show the menu for (default: cuda if there is a GPU).",
     )
     parser.add_argument(
         "--profile",
         metavar="FILE",
-        help="latency profile of a machine, as vllm-ppd profile writes it: also show "
-        "the expected speed",
+        help="Latency profile of a machine, as vllm-ppd profile writes it: also show "
+        "the expected speed.",
     )
     parser.add_argument(
         "--max-draft-tokens",
         type=int,
         metavar="N",
-        help="upper limit of draft tokens and prompt rows per request and step, as "
-        "num_speculative_tokens in vllm serve (default: 15 on CPU, 63 on CUDA)",
+        help="Upper limit of draft tokens and prompt rows per request and step, as "
+        "num_speculative_tokens in vllm serve (default: 15 on CPU, 63 on CUDA).",
     )
     parser.add_argument(
-        "--tree", metavar="FILE", help="show the tree menu of this file instead"
+        "--tree", metavar="FILE", help="Show the tree menu of this file instead."
     )
     parser.add_argument(
         "--draw",
         type=int,
         metavar="LENGTH",
-        help="draft length whose tree is drawn (default: the fastest for one request "
-        "with --profile, else one from the middle of the menu)",
+        help="Draft length whose tree is drawn (default: the fastest for one request "
+        "with --profile, else one from the middle of the menu).",
     )
     parser.add_argument(
-        "--no-ngram", action="store_true", help="as if n-gram drafts were switched off"
+        "--no-ngram", action="store_true", help="As if n-gram drafts were switched off."
     )
     parser.add_argument(
         "--no-bigram",
         action="store_true",
-        help="as if the bigram table were switched off",
+        help="As if the bigram table were switched off.",
     )
 
 

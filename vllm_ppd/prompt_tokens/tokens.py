@@ -209,10 +209,7 @@ class PromptTokens:
         written.
         """
         folder = Path(path)
-        if folder.exists() and not folder.is_dir():
-            raise PromptTokensError(
-                f"{folder} is a file; expected a folder to write into"
-            )
+        _require_folder(folder)
         if _own_files(folder):
             raise PromptTokensError(
                 f"{folder} already has {' and '.join(_own_files(folder))}, which no "
@@ -242,8 +239,7 @@ class PromptTokens:
 def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Raise PromptTokensError if `PromptTokens.save` would refuse the folder."""
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise PromptTokensError(f"{folder} is a file; expected a folder to write into")
+    _require_folder(folder)
     if is_peft_checkpoint(folder):
         raise PromptTokensError(
             f"{folder} is a PEFT checkpoint (it has {ADAPTER_CONFIG}); choose another "
@@ -269,6 +265,11 @@ def tensor_file(path: str | os.PathLike[str]) -> Path:
     """The file that a loadable folder's embeddings are in, in either layout."""
     folder = Path(path)
     return weights_file(folder) if _has_peft_layout(folder) else folder / TENSOR_FILE
+
+
+def _require_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise PromptTokensError(f"{folder} is a file; expected a folder to write into")
 
 
 def _own_files(folder: Path) -> list[str]:
