@@ -125,8 +125,9 @@ def test_seeds_matter_and_repeat(job: TrainJob) -> None:
 def test_a_time_budget_ends(job: TrainJob) -> None:
     settings = dataclasses.replace(SETTINGS, steps=None, minutes=0.01)
     result = dataclasses.replace(job, settings=settings).run()
-    assert result.steps > 0
-    assert len(result.history) == 3
+    # A slow machine affords no evaluation between the first and the last.
+    steps = [record["step"] for record in result.history]
+    assert steps[0] == 0 and steps[-1] == result.steps > 0
 
 
 def interrupted(job: TrainJob, monkeypatch) -> None:

@@ -19,14 +19,13 @@ import vllm_ppd
 from vllm_ppd.calibrate.counts import AcceptanceCounts, count_bigrams
 from vllm_ppd.calibrate.measure import Measurement, measure
 from vllm_ppd.calibrate.settings import CalibrationSettings
-from vllm_ppd.hub import resolve_model_path, resolve_path
-from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+from vllm_ppd.hub import resolve_path
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, tensor_file
 from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
 from vllm_ppd.search.menu_search import build_menu
 from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream, text_files
 from vllm_ppd.train.documents import sha256_of_files
-from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.train.model import FrozenModel, located_model
 from vllm_ppd.train.settings import TrainingError
 from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable
 from vllm_ppd.trees.menu import MENU_FILE, TreeMenu, save_menus
@@ -96,13 +95,7 @@ class CalibrationJob:
         target = self._destination()
         folder = resolve_path(self.path)
         prompts = PromptTokens.load(folder)
-        is_folder = os.path.isdir(self.model)
-        model_folder = resolve_model_path(self.model)
-        base = BaseModelFingerprint.of_folder(
-            model_folder,
-            name=None if is_folder else self.model,
-            revision=None if is_folder else model_folder.name,
-        )
+        base, model_folder = located_model(self.model)
         prompts.check_against(base)
         settings, m, e = self.settings, prompts.num_prompt_tokens, prompts.num_ept
         assert base.vocab_size is not None  # of_folder knows it

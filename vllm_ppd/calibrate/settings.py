@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
-from vllm_ppd.train.settings import DTYPES, TrainingError
+from vllm_ppd.train.settings import (
+    DTYPES,
+    TrainingError,
+    check_choice,
+    check_counts,
+    check_temperature,
+)
 from vllm_ppd.trees.tree import MAX_ROWS
 
 __all__ = ["CalibrationSettings"]
@@ -43,23 +48,12 @@ class CalibrationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, name = getattr(self, field.name), field.name
-            if field.type != "int" or name == "seed":
-                continue
-            least = 0 if name.startswith("bigram") else 1
-            if type(value) is not int or value < least:
-                raise TrainingError(
-                    f"{name} is {value!r}; expected a whole number of at least {least}"
-                )
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise TrainingError(
-                f"temperature is {self.temperature}; expected 0 (greedy) or above"
-            )
-        if self.dtype not in DTYPES:
-            raise TrainingError(
-                f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}"
-            )
+        counts = [f.name for f in fields(self) if f.type == "int" and f.name != "seed"]
+        for name in counts:
+            # No bigram table is a choice.
+            check_counts(self, name, least=0 if name.startswith("bigram") else 1)
+        check_temperature(self.temperature)
+        check_choice(self, "dtype", DTYPES)
 
     def check_fits(self, num_prompt_tokens: int, num_ept: int, vocab_size: int) -> None:
         """Raise TrainingError unless points, trees and lists are possible."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from accelerate.utils import gather_object
 
 import vllm_ppd
 from vllm_ppd.files import write_json
-from vllm_ppd.hub import resolve_model_path, resolve_path
+from vllm_ppd.hub import resolve_path
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, check_destination
 from vllm_ppd.train.data import (
@@ -26,7 +25,12 @@ from vllm_ppd.train.data import (
     text_files,
 )
 from vllm_ppd.train.documents import sha256_of_files
-from vllm_ppd.train.model import FrozenModel, default_learning_rate, initial_table
+from vllm_ppd.train.model import (
+    FrozenModel,
+    default_learning_rate,
+    initial_table,
+    located_model,
+)
 from vllm_ppd.train.self_distillation import SelfDistillation
 from vllm_ppd.train.settings import INITS, RATE_STEPS, TrainingError, TrainSettings
 from vllm_ppd.train.trainer import (
@@ -80,7 +84,7 @@ class TrainJob:
         self._check_folder(folder)
         accelerator = Accelerator(cpu=self.cpu)
         quiet = self.quiet or not accelerator.is_main_process
-        base, model_folder = self._base_model()
+        base, model_folder = located_model(self.model, self.model_name)
         init = self._init(base)
         # Texts first: a missing file should not cost a model's loading.
         with accelerator.local_main_process_first():
@@ -188,15 +192,6 @@ class TrainJob:
             raise TrainingError(
                 f"{folder / RECORD_FILE} cannot be written: {error.strerror}"
             ) from error
-
-    def _base_model(self) -> tuple[BaseModelFingerprint, Path]:
-        is_folder = os.path.isdir(self.model)
-        folder = resolve_model_path(self.model)
-        name = self.model_name or (None if is_folder else self.model)
-        # A hub snapshot's folder is named after its commit.
-        revision = None if is_folder else folder.name
-        base = BaseModelFingerprint.of_folder(folder, name=name, revision=revision)
-        return base, folder
 
     def _init(self, base: BaseModelFingerprint) -> str | PromptTokens:
         if self.settings.init in INITS:

@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from vllm_ppd.hub import resolve_model_path
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.data import TokenStream
 from vllm_ppd.train.insertion import Insertion, token_positions
@@ -30,6 +32,7 @@ __all__ = [
     "PromptTable",
     "default_learning_rate",
     "initial_table",
+    "located_model",
 ]
 
 # Copies of one ensemble member would get equal gradients and stay equal for ever.
@@ -232,6 +235,18 @@ def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:
     # Half precision rounds the two paths differently, by far less than a wrong scale.
     spread: Any = one.std()
     return one.shape == other.shape and bool((one - other).abs().max() < 0.05 * spread)
+
+
+def located_model(
+    model: str, name: str | None = None
+) -> tuple[BaseModelFingerprint, Path]:
+    """Fingerprint and folder of a model, given by folder or hub id, named `name`."""
+    is_folder = os.path.isdir(model)
+    folder = resolve_model_path(model)
+    name = name or (None if is_folder else model)
+    # A hub snapshot's folder is named after its commit.
+    revision = None if is_folder else folder.name
+    return BaseModelFingerprint.of_folder(folder, name=name, revision=revision), folder
 
 
 class PromptTable(torch.nn.Module):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 __all__ = [
     "DTYPES",
@@ -15,6 +16,9 @@ __all__ = [
     "LossKind",
     "TrainSettings",
     "TrainingError",
+    "check_choice",
+    "check_counts",
+    "check_temperature",
 ]
 
 LossKind = Literal["kl", "labels"]
@@ -23,6 +27,10 @@ INITS = ("text", "vocabulary")
 TOKENS_PER_UPDATE = 32
 # The `rate_steps` of the default learning rate.
 RATE_STEPS = 1200
+_COUNTS = (
+    *("num_prompt_tokens", "num_ept", "length", "batch_size"),
+    *("points", "updates", "max_tokens"),
+)
 _OPTIONAL_COUNTS = ("steps", "patience", "rate_steps")
 
 
@@ -30,9 +38,34 @@ class TrainingError(ValueError):
     """Settings, text, model or files that training or calibration cannot use."""
 
 
+def check_counts(settings: Any, *names: str, least: int = 1, of: str = "") -> None:
+    """Raise TrainingError for a field that is no whole number of at least `least`."""
+    for name in names:
+        value = getattr(settings, name)
+        if type(value) is not int or value < least:
+            raise TrainingError(
+                f"{name}{of} is {value!r}; expected a whole number of at least {least}"
+            )
+
+
+def check_temperature(value: float, of: str = "") -> None:
+    """Raise TrainingError for what cannot be a sampling temperature."""
+    if not (math.isfinite(value) and value >= 0):
+        raise TrainingError(f"temperature{of} is {value}; expected 0 (greedy) or above")
+
+
+def check_choice(settings: Any, name: str, choices: Sequence[str]) -> None:
+    """Raise TrainingError for a field that has none of the choices."""
+    if getattr(settings, name) not in choices:
+        raise TrainingError(
+            f"{name} is {getattr(settings, name)!r}; expected one of "
+            f"{', '.join(choices)}"
+        )
+
+
 @dataclass(frozen=True)
 class Distillation:
-    """Training text that the frozen model writes itself, going on from the data.
+    """Training text that the frozen model generates, continuing pieces of the data.
 
     Raises TrainingError for a value out of range.
     """
@@ -40,25 +73,16 @@ class Distillation:
     continuations: int
     """How many; each, with its prompt, is as long as a training sequence."""
     prompt_length: int = 64
-    """Tokens of the data that each goes on from."""
+    """Tokens of the data at the start of each."""
     temperature: float = 1.0
     """0 is greedy."""
     batch_size: int = 32
-    """Continuations written at once."""
+    """Continuations generated at once."""
 
     def __post_init__(self) -> None:
-        for name in ("continuations", "prompt_length", "batch_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise TrainingError(
-                    f"{name} of the self-distillation is {value!r}; expected a whole "
-                    "number of at least 1"
-                )
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise TrainingError(
-                f"temperature of the self-distillation is {self.temperature}; expected "
-                "0 (greedy) or above"
-            )
+        of = " of the self-distillation"
+        check_counts(self, "continuations", "prompt_length", "batch_size", of=of)
+        check_temperature(self.temperature, of)
 
 
 @dataclass(frozen=True)
@@ -121,32 +145,18 @@ class TrainSettings:
                 f"steps is {self.steps} and minutes is {self.minutes}; "
                 "expected exactly one of the two"
             )
-        for name in (
-            "num_prompt_tokens",
-            "num_ept",
-            "length",
-            "batch_size",
-            "points",
-            "updates",
-            "max_tokens",
-            *(n for n in _OPTIONAL_COUNTS if getattr(self, n) is not None),
-        ):
-            self._check(name, type(getattr(self, name)) is int, 1, "a whole number")
+        optional = [
+            name for name in _OPTIONAL_COUNTS if getattr(self, name) is not None
+        ]
+        check_counts(self, *_COUNTS, *optional)
         for name in ("learning_rate", "minutes"):
             value = getattr(self, name)
-            if value is not None:
-                self._check(name, math.isfinite(value), None, "a number")
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise TrainingError(f"{name} is {value!r}; expected a number above 0")
         if not 0 < self.alpha <= 1:
             raise TrainingError(f"alpha is {self.alpha}; expected above 0, at most 1")
-        for name, choices in (
-            ("loss", get_args(LossKind)),
-            ("dtype", DTYPES),
-        ):
-            if getattr(self, name) not in choices:
-                raise TrainingError(
-                    f"{name} is {getattr(self, name)!r}; "
-                    f"expected one of {', '.join(map(str, choices))}"
-                )
+        check_choice(self, "loss", get_args(LossKind))
+        check_choice(self, "dtype", DTYPES)
         if self.length <= self.num_prompt_tokens:
             raise TrainingError(
                 f"length is {self.length}, too short to insert "
@@ -162,18 +172,6 @@ class TrainSettings:
                     f"{self.distillation.prompt_length}, which leaves no room in "
                     f"sequences of {self.length} tokens; expected at most {longest}"
                 )
-
-    def _check(self, name: str, typed: bool, least: int | None, kind: str) -> None:
-        value = getattr(self, name)
-        in_range = typed and (value >= least if least is not None else value > 0)
-        if not in_range:
-            bound = f"of at least {least}" if least is not None else "above 0"
-            raise TrainingError(f"{name} is {value!r}; expected {kind} {bound}")
-
-    @property
-    def text_tokens_per_step(self) -> float:
-        """Tokens of text that a step of one process goes through, on average."""
-        return self.batch_size * self.length / self.updates
 
     def learning_rate_at(self, progress: float, steps: float) -> float:
         """Cosine from the peak at progress 0 to zero at 1 and beyond.
