@@ -1,4 +1,4 @@
-"""Where the V2 runner would wait for the device, found without one."""
+"""Where the V2 runner would wait for a device, without one."""
 
 from __future__ import annotations
 

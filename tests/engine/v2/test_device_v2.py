@@ -48,11 +48,11 @@ def test_trees_follow_the_load(plain, ppd, tiny_engine, tiny_ppd):
         by_load=[30, 5, 5, 0, 0, 0, 0, 0],
     )
     same(expected, watched["outputs"])
-    rows = [(num_reqs, most) for num_reqs, most, _ in watched["steps"]]
-    assert {(2, 6), (1, 31)} <= set(rows)
+    steps = [(num_reqs, rows) for num_reqs, rows, _ in watched["steps"]]
+    assert {(2, 6), (1, 31)} <= set(steps)
     # The draft length is chosen a step ahead, for as many requests as run then.
-    assert {num_reqs for num_reqs, most in rows if most == 31} == {1}
-    assert 6 not in {most for num_reqs, most in rows if num_reqs >= 4}
+    assert {num_reqs for num_reqs, rows in steps if rows == 31} == {1}
+    assert 6 not in {rows for num_reqs, rows in steps if num_reqs >= 4}
 
 
 def test_ngrams_and_bigrams(plain, ppd, tiny_engine, built):

@@ -156,11 +156,18 @@ def test_without_scheduling_ahead(plain, tiny_engine, tiny_ppd):
         assert not process.call("async_scheduling", tiny_ppd)
         requests = prompts(3, seed=21)
         params = {**GREEDY, "max_tokens": 12}
-        same(
-            plain.generate(tiny_engine, requests, params),
-            process.generate(tiny_ppd, requests, params),
-        )
+        expected = plain.generate(tiny_engine, requests, params)
+        same(expected, process.generate(tiny_ppd, requests, params))
         assert process.accepted(tiny_ppd) > 1
+        watched = process.call(
+            "generate_and_watch",
+            tiny_ppd,
+            prompts=requests,
+            params=params,
+            lengths=[30, 0, 5],
+        )
+        same(expected, watched["outputs"])
+        assert {rows for _, rows, _ in watched["steps"]} >= {1, 6, 31}
     finally:
         process.stop()
 

@@ -1,4 +1,4 @@
-"""Grammars and bad words on V2, with the demo model, whose guesses are often right."""
+"""Grammars and bad words on V2, with the demo model, whose drafts are often right."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_grammars_and_bad_words(plain, ppd, demo_engine, demo_ppd, asynchronous)
     try:
         same(expected, process.generate(demo_ppd, texts, params))
         before = process.accepted(demo_ppd)
-        # Alone, a grammar's own guesses show: only scheduling ahead keeps them all.
+        # Alone, a grammar's own drafts show: only scheduling ahead keeps them all.
         same(expected[:1], process.generate(demo_ppd, texts[:1], params[:1]))
         assert process.accepted(demo_ppd) > before or not asynchronous
     finally:

@@ -1,7 +1,7 @@
 """Sampling on V2 is vLLM's sampling: same draws, same scores, with and without PPD.
 
 V2 draws a token's noise from the request's seed and the token's position, so equal
-seeds must give equal tokens whatever was guessed.
+seeds must give equal tokens whatever was drafted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SAMPLED = {"ignore_eos": True, "detokenize": False, "max_tokens": 12}
 
 
 def compare(plain, ppd, engine, ppd_engine, params: list[dict[str, Any]]) -> int:
-    """Decode the same requests in both; return the guesses that were accepted."""
+    """Decode the same requests in both; return the accepted draft tokens."""
     requests = prompts(len(params), seed=31)
     before = ppd.accepted(ppd_engine)
     expected = plain.generate(engine, requests, params)
@@ -62,7 +62,7 @@ def test_scores_of_emitted_prompt_and_chosen_tokens(plain, ppd, tiny_engine, tin
 
 
 def test_what_depends_on_the_history(plain, ppd, tiny_engine, tiny_ppd):
-    """These requests are guessed for along lines, beside others that have trees."""
+    """These requests have chains, beside others that have trees."""
     params = [
         {"temperature": 0.0, "repetition_penalty": 1.3},
         {"temperature": 1.0, "seed": 8, "presence_penalty": 0.8},
@@ -76,7 +76,7 @@ def test_what_depends_on_the_history(plain, ppd, tiny_engine, tiny_ppd):
     assert gained > 2
 
 
-def test_requests_that_want_no_guesses(plain, ppd, tiny_engine, tiny_ppd):
+def test_requests_that_opt_out(plain, ppd, tiny_engine, tiny_ppd):
     params = {**SAMPLED, "temperature": 0.0, "extra_args": {"ppd": False}}
     assert compare(plain, ppd, tiny_engine, tiny_ppd, [params, params]) == 0
 

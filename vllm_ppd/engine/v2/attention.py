@@ -26,12 +26,18 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
+from vllm_ppd.config import PPDConfigError
 from vllm_ppd.engine.attention import TreeImplMixin, current_step
 from vllm_ppd.kernels.cpu.layout import key_view, value_view
 from vllm_ppd.kernels.tree_attention import TreeBatch
 from vllm_ppd.kernels.triton.tree_attention import tree_attention
 
-__all__ = ["PPDCPUAttentionBackendV2", "gpu_backend_path"]
+__all__ = [
+    "DeviceTreeMetadataMixin",
+    "PPDCPUAttentionBackendV2",
+    "gpu_backend_path",
+    "require_tree_backends",
+]
 
 
 def gpu_backend_path(dtype: torch.dtype) -> str:
@@ -84,64 +90,59 @@ class DeviceTreeMetadataMixin:
         return metadata
 
 
-class _FlashMetadataBuilder(DeviceTreeMetadataMixin, FlashAttentionMetadataBuilder):
-    pass
+def require_tree_backends(attention_groups: list[list[Any]]) -> None:
+    """Refuse layers with a backend of their own, which would mask tree rows causally.
+
+    Args:
+        attention_groups: vLLM's AttentionGroups, for each KV cache group.
+
+    Raises:
+        PPDConfigError: a backend that is none of this module's.
+    """
+    for group in (group for groups in attention_groups for group in groups):
+        if not issubclass(group.backend.get_builder_cls(), DeviceTreeMetadataMixin):
+            raise PPDConfigError(
+                "speculative method 'ppd' needs its own attention backend, and "
+                f"{group.layer_names[0]} runs {group.backend.__name__}: leave out "
+                "--attention-backend, or serve this model without PPD"
+            )
 
 
-class _FlashImpl(TreeImplMixin, FlashAttentionImpl):
-    pass
+def _with_trees(
+    name: str, stock: Any, implementation: type, builder: type, **names: str
+) -> Any:
+    """A backend of vLLM with tree attention; vLLM looks its name up in an enum."""
+    classes = {
+        "get_impl_cls": type(f"{name}Impl", (TreeImplMixin, implementation), {}),
+        "get_builder_cls": type(
+            f"{name}Builder", (DeviceTreeMetadataMixin, builder), {}
+        ),
+    }
+
+    def returns(value: Any) -> Any:
+        return staticmethod(lambda: value)
+
+    methods = {method: returns(value) for method, value in (classes | names).items()}
+    return type(name, (stock,), {**methods, "__module__": __name__})
 
 
-class TreeFlashAttentionBackend(FlashAttentionBackend):
-    @staticmethod
-    def get_name() -> str:
-        # vLLM looks names up in its enum of backends.
-        return "CUSTOM"
-
-    @staticmethod
-    def get_impl_cls() -> type[Any]:
-        return _FlashImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[Any]:
-        return _FlashMetadataBuilder
-
-
-class _TritonMetadataBuilder(DeviceTreeMetadataMixin, TritonAttentionMetadataBuilder):
-    pass
-
-
-class _TritonImpl(TreeImplMixin, TritonAttentionImpl):
-    pass
-
-
-class TreeTritonAttentionBackend(TritonAttentionBackend):
-    @staticmethod
-    def get_name() -> str:
-        return "CUSTOM"
-
-    @staticmethod
-    def get_impl_cls() -> type[Any]:
-        return _TritonImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[Any]:
-        return _TritonMetadataBuilder
-
-
-class _CPUMetadataBuilder(DeviceTreeMetadataMixin, CPUAttentionMetadataBuilder):
-    pass
-
-
-class _CPUImpl(TreeImplMixin, CPUAttentionBackendImpl):
-    pass
-
-
-class PPDCPUAttentionBackendV2(CPUAttentionBackend):
-    @staticmethod
-    def get_impl_cls() -> type[Any]:
-        return _CPUImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[Any]:
-        return _CPUMetadataBuilder
+TreeFlashAttentionBackend = _with_trees(
+    "TreeFlashAttentionBackend",
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+    get_name="CUSTOM",
+)
+TreeTritonAttentionBackend = _with_trees(
+    "TreeTritonAttentionBackend",
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+    get_name="CUSTOM",
+)
+PPDCPUAttentionBackendV2 = _with_trees(
+    "PPDCPUAttentionBackendV2",
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)

@@ -40,7 +40,7 @@ class RequestContext(NamedTuple):
 
 
 class Drafter:
-    """Fills trees.
+    """Chooses the draft tokens of trees, on the device.
 
     Args:
         requests: the trees.
@@ -233,8 +233,10 @@ class PPDSpeculator(BaseSpeculator):
     ) -> None:
         """vLLM's memory profile runs one row of logits per request; a step has more."""
         tables = self.requests.tables
-        prompts = tables.num_prompt_tokens * tables.num_ept
-        for rows in (num_reqs * self.requests.most_nodes, num_reqs * prompts):
+        # Nodes are rows of the step, of which there are as many as hidden states.
+        nodes = min(num_reqs * self.requests.most_nodes, len(hidden))
+        prompts = num_reqs * tables.num_prompt_tokens * tables.num_ept
+        for rows in (nodes, prompts):
             index = torch.arange(max(1, rows), device=hidden.device) % len(hidden)
             self.model.compute_logits(hidden[index])
 

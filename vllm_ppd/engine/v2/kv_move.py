@@ -1,4 +1,4 @@
-"""KV compaction under V2: accepted rows go right behind their context."""
+"""KV compaction on V2: accepted rows go right behind their context."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from vllm_ppd.config import PPDConfigError
 from vllm_ppd.kernels.cpu.layout import key_view, value_view
 from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.kernels.triton.kv_compact import KVCompactor
@@ -19,7 +20,7 @@ class PathMover:
         runner: a V2 model runner whose KV caches are allocated.
 
     Raises:
-        ValueError: a cache group that is not plain attention.
+        PPDConfigError: a cache that is not plain attention's, or of 8-bit values.
     """
 
     def __init__(self, runner: Any):
@@ -30,8 +31,8 @@ class PathMover:
             if not isinstance(
                 group.kv_cache_spec, FullAttentionSpec | SlidingWindowSpec
             ):
-                raise ValueError(
-                    "speculative method 'ppd' needs plain attention layers, and found "
+                raise PPDConfigError(
+                    "speculative method 'ppd' needs plain attention layers, not "
                     f"{type(group.kv_cache_spec).__name__}: serve without PPD"
                 )
             # Layers may share one cache; moving its rows twice would lose them.
@@ -40,6 +41,12 @@ class PathMover:
                 for name in group.layer_names
                 if (cache := layers[name].kv_cache) is not None
             }
+            if any(cache.element_size() == 1 for cache in caches.values()):
+                # A checkpoint can ask for it, whatever --kv-cache-dtype says.
+                raise PPDConfigError(
+                    "speculative method 'ppd' cannot read a KV cache of 8-bit values, "
+                    "which this model has: serve with --kv-cache-dtype bfloat16"
+                )
             views = [view for cache in caches.values() for view in _views(cache)]
             self._groups.append(KVCompactor(views))
 

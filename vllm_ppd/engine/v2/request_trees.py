@@ -1,6 +1,6 @@
 """The trees of requests between steps: one tree id and one draft mode per slot.
 
-A request is a slot of vLLM's request states. Tensors are indexed by slot; the host
+A request is a slot of vLLM's RequestState. Tensors are indexed by slot; the host
 writes them when a request arrives and never reads them.
 """
 
@@ -89,9 +89,9 @@ class RequestTrees:
         self.row_bounds = sorted(length + 1 for length in lengths)
 
         # Trees are numbered from the root-only one on, by num_prompted.
-        self._num_states = menu.num_prompt_tokens + 1
+        self._per_class = menu.num_prompt_tokens + 1
         ids = torch.arange(len(self.menu.trees), device=device)
-        self.num_prompted = ((ids - 1) % self._num_states).where(ids > 0, 0)
+        self.num_prompted = ((ids - 1) % self._per_class).where(ids > 0, 0)
         ends = [*self.menu.first_trees[1:], len(self.menu.trees)]
         self._entry_nodes = [
             int(host.num_nodes[first:end].max())
@@ -102,7 +102,7 @@ class RequestTrees:
         # match class's. Chains are the last class.
         self._offset_of = {
             DraftMode.TREE: 0,
-            DraftMode.CHAIN: self._num_states * menu.num_classes,
+            DraftMode.CHAIN: self._per_class * menu.num_classes,
             DraftMode.NONE: _NO_TREE,
         }
         self._ids = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
@@ -142,7 +142,7 @@ class RequestTrees:
         A request that the next step leaves out keeps its tree, and its drafts.
         """
         offsets = self._offsets[slots]
-        ids = torch.where(offsets == 0, match_classes * self._num_states, offsets)
+        ids = torch.where(offsets == 0, match_classes * self._per_class, offsets)
         ids += self.menu.first_trees[entry]
         if num_prompted is not None:
             ids += num_prompted

@@ -6,7 +6,7 @@ and of a step:
 ``initialize_kv_cache``  the caches that accepted paths are moved in; CUDA graphs of
                          the steps that the menu makes
 ``sample``               logits for nodes only; then move the accepted paths
-``sample_tokens``        how many of the drafts were draft tokens, for vLLM's metrics
+``sample_tokens``        how many scheduled rows were draft tokens, for vLLM's metrics
 
 A step without drafts runs vLLM's own code, and before it nothing is drafted.
 """
@@ -27,6 +27,7 @@ from vllm_ppd.engine.measure import measured_profile
 from vllm_ppd.engine.scheduling import attach_draft_counts
 from vllm_ppd.engine.settings import serving_settings
 from vllm_ppd.engine.soft_tokens import add_soft_tokens
+from vllm_ppd.engine.v2.attention import require_tree_backends
 from vllm_ppd.engine.v2.bigram_learner import BigramLearner
 from vllm_ppd.engine.v2.counters import DeviceStepLog
 from vllm_ppd.engine.v2.drafting import PPDSpeculator, WordDraftsHandler
@@ -87,6 +88,7 @@ class TreeRunnerMixin:
         rows = self.speculator.requests.row_bounds
         with graphs_of(served_graphs(rows, runner.max_num_reqs)):
             super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        require_tree_backends(runner.attn_groups)
         self._ppd_mover = PathMover(self)
 
     def sample(
