@@ -293,8 +293,7 @@ def test_nothing_is_lost(theirs: Path, ours: Path, model: Path, tmp_path: Path) 
     refused(ours, lora / "adapter_config.json", "is a file", True)
     (lora / "adapter_config.json").unlink()
     lora.rmdir()
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert after == original
+    assert contents() == original
 
 
 def test_overwriting_replaces_the_whole_checkpoint(ours: Path, tmp_path: Path) -> None:

@@ -167,28 +167,21 @@ def _facts(
 
     from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
     from vllm_ppd.trees.bigram import BIGRAM_FILE
-    from vllm_ppd.trees.menu import MENU_FILE
 
-    has_file = {
-        name: (folder / name).exists()
-        for name in (ACCEPTANCE_FILE, BIGRAM_FILE, MENU_FILE)
-    }
     sources = [_counted(prompts.num_prompt_tokens, "prompt token")]
     if prompts.num_ept > 1:
         sources[0] += f" of {prompts.num_ept} EPT"
     if not args.no_bigram:
-        learnt = "" if has_file[BIGRAM_FILE] else " (learnt while serving)"
+        learnt = "" if (folder / BIGRAM_FILE).exists() else " (learnt while serving)"
         sources.append(f"bigram table{learnt}")
     if menu.num_classes > 1:
         sources.append("n-gram matches")
     acceptance = "typical values; vllm-ppd calibrate measures them"
-    if has_file[ACCEPTANCE_FILE]:
+    if (folder / ACCEPTANCE_FILE).exists():
         acceptance = f"measured ({ACCEPTANCE_FILE})"
-    machine = "CUDA" if device == "cuda" else "CPU"
-    if profile is None:
-        machine += "; add --profile FILE for expected speeds"
-    else:
-        machine = str(profile.key.get("device", machine))
+    machine = f"{device.upper()}; add --profile FILE for expected speeds"
+    if profile is not None:
+        machine = str(profile.key.get("device", device.upper()))
     rows = {
         "prompt tokens": args.path,
         "draft tokens from": ", ".join(sources),
