@@ -1,8 +1,8 @@
 """How many draft rows a step has, by how many requests run: measured while serving.
 
 Whether drafts pay depends on the machine, the load and the text, and predictions of all
-three err. So the controller keeps one draft length per *load bucket* and compares it,
-in short *probes*, with others: its neighbours in the menu, plain decoding, and far ones.
+three err. So the controller keeps one draft length per *load bucket* and compares it, in
+short *probes*, with others: its neighbours in the menu, plain decoding, and far ones.
 A probe alternates blocks of steps with both draft lengths. What counts is
 
     speed = mean acceptance length / seconds per request and step.
@@ -170,9 +170,9 @@ class _Bucket:
 
     def describe(self, before: int) -> str:
         requests = f"{self.end} request{'s' * (self.end > 1)}"
+        old, new = self._lengths[before], self._lengths[self.current]
         return (
-            f"draft length {self._lengths[before]} -> {self._lengths[self.current]} for "
-            f"up to {requests} (acceptance length "
+            f"draft length {old} -> {new} for up to {requests} (acceptance length "
             f"{self._acceptance_length(self.current):.2f})"
         )
 

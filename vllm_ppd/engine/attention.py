@@ -23,7 +23,7 @@ def current_step() -> Any:
 
 
 def set_current_step(trees: Any) -> None:
-    """Called by a runner before vLLM builds the step's metadata, and with None after."""
+    """Called by a runner before vLLM builds the step's metadata; with None after it."""
     global _current
     _current = trees
 

@@ -1,8 +1,8 @@
 """Verification with vLLM's own sampler, one call per level of the trees.
 
-Plain decoding is one sampler call per token. A walk of ``d`` accepted guesses makes
-the same ``d + 1`` calls on the same logits with the same history, so penalties, bad
-words, minimum lengths, seeds and logprobs need no rules of their own.
+Plain decoding is one sampler call per token. A walk that accepts ``d`` draft tokens
+makes the same ``d + 1`` calls on the same logits with the same history, so penalties,
+bad words, minimum lengths, seeds and logprobs need no rules of their own.
 """
 
 from __future__ import annotations
