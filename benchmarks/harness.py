@@ -188,9 +188,9 @@ def engine_dtype(dtype: str) -> str:
 
     if dtype != "auto" or torch.cuda.is_available():
         return dtype
-    from vllm_ppd.cli import engines
+    from vllm_ppd.cli.engines import cpu_dtype
 
-    return getattr(engines, "cpu_dtype", lambda: dtype)()
+    return cpu_dtype()
 
 
 def measure_cell(

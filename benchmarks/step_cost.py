@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import running
+from harness import engine_dtype
 from published import save_trees
 from results import (
     ROOT,
@@ -177,7 +178,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         length = max(args.context) + 8 * args.steps + 512
         base = {
             "model": model,
-            "dtype": args.dtype,
+            "dtype": engine_dtype(args.dtype),
             "max_model_len": length,
             # Longer than the model was trained for: time is what counts here.
             "hf_overrides": {"max_position_embeddings": length},
@@ -238,7 +239,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rows", type=int, default=4, help="rows of a PPD step")
     add("--steps", type=int, default=40, help="per turn")
     add("--rounds", type=int, default=15, help="turns of each engine")
-    add("--dtype", default="bfloat16")
+    add("--dtype", default="auto", help="as in vllm serve")
     add("--eager", action="store_true", help="do not compile")
     args = parser.parse_args(argv)
     if args.dry_run:

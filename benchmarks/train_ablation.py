@@ -119,7 +119,7 @@ def calibrate_command(folder: Path, args: argparse.Namespace) -> list[str]:
         "model": args.model,
         "data": args.held_out,
         "temperature": 0.0,
-        "bigram": 0,
+        "bigram-entries": 0,
         "prompt-length": args.prompt_length,
         "continue": args.continuation,
         "points": args.points,
