@@ -273,9 +273,11 @@ def test_conversion_needs_the_model_it_fits(theirs: Path, model: Path, tmp_path)
 
 
 def test_nothing_is_lost(theirs: Path, ours: Path, model: Path, tmp_path: Path) -> None:
-    original = {
-        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
-    }
+    def contents() -> dict[Path, bytes]:
+        files = (path for path in tmp_path.rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in files}
+
+    original = contents()
 
     def refused(source: Path, target: Path, word: str, overwrite: bool) -> None:
         with pytest.raises(ValueError, match=word):
