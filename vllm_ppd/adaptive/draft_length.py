@@ -1,8 +1,8 @@
 """How many draft rows a step has, by how many requests run: measured while serving.
 
 Whether drafts pay depends on the machine, the load and the text, and predictions of all
-three err. So the controller keeps one draft length per *load bucket* and compares it, in
-short *probes*, with others: its neighbours in the menu, plain decoding, and far ones.
+three err. So the controller keeps one draft length per *load bucket*. In short *probes*
+it compares it with others: its neighbours in the menu, plain decoding, and far ones.
 A probe alternates blocks of steps with both draft lengths. What counts is
 
     speed = mean acceptance length / seconds per request and step.
@@ -25,6 +25,8 @@ __all__ = ["DraftLengthController", "load_buckets"]
 BLOCK = 8
 # A probe ends when its answer is clear, or after so many pairs of blocks.
 MAX_PAIRS = 12
+# A step of so many medians waited for something else than its rows.
+OUTLIER = 4.0
 # Standard errors that make an answer clear.
 CLEAR = 2.0
 # What a draft length must gain over the one in force, where the answer is not clear.
@@ -134,7 +136,8 @@ class _Bucket:
     def __init__(self, lengths: tuple[int, ...], first: int, end: int, current: int):
         self._lengths, self.first, self.end = lengths, first, end
         self.current = current
-        self.steps = 0
+        # Steps so far, and those until the arm in force last changed.
+        self.steps = self._changed_at = 0
         # Tokens and request-steps of each arm; a plain step emits one per request.
         self._tokens = [0.0] * len(lengths)
         self._requests = [0.0] * len(lengths)
@@ -147,7 +150,7 @@ class _Bucket:
         self._start(current)
         # The rival of the probe under way; None between probes.
         self._rival: int | None = None
-        # Requests per second of each counted step of the block.
+        # Seconds per request of each counted step of the block.
         self._block: list[float] = []
         # Of the arm in force in the pair's first block, and log ratios of all pairs.
         self._own_speed = 1.0
@@ -190,13 +193,13 @@ class _Bucket:
             if self._left <= 0:
                 self._begin_probe()
             return False
-        self._block.append(num_running / seconds)
+        self._block.append(seconds / num_running)
         if self._arm != self.current:
             # In seconds, what is lost against steps with the arm in force.
             own = self._own_speed * self._acceptance_length(self.current)
             self._lost += seconds - num_tokens / own
             if self._is_hopeless(own):
-                self._ratios.append(math.log(median(self._block) / self._own_speed))
+                self._ratios.append(math.log(self._block_speed() / self._own_speed))
                 self._end_probe(wins=False)
                 return True
         return len(self._block) == BLOCK and self._end_block()
@@ -225,7 +228,7 @@ class _Bucket:
         # Three standard errors of a Poisson count, and some for the first few.
         bound = 1 + (accepted + 3 * math.sqrt(max(accepted, 0)) + 4) / requests
         bound = min(bound, 1.0 + self._lengths[self._arm])
-        return bound * median(self._block) < 0.9 * own
+        return bound * self._block_speed() < 0.9 * own
 
     def _start(self, arm: int) -> None:
         """Schedule an arm; its first step is drafted for without prompt rows."""
@@ -254,8 +257,14 @@ class _Bucket:
         self._tokens[arm] *= kept
         self._requests[arm] *= kept
 
+    def _block_speed(self) -> float:
+        """Requests per second of the block's steps, by their mean time: where few steps
+        have drafts, the median step has none."""
+        limit = OUTLIER * median(self._block)
+        return 1 / fmean(time for time in self._block if time <= limit)
+
     def _end_block(self) -> bool:
-        speed = median(self._block)
+        speed = self._block_speed()
         self._block = []
         assert self._rival is not None
         if self._arm == self.current:
@@ -277,7 +286,12 @@ class _Bucket:
         self._rival = None
         self._recent_tokens = self._recent_requests = 0.0
         if wins:
-            self.current = rival
+            if self.steps - self._changed_at > 2 * RECENT:
+                # The traffic has changed: what others accepted before says little.
+                for arm in range(len(self._lengths)):
+                    self._forget(arm, 1.0 if arm == rival else 0.0)
+                self._not_before = [0.0] * len(self._lengths)
+            self.current, self._changed_at = rival, self.steps
             self._rivals = self._rivals_in_turn()
             self._wait = FIRST_WAIT
         else:
