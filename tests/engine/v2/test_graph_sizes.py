@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import vllm.v1.worker.gpu.cudagraph_utils as cudagraph_utils
 import vllm.v1.worker.gpu.model_runner as model_runner
 from vllm.config import CUDAGraphMode
-from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_ppd.engine.v2.graphs import graphs_of, served_graphs
 
@@ -104,18 +102,19 @@ def test_sizes_of_one_entry():
     ]
 
 
-@pytest.mark.parametrize("mode", [CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE])
-def test_users_may_want_no_full_graphs(manager_of, mode):
+@pytest.mark.parametrize(
+    ("mode", "full"),
+    [
+        (CUDAGraphMode.PIECEWISE, False),
+        (CUDAGraphMode.NONE, False),
+        (CUDAGraphMode.FULL_DECODE_ONLY, True),
+    ],
+)
+def test_users_choose_the_kind_of_graphs(manager_of, mode, full):
     with graphs_of(served_graphs(ROWS, 256)):
         manager = manager_of(mode)
-    assert "FULL" not in modes(manager).values()
-
-
-def test_full_graphs_alone(manager_of):
-    with graphs_of(served_graphs(ROWS, 256)):
-        manager = manager_of(CUDAGraphMode.FULL_DECODE_ONLY)
-    assert set(modes(manager).values()) == {"FULL"}
-    assert manager.dispatch(2, 50, None, 0, None).cg_mode == CUDAGraphMode.NONE
+    assert ("FULL" in modes(manager).values()) is full
+    assert manager.dispatch(2, 50, None, 0, None).cg_mode != CUDAGraphMode.FULL
 
 
 def test_an_error_while_graphs_are_listed_leaves_vllm_as_it_was():
@@ -123,10 +122,3 @@ def test_an_error_while_graphs_are_listed_leaves_vllm_as_it_was():
     with pytest.raises(RuntimeError), graphs_of([(1, 1)]):
         raise RuntimeError("no memory for a graph")
     assert model_runner.ModelCudaGraphManager is stock
-
-
-def test_where_vllm_makes_its_manager():
-    source = inspect.getsource(GPUModelRunner.initialize_kv_cache)
-    assert "self.cudagraph_manager = ModelCudaGraphManager(" in source
-    listing = inspect.getsource(cudagraph_utils.CudaGraphManager.__init__)
-    assert "self._init_candidates()" in listing

@@ -26,6 +26,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu.async_utils import AsyncOutput, async_copy_to_np
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -197,6 +198,8 @@ def test_fields(kind, names):
         ),
         (UPDATE, "scheduler_output.num_invalid_spec_tokens"),
         (CPUWorker.init_device, "CPUModelRunnerV2("),
+        (GPUModelRunner.initialize_kv_cache, "ModelCudaGraphManager("),
+        (CudaGraphManager.__init__, "self._init_candidates()"),
         (vllm_config.VllmConfig.__post_init__, "get_args(NgramGPUTypes)"),
     ],
 )
