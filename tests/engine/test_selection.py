@@ -114,7 +114,7 @@ def test_the_compiled_graphs_key_knows_about_ppd():
         ({"num_speculative_tokens": 1000}, "is 1000; expected 1 to 128"),
         ({"draft_tensor_parallel_size": 1}, "'draft_tensor_parallel_size', which"),
         ({"model": None}, "path is None"),
-        ({"profile": 3}, "profile is 3; expected 'auto', 'none' or a file's path"),
+        ({"profile": 3}, "profile is 3; expected 'auto', 'measure', 'none' or"),
         ({"profile": "/no/such.json"}, "/no/such.json cannot be read"),
         ({"ngram": "yes"}, "ngram is 'yes'; expected true or false"),
         ({"online": 1}, "online is 1; expected true or false"),
