@@ -13,7 +13,7 @@ from typing import Any
 
 from results import ROOT, markdown, read_results
 
-RESULTS = [ROOT / "benchmarks" / "results" / "demo_model.json"]
+RESULTS = [ROOT / "benchmarks" / "results" / "parity_demo.json"]
 BEGIN, END = "<!-- results: benchmarks/readme_table.py -->", "<!-- end -->"
 
 
@@ -27,7 +27,13 @@ def section(documents: list[dict[str, Any]]) -> str:
     }
     temperatures = sorted({temperature for _, temperature, _ in cells})
     names = {0.0: "greedy"}
-    columns = [(d, t) for d in ("ppd", "ngram") for t in temperatures]
+    measured = {decoder for _, _, decoder in cells}
+    columns = [
+        (decoder, temperature)
+        for decoder in ("ppd", "ngram")
+        if decoder in measured
+        for temperature in temperatures
+    ]
     titles = {"ppd": "PPD", "ngram": "n-gram"}
     rows = [["requests"]]
     rows[0] += [
