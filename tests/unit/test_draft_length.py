@@ -1,4 +1,4 @@
-"""The draft length controller's promises, on a simulated machine with simulated text."""
+"""The promises of the draft length controller, on a simulated machine and text."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Machine:
         self.next_length = 0
 
     def emitted(self, length: int) -> int:
-        """Tokens of one request: geometric, as many as there are draft tokens at most."""
+        """Tokens of one request: geometric, at most one more than draft tokens."""
         stay = 1 - 1 / self.acceptance[length]
         count = 1
         while count <= length and self.rng.random() < stay:
