@@ -17,7 +17,7 @@ from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
 from vllm_ppd.search.latency import LatencyProfile, expected_speedup
 from vllm_ppd.search.menu_search import build_menu
-from vllm_ppd.search.report import TreeFigures
+from vllm_ppd.search.policy_iteration import TreeFigures
 from vllm_ppd.trees.menu import MENU_FILE, save_menus
 from vllm_ppd.trees.tree import SparseTree
 

@@ -17,12 +17,7 @@ from vllm_ppd.search.policy_iteration import (
     policy_value,
     reach_probabilities,
 )
-from vllm_ppd.search.tree_dp import (
-    BestTrees,
-    most_tokens,
-    probabilities_by_depth,
-    useful_rows,
-)
+from vllm_ppd.search.tree_dp import BestTrees, probabilities_by_depth
 from vllm_ppd.trees.tree import SparseTree, TreeError, chain_tree
 
 CONSTANT = LatencyCurve.constant()
@@ -259,19 +254,6 @@ def test_no_small_change_improves_a_large_policy():
                 assert length <= policy.acceptance_length + 1e-9
 
 
-def test_rows_that_cannot_pay_are_not_tried():
-    model = random_model(2, m=2, ranks=4, classes=2)
-    depths = probabilities_by_depth(model)
-    # With rows for every draft token, these are the tokens of the largest trees.
-    all_rows = BestTrees(depths, np.zeros((2, 3, 3)), 1500, 1)
-    np.testing.assert_allclose(1 + all_rows.values[..., -1], most_tokens(model, depths))
-    seconds = np.array([1.0, 2.0, 3.0, 4.0])
-    # A step may bring 1 token more where h is 1 less than elsewhere.
-    assert useful_rows(np.array([2.0, 2.0]), np.array([0.0, 1.0]), 1.0, seconds) == 3
-    assert useful_rows(np.array([2.0, 2.0]), np.array([0.0, 0.0]), 5.0, seconds) == 1
-    assert useful_rows(np.array([2.0, 2.0]), np.array([0.0, 0.0]), 0.1, seconds) == 4
-
-
 # Values ----------------------------------------------------------------------------
 
 
@@ -433,12 +415,3 @@ def test_draft_tokens_are_in_serving_order(rows):
             for num_prompted, tree in enumerate(row):
                 reached = reach_probabilities(tree, model, num_prompted, match_class)
                 assert tree.in_serving_order(reached) == tree
-
-
-def test_a_search_may_begin_with_another_policy():
-    model = random_model(3, m=2, ranks=4, classes=2)
-    start = best_policy(model, CONSTANT, 6)
-    for rows in (4, 12):
-        policy = best_policy(model, CURVE, rows, start=start if rows > 6 else None)
-        afresh = best_policy(model, CURVE, rows)
-        assert policy.tokens_per_second == pytest.approx(afresh.tokens_per_second)

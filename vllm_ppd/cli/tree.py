@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from vllm_ppd.prompt_tokens.tokens import PromptTokens
     from vllm_ppd.search.latency import LatencyProfile
-    from vllm_ppd.search.report import TreeFigures
+    from vllm_ppd.search.policy_iteration import TreeFigures
     from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 
 # Numbers of running requests for which speeds are shown.
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_ppd.prompt_tokens.tokens import PromptTokens
     from vllm_ppd.search.latency import LatencyProfile
     from vllm_ppd.search.menu_search import acceptance_for, menu_for
-    from vllm_ppd.search.report import entry_figures
+    from vllm_ppd.search.policy_iteration import entry_figures
 
     config = PPDConfig(
         args.path, args.max_draft_tokens, args.tree, args.profile or "none"

@@ -67,12 +67,13 @@ def _by_row_count(
 ) -> list[SearchedPolicy]:
     """By rising rows, those that accept more than the one before."""
     policies: list[SearchedPolicy] = []
-    policy: SearchedPolicy | None = None
     for count in sorted({n for n in ROW_COUNTS if n < max_rows} | {max_rows}):
-        policy = best_policy(
-            model, LatencyCurve.constant(), count, num_ept, start=policy
-        )
-        if policy.max_rows > (policies[-1].max_rows if policies else 1):
+        policy = best_policy(model, LatencyCurve.constant(), count, num_ept)
+        rows, length = 1, 1.0
+        if policies:
+            rows, length = policies[-1].max_rows, policies[-1].acceptance_length
+        # More by more than rounding: rows without use are left out.
+        if policy.max_rows > rows and policy.acceptance_length > length + 1e-9:
             policies.append(policy)
     return policies
 

@@ -19,16 +19,18 @@ import numpy as np
 
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
-from vllm_ppd.search.tree_dp import (
-    BestTrees,
-    most_tokens,
-    probabilities_by_depth,
-    useful_rows,
-)
+from vllm_ppd.search.tree_dp import BestTrees, probabilities_by_depth
 from vllm_ppd.trees.menu import MenuEntry
 from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
-__all__ = ["SearchedPolicy", "best_policy", "policy_value", "reach_probabilities"]
+__all__ = [
+    "SearchedPolicy",
+    "TreeFigures",
+    "best_policy",
+    "entry_figures",
+    "policy_value",
+    "reach_probabilities",
+]
 
 # By match class and num_prompted.
 Trees = Sequence[Sequence[SparseTree]]
@@ -96,7 +98,59 @@ def policy_value(
     trees: Trees, model: AcceptanceModel, latency: LatencyCurve
 ) -> tuple[float, float, np.ndarray]:
     """(acceptance length, tokens per second, [C + 1, m + 1] shares of the steps)."""
-    return _value(_outcomes(trees, model), model, latency)
+    tokens, seconds, transitions = _process(_outcomes(trees, model), model, latency)
+    size = len(tokens)
+    system = np.vstack([(np.eye(size) - transitions).T, np.ones(size)])
+    shares = np.linalg.lstsq(system, np.append(np.zeros(size), 1.0), rcond=None)[0]
+    length = float(shares @ tokens)
+    shape = model.num_classes, model.num_prompt_tokens + 1
+    return length, length / float(shares @ seconds), shares.reshape(shape)
+
+
+@dataclass(frozen=True)
+class TreeFigures:
+    """One tree of an entry, and what is expected of it.
+
+    Attributes:
+        match_class: 0 without an n-gram match.
+        num_prompted: how deep the prompt rows of the last step reach.
+        tree: the tree.
+        share: part of the steps that are made with it.
+        reached: [nodes] probability that verification reaches each, root (1) first.
+    """
+
+    match_class: int
+    num_prompted: int
+    tree: SparseTree
+    share: float
+    reached: np.ndarray
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens of a step with this tree."""
+        return float(self.reached.sum())
+
+
+def entry_figures(entry: MenuEntry, model: AcceptanceModel) -> list[TreeFigures]:
+    """The trees of an entry by falling share of the steps.
+
+    model: with as many match classes as the entry has.
+    """
+    trees = [policy.trees for policy in entry.policies]
+    shares = policy_value(trees, model, LatencyCurve.constant())[2]
+    figures = [
+        TreeFigures(
+            match_class,
+            num_prompted,
+            tree,
+            # Least squares may leave a hair below zero.
+            max(0.0, float(shares[match_class, num_prompted])),
+            reach_probabilities(tree, model, num_prompted, match_class),
+        )
+        for match_class, policy in enumerate(entry.policies)
+        for num_prompted, tree in enumerate(policy.trees)
+    ]
+    return sorted(figures, key=lambda figure: -figure.share)
 
 
 def best_policy(
@@ -104,7 +158,6 @@ def best_policy(
     latency: LatencyCurve,
     max_rows: int,
     num_ept: int = 1,
-    start: SearchedPolicy | None = None,
 ) -> SearchedPolicy:
     """The policy with the most tokens per second in the long run.
 
@@ -113,25 +166,20 @@ def best_policy(
         latency: seconds of a step by the rows of one request.
         max_rows: most rows per step and request, root included, at least 1.
         num_ept: rows per prompt token.
-        start: the policy of a similar search, to begin with.
     """
     m, classes = model.num_prompt_tokens, model.num_classes
     fitting = min(m, (max_rows - 1) // num_ept)
     prompts_only = SparseTree((), (), (fitting,), num_ept)
     trees = [[prompts_only] * (m + 1) for _ in range(classes)]
-    if start is not None:
-        trees = [list(row) for row in start.trees]
     cost = latency(np.arange(1, max_rows + 1))
     depths = probabilities_by_depth(model)
-    token_bounds = most_tokens(model, depths).ravel()
     steps = _outcomes(trees, model)
     for _ in range(_MAX_ROUNDS):
         speed, flat = _relative_values(*_process(steps, model, latency))
         h = flat.reshape(classes, m + 1)
         ahead = (1 - _RESTART) * model.transitions @ h
-        rows = useful_rows(token_bounds, flat, speed, cost)
-        best = BestTrees(depths, ahead, rows, num_ept)
-        worth = 1 + best.values[..., 1:] - speed * cost[:rows]
+        best = BestTrees(depths, ahead, max_rows, num_ept)
+        worth = 1 + best.values[..., 1:] - speed * cost
         tolerance = _TOLERANCE * (1 + np.abs(h).max())
         improved = np.argwhere(worth.max(axis=2) > h + 10 * tolerance)
         if not len(improved):
@@ -145,7 +193,7 @@ def best_policy(
                 tree, model, num_prompted, match_class
             )
     chosen = tuple(tuple(row) for row in trees)
-    return SearchedPolicy(chosen, *_value(steps, model, latency))
+    return SearchedPolicy(chosen, *policy_value(chosen, model, latency))
 
 
 class _Outcome(NamedTuple):
@@ -197,19 +245,6 @@ def _process(
     transitions *= 1 - _RESTART
     transitions[:, 0] += _RESTART
     return tokens, seconds, transitions
-
-
-def _value(
-    steps: Sequence[Sequence[_Outcome]], model: AcceptanceModel, latency: LatencyCurve
-) -> tuple[float, float, np.ndarray]:
-    """`policy_value` of trees whose steps are known."""
-    tokens, seconds, transitions = _process(steps, model, latency)
-    size = len(tokens)
-    system = np.vstack([(np.eye(size) - transitions).T, np.ones(size)])
-    shares = np.linalg.lstsq(system, np.append(np.zeros(size), 1.0), rcond=None)[0]
-    length = float(shares @ tokens)
-    shape = model.num_classes, model.num_prompt_tokens + 1
-    return length, length / float(shares @ seconds), shares.reshape(shape)
 
 
 def _relative_values(

@@ -38,16 +38,8 @@ import numpy as np
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.trees.tree import SparseTree
 
-__all__ = [
-    "BestTrees",
-    "DepthProbabilities",
-    "most_tokens",
-    "probabilities_by_depth",
-    "useful_rows",
-]
+__all__ = ["BestTrees", "probabilities_by_depth"]
 
-# Sums tried at once when siblings share rows: 1 MiB stays in the cache.
-_BLOCK = 1 << 17
 # Acceptance probabilities below this count as 0.
 _LEAST_PROBABILITY = 2e-3
 
@@ -137,33 +129,11 @@ class _Subtrees:
             sizes = sizes[sizes * count < below.shape[1]]
             if not len(sizes) or not probability.any():
                 break
-            # An only child has all the rows.
-            alone = self._free if count == 1 else 0
-            shared = own
-            if alone < len(below):
-                others = self._shared[-1][alone:]
-                shared = _share_rows(others, own[alone:], sizes, count)
-                if alone:
-                    shared = np.concatenate([own[:alone], shared])
+            shared = _share_rows(self._shared[-1], own, sizes, count)
             self._totals.append(self._totals[-1] + probability)
             self._shared.append(shared)
             here = self._with_prompts(self._totals[-1], shared)
             np.maximum(self._children, here, out=self._children)
-
-
-def useful_rows(
-    tokens: np.ndarray, relative_values: np.ndarray, speed: float, seconds: np.ndarray
-) -> int:
-    """Rows beyond which no tree can improve a policy: they cost more than it can win.
-
-    Args:
-        tokens: [S] upper bounds of the mean tokens of a step, by state.
-        relative_values: [S] of the policy, in tokens.
-        speed: its tokens per second.
-        seconds: [n] of a step with 1, 2, ... n rows, never falling.
-    """
-    bound = (tokens + relative_values.max() - relative_values).max()
-    return max(1, int(np.searchsorted(speed * seconds, bound, side="right")))
 
 
 def _times(probabilities: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -179,27 +149,10 @@ def _share_rows(
 ) -> np.ndarray:
     """[B, n + 1] max over j in `sizes`, j <= n / count, of others[n - j] + own[j]."""
     best = np.full(others.shape, -np.inf)
-    nodes, width = others.shape
-    largest = int(sizes[-1])
-    padded = np.full((nodes, largest + width), -np.inf)
-    padded[:, largest:] = others
-    # [largest + 1, B, n + 1]: entry i is `others` moved by largest - i. (A
-    # sliding_window_view, which is slow to make for so few numbers.)
-    item = padded.itemsize
-    moved = np.ndarray(
-        (largest + 1, nodes, width),
-        padded.dtype,
-        padded,
-        strides=(item, padded.strides[0], item),
-    )
-    gains = own.T
-    step = max(1, _BLOCK // others.size)
-    for start in range(0, len(sizes), step):
-        block = sizes[start : start + step]
-        first = int(block[0]) * count
-        sums = moved[largest - block, :, first:]
-        sums += gains[block][..., None]
-        np.maximum(best[:, first:], sums.max(axis=0), out=best[:, first:])
+    for size in sizes.tolist():
+        first = size * count
+        sums = others[:, first - size : -size] + own[:, size, None]
+        np.maximum(best[:, first:], sums, out=best[:, first:])
     return best
 
 
@@ -252,21 +205,6 @@ def probabilities_by_depth(model: AcceptanceModel) -> tuple[DepthProbabilities, 
     """Those at depth 1, 2, ... as deep as any draft token can be accepted."""
     deepest = max(model.max_depth(each) for each in range(model.num_classes))
     return tuple(DepthProbabilities.of(model, depth) for depth in range(1, deepest + 1))
-
-
-def most_tokens(
-    model: AcceptanceModel, depths: Sequence[DepthProbabilities]
-) -> np.ndarray:
-    """[C + 1, m + 1] mean tokens of a step if the tree had every draft token."""
-    values, classes = model.num_prompt_tokens + 1, model.num_classes
-    off, on = np.ones((classes, values)), np.ones((classes - 1, values))
-    for first, ordinary, _, ngram in reversed(depths):
-        any_of = ordinary.sum(axis=1).reshape(-1, values - first)
-        right = ngram.reshape(-1, values - first)
-        here = np.maximum(np.arange(values), first) - first
-        on = 1 + right[:, here] * on + any_of[classes : 2 * classes - 1, here] * off[1:]
-        off = 1 + any_of[:classes, here] * off
-    return np.concatenate([off[:1], on])
 
 
 class BestTrees:
