@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from vllm_ppd.files import FormatError
 from vllm_ppd.search.latency import (
     LatencyCurve,
     LatencyProfile,
@@ -21,36 +20,13 @@ PROFILE = LatencyProfile((1, 4), (1, 2, 8), ((1.0, 2.0, 4.0), (2.0, 4.0, 8.0)), 
 
 
 def test_curves():
-    curve = LatencyCurve((1, 5, 10), (0.02, 0.03, 0.04))
+    curve = LatencyCurve((1, 5, 10), (0.02, 0.03, 0.04), 0.004)
     assert curve(1) == 0.02
     assert curve(3) == pytest.approx(0.025)
-    assert curve(20) == pytest.approx(0.08)  # as if all rows cost their mean
+    assert curve(20) == pytest.approx(0.08)
     assert curve(np.array([[5, 10]])).tolist() == [[0.03, 0.04]]
-    assert LatencyCurve.constant(2.0)(1000) == 2.0
+    assert LatencyCurve.constant()(1000) == 1.0
     assert LatencyCurve.linear(1.0, 0.5)(5) == 3.0
-    assert curve == LatencyCurve([1, 5, 10], [0.02, 0.03, 0.04])
-    with pytest.raises(MeasurementError, match="at least 1 row, not 0"):
-        curve(0)
-
-
-@pytest.mark.parametrize(
-    ("rows", "seconds", "tail", "message"),
-    [
-        ((), (), None, "at least one"),
-        ((1, 2), (1.0,), None, "one time for each"),
-        ((2, 3), (1.0, 2.0), None, "starts at 2 rows"),
-        ((1, 3, 3), (1.0, 2.0, 3.0), None, "3 rows after 3"),
-        ((1, 2), (1.0, 0.5), None, "less than"),
-        ((1,), (0.0,), None, "positive time"),
-        ((1,), (float("nan"),), None, "positive time"),
-        ((1, 2), (1.0, float("inf")), None, "positive time"),
-        ((1,), (1.0,), -1.0, "at least 0"),
-    ],
-)
-def test_bad_curves(rows, seconds, tail, message):
-    with pytest.raises(MeasurementError, match=message) as caught:
-        LatencyCurve(rows, seconds, tail)
-    assert "\n" not in str(caught.value)
 
 
 def test_noise_is_smoothed_so_that_nothing_larger_is_faster():
@@ -68,6 +44,8 @@ def test_curves_lie_between_and_beyond_the_measured_loads():
     assert PROFILE.curve(2)(np.array([1, 8])) == pytest.approx([4 / 3, 16 / 3])
     # Twice the requests, twice the rows in all.
     assert PROFILE.curve(8)(np.array([1, 2])).tolist() == [4, 8]
+    # Twice the rows of the largest measured tree cost twice as much.
+    assert PROFILE.curve(1)(16) == pytest.approx(8)
 
 
 def test_profile_files(tmp_path):
@@ -75,6 +53,7 @@ def test_profile_files(tmp_path):
     PROFILE.save(path)
     assert LatencyProfile.load(path) == PROFILE
     assert LatencyProfile.load(path, KEY) == PROFILE
+    assert LatencyProfile.from_dict(PROFILE.to_dict()) == PROFILE
     with pytest.raises(MeasurementError, match="with threads 2, and this is 4"):
         LatencyProfile.load(path, {**KEY, "threads": 4})
     with pytest.raises(MeasurementError, match="with model 'a', and this is None"):
@@ -102,8 +81,6 @@ def test_bad_profiles(tmp_path, change, message):
     with pytest.raises(MeasurementError, match=message) as caught:
         LatencyProfile.load(path)
     assert str(path) in str(caught.value)
-    with pytest.raises((MeasurementError, FormatError), match=message):
-        LatencyProfile.from_dict(content)
 
 
 def test_each_key_has_its_own_file(tmp_path, monkeypatch):
@@ -115,12 +92,11 @@ def test_each_key_has_its_own_file(tmp_path, monkeypatch):
 
 def test_the_expected_speedup_of_an_entry():
     policy = TreePolicy((chain_tree(0, (1,)), chain_tree(1, (1, 1))))
-    curve = LatencyCurve((1, 2, 4), (1.0, 1.2, 1.5))
+    curve = LatencyCurve((1, 2, 4), (1.0, 1.2, 1.5), 0.4)
     entry = MenuEntry((policy,), 1.6, ((2, 0.25), (4, 0.75)))
     expected = 1.6 / (0.25 * 1.2 + 0.75 * 1.5)
     assert expected_speedup(entry, curve) == pytest.approx(expected)
     # A step of the root alone costs no less than one of two rows: drafts are tried.
     entry = MenuEntry((policy,), 1.6, ((1, 0.25), (4, 0.75)))
     assert expected_speedup(entry, curve) == pytest.approx(expected)
-    with pytest.raises(MeasurementError, match="vllm-ppd calibrate"):
-        expected_speedup(MenuEntry((policy,)), curve)
+    assert expected_speedup(MenuEntry((policy,)), curve) is None

@@ -28,9 +28,9 @@ MODELS = {
 PRICES = {f"{p:g}": LatencyCurve.linear(1, p) for p in (0, 0.001, 0.01, 0.05, 0.1, 0.2)}
 # A step that drafts costs at least what two rows cost.
 SHAPES = {
-    "cpu": LatencyCurve((1, 2, 4, 8, 16), (1.15, 1.15, 1.3, 1.6, 2.4)),
-    "gpu": LatencyCurve((1, 8, 16, 32, 64), (1.0, 1.02, 1.05, 1.12, 1.3)),
-    "steep": LatencyCurve((1, 2, 4, 8, 16, 64), (1.5, 1.5, 1.6, 1.9, 2.6, 7)),
+    "cpu": LatencyCurve((1, 2, 4, 8, 16), (1.15, 1.15, 1.3, 1.6, 2.4), 0.15),
+    "gpu": LatencyCurve((1, 8, 16, 32, 64), (1.0, 1.02, 1.05, 1.12, 1.3), 0.02),
+    "steep": LatencyCurve((1, 2, 4, 8, 16, 64), (1.5, 1.5, 1.6, 1.9, 2.6, 7), 0.11),
 }
 
 

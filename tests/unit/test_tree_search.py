@@ -21,7 +21,7 @@ from vllm_ppd.search.tree_dp import BestTrees, probabilities_by_depth
 from vllm_ppd.trees.tree import SparseTree, TreeError, chain_tree
 
 CONSTANT = LatencyCurve.constant()
-CURVE = LatencyCurve((1, 2, 4, 8, 16), (1.0, 1.2, 1.3, 1.6, 2.4))
+CURVE = LatencyCurve((1, 2, 4, 8, 16), (1.0, 1.2, 1.3, 1.6, 2.4), 0.15)
 VICUNA = published_model()
 # One step in so many starts anew (policy_iteration).
 RESTART = 1e-4
@@ -170,7 +170,7 @@ def random_table(rng: np.random.Generator, m: int, ranks: int) -> np.ndarray:
 def random_latency(rng: np.random.Generator, rows: int) -> LatencyCurve:
     steps = rng.random(rows) * (rng.random(rows) < 0.6) * rng.choice([0.1, 0.6])
     times = 1 + np.cumsum(steps) - steps[0]
-    return LatencyCurve(tuple(range(1, rows + 1)), tuple(times.tolist()))
+    return LatencyCurve(tuple(range(1, rows + 1)), tuple(times.tolist()), 0.0)
 
 
 def most_tokens_per_second(model, latency, rows, num_ept) -> float:
@@ -277,7 +277,7 @@ def test_a_policy_by_hand():
     """From num_prompted 0 to 1, and from 1 back to 0 unless the draft is accepted."""
     model = AcceptanceModel.of([[0.5, 0.25]])
     trees = [[chain_tree(0, [1]), chain_tree(1, [0, 1])]]
-    curve = LatencyCurve((1, 2, 3), (1, 1.5, 2))
+    curve = LatencyCurve((1, 2, 3), (1, 1.5, 2), 0.6)
     length, speed, shares = policy_value(trees, model, curve)
     assert shares[0] == pytest.approx([1 / 3, 2 / 3], rel=1e-3)
     assert length == pytest.approx(1 / 3 + 2 / 3 * 1.5, rel=1e-3)

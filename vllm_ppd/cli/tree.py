@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vllm_ppd.search.latency import LatencyProfile, expected_speedup
+
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.tree import Tree
 
     from vllm_ppd.prompt_tokens.tokens import PromptTokens
-    from vllm_ppd.search.latency import LatencyProfile
     from vllm_ppd.search.policy_iteration import TreeFigures
     from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 
@@ -78,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
     from vllm_ppd.config import PPDConfig
     from vllm_ppd.hub import resolve_path
     from vllm_ppd.prompt_tokens.tokens import PromptTokens
-    from vllm_ppd.search.latency import LatencyProfile
     from vllm_ppd.search.menu_search import acceptance_for, menu_for
     from vllm_ppd.search.policy_iteration import entry_figures
 
@@ -140,18 +140,10 @@ def _entry_to_draw(
             )
         return menu.entries[menu.draft_lengths.index(draft_length)]
     if profile is not None:
-        speeds = [_speed(entry, profile, 1) or 0.0 for entry in menu.entries]
+        curve = profile.curve(1)
+        speeds = [expected_speedup(entry, curve) or 0.0 for entry in menu.entries]
         return menu.entries[int(np.argmax(speeds))]
     return menu.entries[len(menu.entries) // 2]
-
-
-def _speed(entry: MenuEntry, profile: LatencyProfile, num_running: int) -> float | None:
-    """Expected tokens per second relative to plain decoding; None if not known."""
-    from vllm_ppd.search.latency import expected_speedup
-
-    if entry.acceptance_length is None:
-        return None
-    return expected_speedup(entry, profile.curve(num_running))
 
 
 def _facts(
@@ -207,10 +199,8 @@ def menu_table(menu: TreeMenu, profile: LatencyProfile | None) -> Table:
     heads = ["draft\nlength", "rows\nper step", "acceptance\nlength"]
     for head in (*heads, *(f"speed at\n{n} request{'s' * (n > 1)}" for n in loads)):
         table.add_column(head, justify="right", vertical="bottom")
-    speeds = [
-        [None if profile is None else _speed(entry, profile, n) for n in loads]
-        for entry in menu.entries
-    ]
+    curves = [] if profile is None else [profile.curve(n) for n in loads]
+    speeds = [[expected_speedup(e, curve) for curve in curves] for e in menu.entries]
     columns = zip(*speeds, strict=True)
     best = [max((s for s in column if s), default=0.0) for column in columns]
     plain = ["0 (plain)", "1.0", "1.00", *("1.00x" for _ in loads)]

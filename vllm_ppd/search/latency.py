@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
-from vllm_ppd.files import check_content, read_json, write_json
+from vllm_ppd.files import read_json, write_json
 from vllm_ppd.trees.menu import MenuEntry
 
 __all__ = [
@@ -43,86 +41,32 @@ class MeasurementError(ValueError):
 
 @dataclass(frozen=True)
 class LatencyCurve:
-    """Seconds per step, straight between the measured points, never falling.
-
-    Raises:
-        MeasurementError: unless the points start at one row, rise in rows, do not fall
-            in seconds, and are finite and positive.
-    """
+    """Seconds per step, straight between the measured points, never falling."""
 
     rows: tuple[int, ...]
-    """Rows of each measured point, all of one request: root, draft tokens, prompts."""
+    """Rows of each measured point, all of one request, rising from 1."""
     seconds: tuple[float, ...]
     """Seconds of a step with that many rows."""
-    tail: float | None = None
-    """Seconds per row beyond the last point. By default the mean cost per row of the
-    last point, which is pessimistic: unmeasured rows must not look free."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", tuple(int(n) for n in self.rows))
-        object.__setattr__(self, "seconds", tuple(float(t) for t in self.seconds))
-        if not self.rows or len(self.rows) != len(self.seconds):
-            raise MeasurementError(
-                f"a latency curve of {len(self.rows)} row counts has "
-                f"{len(self.seconds)} times; expected one time for each, at least one"
-            )
-        if self.rows[0] != 1:
-            raise MeasurementError(
-                f"the latency curve starts at {self.rows[0]} rows; measure a plain "
-                "step of 1 row as well"
-            )
-        for left, right in pairwise(self.rows):
-            if right <= left:
-                raise MeasurementError(
-                    f"the latency curve has {right} rows after {left}; sort the "
-                    "points by rows and keep one for each"
-                )
-        for count, time in zip(self.rows, self.seconds, strict=True):
-            if not (math.isfinite(time) and time > 0):
-                raise MeasurementError(
-                    f"a step of {count} rows takes {time:g} s; expected a positive time"
-                )
-        for index, (first, second) in enumerate(pairwise(self.seconds)):
-            if second < first:
-                raise MeasurementError(
-                    f"{self.rows[index + 1]} rows take {second:g} s, less than "
-                    f"{self.rows[index]} rows ({first:g} s); smooth the "
-                    "measurement so that it never falls"
-                )
-        tail = self.seconds[-1] / self.rows[-1] if self.tail is None else self.tail
-        if not (math.isfinite(tail) and tail >= 0):
-            raise MeasurementError(
-                f"the tail is {tail:g} s per row; expected a finite number, at least 0"
-            )
-        object.__setattr__(self, "tail", float(tail))
+    tail: float
+    """Seconds per row beyond the last point."""
 
     @classmethod
-    def constant(cls, seconds: float = 1.0) -> LatencyCurve:
-        """A step of any size takes as long: only tokens per step count."""
-        return cls((1,), (seconds,), tail=0.0)
+    def constant(cls) -> LatencyCurve:
+        """A step of any size takes a second: only tokens per step count."""
+        return cls.linear(1.0, 0.0)
 
     @classmethod
     def linear(cls, first: float, per_row: float) -> LatencyCurve:
         """`first` seconds for one row, `per_row` for each further one."""
         return cls((1,), (first,), tail=per_row)
 
-    @overload
-    def __call__(self, rows: float) -> float: ...
-    @overload
-    def __call__(self, rows: np.ndarray) -> np.ndarray: ...
-
-    def __call__(self, rows: float | np.ndarray) -> float | np.ndarray:
+    def __call__(self, rows: Any) -> Any:
         """Seconds of a step with `rows` (one number, or an array of any shape).
 
         A mean number of rows has parts of a row, too.
         """
-        assert self.tail is not None  # set in __post_init__
-        count = np.asarray(rows)
-        if count.size and count.min() < 1:
-            raise MeasurementError(f"a step has at least 1 row, not {count.min()}")
-        beyond = np.maximum(count - self.rows[-1], 0)
-        time = np.interp(count, self.rows, self.seconds) + self.tail * beyond
-        return time if count.ndim else float(time)
+        beyond = np.maximum(np.subtract(rows, self.rows[-1]), 0)
+        return np.interp(rows, self.rows, self.seconds) + self.tail * beyond
 
 
 @dataclass(frozen=True)
@@ -186,7 +130,9 @@ class LatencyProfile:
         seconds = np.array([np.interp(at, loads, column) for column in table.T])
         # Beyond the largest measured load all rows count alike.
         seconds = np.maximum.accumulate(seconds * (num_running / at))
-        return LatencyCurve(self.rows, tuple(seconds))
+        # Rows beyond the last cost its mean: unmeasured ones must not look free.
+        tail = float(seconds[-1]) / self.rows[-1]
+        return LatencyCurve(self.rows, tuple(seconds.tolist()), tail)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -205,18 +151,8 @@ class LatencyProfile:
 
     @classmethod
     def from_dict(cls, data: Any) -> LatencyProfile:
-        """Read what `to_dict` wrote; raises FormatError or MeasurementError."""
-        content = check_content(
-            data,
-            kind="a latency profile",
-            format=FORMAT,
-            version=FORMAT_VERSION,
-            keys=_KEYS,
-        )
-        try:
-            return cls(**content)
-        except (TypeError, ValueError) as error:
-            raise MeasurementError(str(error)) from error
+        """What `to_dict` was called on."""
+        return cls(**{name: data[name] for name in _KEYS})
 
     @classmethod
     def load(
@@ -238,8 +174,9 @@ class LatencyProfile:
             profile = cls(**content)
         except (TypeError, ValueError) as error:
             raise MeasurementError(f"{path}: {error}; {_REMEDY}") from error
-        for name in sorted({*(key or ()), *profile.key}) if key is not None else ():
-            ours, theirs = key.get(name), profile.key.get(name)  # type: ignore[union-attr]
+        key = profile.key if key is None else key
+        for name in sorted({*key, *profile.key}):
+            ours, theirs = key.get(name), profile.key.get(name)
             if ours != theirs:
                 raise MeasurementError(
                     f"the profile {path} was measured with {name} {theirs!r}, and this "
@@ -248,21 +185,15 @@ class LatencyProfile:
         return profile
 
 
-def expected_speedup(entry: MenuEntry, curve: LatencyCurve) -> float:
-    """Tokens per second of a menu entry relative to plain decoding.
+def expected_speedup(entry: MenuEntry, curve: LatencyCurve) -> float | None:
+    """Tokens per second of a menu entry relative to plain decoding; None if not known.
 
     The mean acceptance length, times the seconds of a plain step, over the mean seconds
     of the entry's steps. A step costs at least what one of 2 rows costs: drafting is
     never free.
-
-    Raises:
-        MeasurementError: an entry without an expected acceptance length.
     """
     if entry.acceptance_length is None or not entry.row_shares:
-        raise MeasurementError(
-            "the tree menu does not say what its entries are expected to accept: "
-            "write it again with vllm-ppd calibrate"
-        )
+        return None
     seconds = sum(share * curve(max(rows, 2)) for rows, share in entry.row_shares)
     return entry.acceptance_length * curve(1) / seconds
 

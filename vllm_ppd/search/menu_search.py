@@ -184,10 +184,8 @@ def prior_lengths(
         curve = profile.curve(num_running)
         best, best_speedup = 0, _LEAST_SPEEDUP
         for entry in menu.entries:
-            if entry.acceptance_length is None:
-                continue
             speedup = expected_speedup(entry, curve)
-            if speedup > best_speedup:
+            if speedup is not None and speedup > best_speedup:
                 best, best_speedup = entry.num_draft_tokens, speedup
         lengths.append(best)
     return lengths
