@@ -13,13 +13,11 @@ import torch
 
 pytest.importorskip("accelerate")
 
+from tests.unit.test_train_batch import by_hand, trainer_of
 from tests.unit.tiny_base import write_texts, write_tiny_model
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
-from vllm_ppd.train.data import Batch
-from vllm_ppd.train.forward import insertion_loss
 from vllm_ppd.train.job import TrainJob
-from vllm_ppd.train.settings import Distillation, TrainSettings
-from vllm_ppd.train.trainer import Trainer
+from vllm_ppd.train.settings import TrainSettings
 
 pytestmark = pytest.mark.e2e
 STEPS, ROOT = 3, Path(__file__).parents[2]
@@ -31,47 +29,11 @@ SETTINGS = TrainSettings(
     # Three steps end in the middle of the second batch.
     updates=2,
     learning_rate=0.05,
-    distillation=Distillation(continuations=12, prompt_length=8, batch_size=3),
 )
 FLAGS = (
     f"--steps {STEPS} --length 24 --batch-size 2 --points 4 --updates 2 "
-    "--learning-rate 0.05 --self-distill 12 --self-distill-prompt 8 "
-    "--self-distill-batch-size 3"
+    "--learning-rate 0.05"
 )
-
-
-class Caught(Exception):
-    """Carries a trainer out of a job, with the table that it would start from."""
-
-
-def trainer_of(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> tuple:
-    def catch(self, initial, *, resume):
-        raise Caught(self, initial)
-
-    with monkeypatch.context() as patch, pytest.raises(Caught) as caught:
-        patch.setattr(Trainer, "run", catch)
-        job.run()
-    return caught.value.args
-
-
-def two_processes_in_one(trainer: Trainer, initial: torch.Tensor) -> torch.Tensor:
-    """The same training by hand: each step's loss is the mean of both batches'."""
-    table = torch.nn.Parameter(initial.clone())
-    optimiser = torch.optim.AdamW([table], weight_decay=0.0)
-    for step in range(STEPS):
-        losses = []
-        for process in range(2):
-            number, update = divmod(step, SETTINGS.updates)
-            batch = Batch.draw(trainer.train_stream, SETTINGS, number, process)
-            loss, _ = insertion_loss(
-                trainer.model, table, batch.ids, batch.insertions[update], alpha=0.8
-            )
-            losses.append(loss)
-        optimiser.param_groups[0]["lr"] = SETTINGS.learning_rate_at(step / STEPS, STEPS)
-        optimiser.zero_grad()
-        torch.stack(losses).mean().backward()
-        optimiser.step()
-    return table.detach()
 
 
 def test_two_processes_average_their_gradients(tmp_path: Path, monkeypatch) -> None:
@@ -97,7 +59,6 @@ def test_two_processes_average_their_gradients(tmp_path: Path, monkeypatch) -> N
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["processes"] == 2
     assert record["positions"] == 2 * STEPS * 2 * 4 * 3
-    assert len(os.listdir(tmp_path / "out" / "data")) == 2
 
     job = TrainJob(
         model=str(tmp_path / "model"),
@@ -107,7 +68,7 @@ def test_two_processes_average_their_gradients(tmp_path: Path, monkeypatch) -> N
         cpu=True,
         quiet=True,
     )
-    expected = two_processes_in_one(*trainer_of(job, monkeypatch))
+    expected = by_hand(*trainer_of(job, monkeypatch), processes=2)
     found = PromptTokens.load(tmp_path / "out").embeddings
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert (found - trainer_of(job, monkeypatch)[1]).abs().max() > 0.05

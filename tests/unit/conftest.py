@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.unit.tiny_base import write_texts, write_tiny_model
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -18,32 +18,9 @@ TEMPLATE = (
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer LLaMA of bytes with a chat template and 64 positions."""
-    transformers = pytest.importorskip("transformers")
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
+    pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("base") / "tiny"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<end>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>"
-    )
-    wrapped.chat_template = TEMPLATE
-    wrapped.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    write_tiny_model(folder, TEMPLATE)
     return folder
 
 
@@ -58,12 +35,7 @@ def tokenizer(model_folder: Path) -> Any:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty lines of {"text": ...}."""
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    chooser = random.Random(0)
-    words = ["alpha", "beta", "gamma", "delta", "(x)", "= 1"]
-    lines = [
-        json.dumps({"text": " ".join(chooser.choices(words, k=30))}) for _ in range(20)
-    ]
-    path.write_text("\n".join(lines) + "\n")
+    write_texts(path)
     return path
 
 

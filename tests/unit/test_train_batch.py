@@ -43,19 +43,28 @@ def trainer_of(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...
     return caught[0]
 
 
-def by_hand(trainer: Trainer, initial: torch.Tensor) -> torch.Tensor:
-    """The same training with a pass of its own for every update."""
+def by_hand(
+    trainer: Trainer, initial: torch.Tensor, processes: int = 1
+) -> torch.Tensor:
+    """The same training with a pass of its own for every update; each step's loss is
+    the mean over the processes' batches."""
     table, settings = torch.nn.Parameter(initial.clone()), trainer.settings
+    assert settings.steps is not None
     optimiser = torch.optim.AdamW([table], weight_decay=0.0)
-    for step in range(STEPS):
-        number, update = divmod(step, UPDATES)
-        batch = Batch.draw(trainer.train_stream, settings, number, 0)
-        loss, _ = insertion_loss(
-            trainer.model, table, batch.ids, batch.insertions[update], alpha=0.8
-        )
-        optimiser.param_groups[0]["lr"] = settings.learning_rate_at(step / STEPS, STEPS)
+    for step in range(settings.steps):
+        number, update = divmod(step, settings.updates)
+        losses = []
+        for process in range(processes):
+            batch = Batch.draw(trainer.train_stream, settings, number, process)
+            loss, _ = insertion_loss(
+                trainer.model, table, batch.ids, batch.insertions[update], alpha=0.8
+            )
+            losses.append(loss)
+        progress = step / settings.steps
+        rate = settings.learning_rate_at(progress, settings.steps)
+        optimiser.param_groups[0]["lr"] = rate
         optimiser.zero_grad()
-        loss.backward()
+        torch.stack(losses).mean().backward()
         optimiser.step()
     return table.detach()
 

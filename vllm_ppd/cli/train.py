@@ -16,7 +16,6 @@ from vllm_ppd.train.settings import (
     DTYPES,
     RATE_STEPS,
     TOKENS_PER_UPDATE,
-    Distillation,
     LossKind,
     TrainSettings,
 )
@@ -24,11 +23,7 @@ from vllm_ppd.train.settings import (
 _SETTINGS = {
     field.name: field
     for field in dataclasses.fields(TrainSettings)
-    # One is made of the --self-distill flags, the other of --learning-rate.
-    if field.name not in ("distillation", "rate_steps")
-}
-_DISTILLATION = {
-    field.name: field.default for field in dataclasses.fields(Distillation)
+    if field.name != "rate_steps"  # made of --learning-rate
 }
 _CHOICES = {"loss": get_args(LossKind), "dtype": DTYPES}
 # A text with a full stop has no default to add.
@@ -36,8 +31,6 @@ _TEXTS = {
     "budget (steps or minutes)": {
         "steps": "Number of optimizer steps.",
         "minutes": "Minutes of training, evaluations included.",
-        "patience": "Stop after this many held-out evaluations without improvement and "
-        "keep the best table (default: train to the end and keep the last).",
     },
     "prompt tokens": {
         "num_prompt_tokens": "Tokens predicted beyond the next one",
@@ -87,30 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="Text to measure accuracy on (default: the end of the training text).",
     )
-    add(
-        "--self-distill",
-        type=int,
-        metavar="N",
-        help="Train on N texts that the model generates from pieces of the data; they "
-        "are kept in the output folder.",
-    )
-    for flag, name, text in (
-        ("prompt", "prompt_length", "Tokens of data at the start of each such text"),
-        (
-            "temperature",
-            "temperature",
-            "Sampling temperature of the texts (0 = greedy)",
-        ),
-        ("batch-size", "batch_size", "Number of texts to generate at once"),
-    ):
-        default: Any = _DISTILLATION[name]
-        add(
-            f"--self-distill-{flag}",
-            dest=f"distill_{name}",
-            type=type(default),
-            default=default,
-            help=f"{text} (default: {default}).",
-        )
 
     group = parser.add_argument_group("output")
     add = group.add_argument
@@ -176,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
             model=args.model,
             data=args.data,
             out=args.out,
-            settings=_settings(args),
+            settings=TrainSettings(**{n: getattr(args, n) for n in _SETTINGS}),
             held_out=args.held_out,
             model_name=args.model_name,
             resume=args.resume,
@@ -197,24 +166,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> TrainSettings:
-    distillation = None
-    if args.self_distill is not None:
-        own = {n: getattr(args, f"distill_{n}", None) for n in _DISTILLATION}
-        distillation = Distillation(**{**own, "continuations": args.self_distill})
-    values = {name: getattr(args, name) for name in _SETTINGS}
-    return TrainSettings(**values, distillation=distillation)
-
-
 def _report(out: str, result: Any) -> None:
-    last = result.held_out
-    early = ", stopped early" if result.stopped_early else ""
+    last = result.history[-1]
     print(
-        f"{result.steps} steps in {result.seconds:.0f} s{early}, "
+        f"{result.steps} steps in {result.seconds:.0f} s, "
         f"{result.positions_per_second:.0f} positions/s; prompt tokens are in {out}"
     )
-    if last["step"] != result.steps:
-        print(f"They are those of step {last['step']}, the best on held-out text.")
     print("held-out accuracy            top-1   top-10")
     for name, label in (
         ("model", "the model's argmax"),

@@ -26,7 +26,6 @@ from vllm_ppd.train.settings import TrainingError
 __all__ = ["Checkpoint", "stopping_signals"]
 
 _TENSORS = ("table", "exp_avg", "exp_avg_sq")
-_BEST = "best"
 _METADATA = "ppd_train"
 
 
@@ -50,8 +49,6 @@ class Checkpoint:
     """Settings, model and data of the run, to tell it from others."""
     history: list[dict[str, Any]]
     """Held-out evaluations so far."""
-    best: torch.Tensor | None = None
-    """float32 [m, e, hidden]: the best table so far, of a run that may stop early."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write atomically, over an earlier checkpoint. Raises TrainingError."""
@@ -63,8 +60,6 @@ class Checkpoint:
             "history": self.history,
         }
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
-        if self.best is not None:
-            tensors[_BEST] = self.best.cpu().contiguous()
         metadata = {_METADATA: json.dumps(about)}
         try:
             write_bytes(path, serialise(tensors, metadata=metadata))
@@ -84,8 +79,7 @@ class Checkpoint:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()[_METADATA])
-                optional = {_BEST} & set(file.keys())
-                tensors = {n: file.get_tensor(n) for n in (*_TENSORS, *optional)}
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
             checkpoint = cls(**tensors, **about)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise TrainingError(

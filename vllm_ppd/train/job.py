@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 import vllm_ppd
 from vllm_ppd.files import write_json
@@ -31,11 +30,9 @@ from vllm_ppd.train.model import (
     initial_table,
     located_model,
 )
-from vllm_ppd.train.self_distillation import SelfDistillation
 from vllm_ppd.train.settings import INITS, RATE_STEPS, TrainingError, TrainSettings
 from vllm_ppd.train.trainer import (
     CHECKPOINT_FILE,
-    Interrupted,
     Result,
     Schedule,
     Trainer,
@@ -101,10 +98,13 @@ class TrainJob:
             device=accelerator.device,
             max_length=settings.length,
         )
-        train_stream = self._read(files, tokenizer, self._least_tokens(), quiet)
-        held_out = None
+        # Room for one window and for one held-out window.
+        least = settings.length * (1 if held_out_files else 2)
+        train_stream = self._read(files, tokenizer, least, quiet)
         if held_out_files:
             held_out = self._read(held_out_files, tokenizer, settings.length, quiet)
+        else:
+            train_stream, held_out = self._split(train_stream)
         described = dataclasses.asdict(settings)
         if settings.init not in INITS:
             described["init"] = Path(settings.init).name
@@ -114,10 +114,6 @@ class TrainJob:
             "data_sha256": hashes,
             "processes": accelerator.num_processes,
         }
-        if settings.distillation is not None:
-            train_stream = self._distilled(model, train_stream, accelerator, run_id)
-        if held_out is None:
-            train_stream, held_out = self._split(train_stream)
         if settings.learning_rate is None:
             rate = default_learning_rate(model, train_stream)
             chosen: dict[str, Any] = {"learning_rate": rate, "rate_steps": RATE_STEPS}
@@ -200,13 +196,6 @@ class TrainJob:
         prompts.check_against(base)
         return prompts
 
-    def _least_tokens(self) -> int:
-        """Tokens that the training files must give."""
-        if self.settings.distillation is not None:
-            return self.settings.distillation.prompt_length
-        # Room for one window and for one held-out window.
-        return self.settings.length * (1 if self.held_out else 2)
-
     def _read(
         self, files: Sequence[Path], tokenizer: Any, least_tokens: int, quiet: bool
     ) -> TokenStream:
@@ -223,47 +212,6 @@ class TrainJob:
         """Without held-out files: the text and its end."""
         part = int(text.tokens.numel() * _HELD_OUT_PART)
         return text.split(max(self.settings.length, min(part, _HELD_OUT_TOKENS)))
-
-    def _distilled(
-        self,
-        model: FrozenModel,
-        prompts: TokenStream,
-        accelerator: Accelerator,
-        run_id: dict[str, Any],
-    ) -> TokenStream:
-        settings = self.settings
-        assert settings.distillation is not None
-        writing = SelfDistillation(
-            model=model,
-            prompts=prompts,
-            settings=settings.distillation,
-            length=settings.length,
-            seed=settings.seed,
-            folder=Path(self.out) / DATA_FOLDER,
-            run_id={
-                "base_model": run_id["base_model"],
-                "data_sha256": run_id["data_sha256"]["train"],
-                "max_tokens": settings.max_tokens,
-                "dtype": settings.dtype,
-            },
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
-            quiet=self.quiet or not accelerator.is_main_process,
-        )
-        try:
-            text = writing.stream(gather_object)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped while self-distilling; what is written stays in "
-                f"{writing.file}"
-            ) from None
-        least = settings.length * (1 if self.held_out else 2)
-        if text.tokens.numel() < least:
-            raise TrainingError(
-                f"the model wrote {text.tokens.numel()} tokens, prompts included; "
-                f"expected at least {least}: allow more continuations"
-            )
-        return text
 
     def _record(
         self,
@@ -289,7 +237,6 @@ class TrainJob:
             "positions_per_second": round(result.positions_per_second, 1),
             "device": accelerator.device.type,
             "versions": versions,
-            "stopped_early": result.stopped_early,
-            "held_out": result.held_out,
+            "held_out": result.history[-1],
             "history": result.history,
         }

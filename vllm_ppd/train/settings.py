@@ -12,7 +12,6 @@ __all__ = [
     "INITS",
     "RATE_STEPS",
     "TOKENS_PER_UPDATE",
-    "Distillation",
     "LossKind",
     "TrainSettings",
     "TrainingError",
@@ -31,27 +30,27 @@ _COUNTS = (
     *("num_prompt_tokens", "num_ept", "length", "batch_size"),
     *("points", "updates", "max_tokens"),
 )
-_OPTIONAL_COUNTS = ("steps", "patience", "rate_steps")
+_OPTIONAL_COUNTS = ("steps", "rate_steps")
 
 
 class TrainingError(ValueError):
     """Settings, text, model or files that training or calibration cannot use."""
 
 
-def check_counts(settings: Any, *names: str, least: int = 1, of: str = "") -> None:
+def check_counts(settings: Any, *names: str, least: int = 1) -> None:
     """Raise TrainingError for a field that is no whole number of at least `least`."""
     for name in names:
         value = getattr(settings, name)
         if type(value) is not int or value < least:
             raise TrainingError(
-                f"{name}{of} is {value!r}; expected a whole number of at least {least}"
+                f"{name} is {value!r}; expected a whole number of at least {least}"
             )
 
 
-def check_temperature(value: float, of: str = "") -> None:
+def check_temperature(value: float) -> None:
     """Raise TrainingError for what cannot be a sampling temperature."""
     if not (math.isfinite(value) and value >= 0):
-        raise TrainingError(f"temperature{of} is {value}; expected 0 (greedy) or above")
+        raise TrainingError(f"temperature is {value}; expected 0 (greedy) or above")
 
 
 def check_choice(settings: Any, name: str, choices: Sequence[str]) -> None:
@@ -61,28 +60,6 @@ def check_choice(settings: Any, name: str, choices: Sequence[str]) -> None:
             f"{name} is {getattr(settings, name)!r}; expected one of "
             f"{', '.join(choices)}"
         )
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """Training text that the frozen model generates, continuing pieces of the data.
-
-    Raises TrainingError for a value out of range.
-    """
-
-    continuations: int
-    """How many; each, with its prompt, is as long as a training sequence."""
-    prompt_length: int = 64
-    """Tokens of the data at the start of each."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    batch_size: int = 32
-    """Continuations generated at once."""
-
-    def __post_init__(self) -> None:
-        of = " of the self-distillation"
-        check_counts(self, "continuations", "prompt_length", "batch_size", of=of)
-        check_temperature(self.temperature, of)
 
 
 @dataclass(frozen=True)
@@ -96,9 +73,6 @@ class TrainSettings:
     """Optimiser steps; either this or `minutes`."""
     minutes: float | None = None
     """Wall-clock budget of the training loop, start-up not counted."""
-    patience: int | None = None
-    """Held-out evaluations without a better one after which to stop, keeping the best
-    table; None goes on to the end and keeps the last."""
     num_prompt_tokens: int = 3
     """m: tokens predicted beyond the next one."""
     num_ept: int = 1
@@ -133,8 +107,6 @@ class TrainSettings:
     seed: int = 0
     max_tokens: int = 20_000_000
     """Training text beyond this many tokens is left unread."""
-    distillation: Distillation | None = None
-    """Train on text that the model writes itself; None is the data as they are."""
 
     def __post_init__(self) -> None:
         if self.updates is None:
@@ -163,15 +135,6 @@ class TrainSettings:
                 f"{self.num_prompt_tokens} prompt tokens; "
                 f"expected at least {self.num_prompt_tokens + 1}"
             )
-        if self.distillation is not None:
-            # The model's first token, and m more after it, must find room.
-            longest = self.length - self.num_prompt_tokens - 1
-            if self.distillation.prompt_length > longest:
-                raise TrainingError(
-                    f"prompt_length of the self-distillation is "
-                    f"{self.distillation.prompt_length}, which leaves no room in "
-                    f"sequences of {self.length} tokens; expected at most {longest}"
-                )
 
     def learning_rate_at(self, progress: float, steps: float) -> float:
         """Cosine from the peak at progress 0 to zero at 1 and beyond.

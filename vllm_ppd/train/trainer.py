@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,6 @@ __all__ = [
     "Result",
     "Schedule",
     "Trainer",
-    "best_record",
-    "evaluations_since_best",
-    "held_out_loss",
 ]
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -67,10 +63,7 @@ class Result:
     """A finished run."""
 
     table: torch.Tensor
-    """float32 [m, e, hidden], on the CPU: the best of the evaluated ones if the run
-    had `patience`, else the last."""
-    held_out: dict[str, Any] | None
-    """The evaluation of `table`."""
+    """float32 [m, e, hidden], on the CPU."""
     steps: int
     seconds: float
     """Training time over all starts, evaluations included."""
@@ -79,8 +72,8 @@ class Result:
     positions_per_second: float
     """Of the last start, evaluations not counted."""
     history: list[dict[str, Any]]
-    """Held-out evaluations: step, progress, seconds, sequences and `Scores.summary`."""
-    stopped_early: bool = False
+    """Held-out evaluations: step, progress, seconds, sequences and `Scores.summary`;
+    the last one is of `table`."""
 
 
 @dataclass
@@ -106,7 +99,6 @@ class Trainer:
         self._history: list[dict[str, Any]] = []
         # Of the longest evaluation of this start.
         self._evaluation_seconds = 0.0
-        self._best: torch.Tensor | None = None
         self._pass: tuple[int, Batch, OrdinaryRows] | None = None
         self._stop = False
 
@@ -147,8 +139,8 @@ class Trainer:
             while True:
                 self._elapsed = time.monotonic() - start
                 progress, steps, stop = self._progress()
-                exhausted = self._evaluate_if_due(progress)
-                if progress >= 1.0 or exhausted:
+                self._evaluate_if_due(progress)
+                if progress >= 1.0:
                     break
                 if stop or self._checkpoint_due():
                     self._save_checkpoint()
@@ -170,11 +162,8 @@ class Trainer:
                 self._step += 1
                 speed = (self._positions - first_positions) * processes / self._busy
                 self._show(bar, start, smooth, recent, speed)
-        table, held_out = self._kept()
         return Result(
-            table=table.cpu().clone(),
-            held_out=held_out,
-            stopped_early=exhausted and progress < 1.0,
+            table=self._table.embeddings.detach().cpu().clone(),
             steps=self._step,
             seconds=self._elapsed,
             positions=self._positions * processes,
@@ -251,10 +240,9 @@ class Trainer:
             broadcast_object_list(values)
         return values
 
-    def _evaluate_if_due(self, progress: float) -> bool:
-        """Returns whether the run's patience is at an end."""
+    def _evaluate_if_due(self, progress: float) -> None:
         if self._history and not self._evaluation_due(progress):
-            return False
+            return
         share = _EVALUATION_SHARE * self._budget / (self.schedule.evaluations + 1)
         begun = time.monotonic()
         scores, sequences = evaluate(
@@ -283,12 +271,6 @@ class Trainer:
             f"top-10 {_joined(rates['model_top10'], '.3f')} "
             f"({sequences} sequences, {seconds:.0f} s)"
         )
-        if self.settings.patience is None:
-            return False
-        waited = evaluations_since_best(self._history, self.settings.alpha)
-        if waited == 0:
-            self._best = self._table.embeddings.detach().clone()
-        return bool(self._agreed([waited >= self.settings.patience])[0])
 
     def _evaluation_due(self, progress: float) -> bool:
         """Whether a multiple of the spacing lies between here and the last one."""
@@ -304,13 +286,6 @@ class Trainer:
         )
         return here > last
 
-    def _kept(self) -> tuple[torch.Tensor, dict[str, Any] | None]:
-        """The table that the run is for, and its evaluation."""
-        if self._best is not None:
-            return self._best, best_record(self._history, self.settings.alpha)
-        last = self._history[-1] if self._history else None
-        return self._table.embeddings.detach(), last
-
     def _checkpoint_due(self) -> bool:
         return self._step > 0 and self._step % self.schedule.checkpoint_every == 0
 
@@ -323,7 +298,6 @@ class Trainer:
             table=parameter.detach(),
             exp_avg=state.get("exp_avg", torch.zeros_like(parameter)),
             exp_avg_sq=state.get("exp_avg_sq", torch.zeros_like(parameter)),
-            best=self._best,
             step=self._step,
             seconds=self._elapsed,
             positions=self._positions,
@@ -342,8 +316,6 @@ class Trainer:
         self._step, self._elapsed = saved.step, saved.seconds
         self._positions = saved.positions
         self._history = list(saved.history)
-        if saved.best is not None:
-            self._best = saved.best.to(parameter.device)
         self._say(f"continuing after step {saved.step}")
 
     def _ask_to_stop(self) -> None:
@@ -390,28 +362,6 @@ class Trainer:
             refresh=False,
         )
         bar.update(done - bar.n)
-
-
-def held_out_loss(record: dict[str, Any], alpha: float) -> float:
-    """sum_i alpha^(i-1) KL_i in nats, of an evaluation with `kl` per distance.
-
-    This decides when a run stops early, whatever loss it is trained on: draft tokens
-    are accepted where they agree with the frozen model.
-    """
-    return sum(kl * alpha**i for i, kl in enumerate(record["kl"]))
-
-
-def best_record(history: Sequence[dict[str, Any]], alpha: float) -> dict[str, Any]:
-    """The evaluation of least loss, the first of equals. Raises ValueError if none."""
-    return min(history, key=lambda record: held_out_loss(record, alpha))
-
-
-def evaluations_since_best(history: Sequence[dict[str, Any]], alpha: float) -> int:
-    """How many evaluations followed the best one."""
-    if not history:
-        return 0
-    best = best_record(history, alpha)["step"]
-    return sum(record["step"] > best for record in history)
 
 
 def _joined(values: list[float], spec: str) -> str:
