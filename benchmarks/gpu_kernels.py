@@ -33,7 +33,6 @@ from published import SHAPES, TABLE, load_table
 from results import Spread, environment_card, finish, parser_of, results_document
 
 from vllm_ppd.kernels.device_tables import DeviceTables
-from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
 from vllm_ppd.kernels.tree_attention import TreeBatch, tree_attention_reference
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
@@ -292,7 +291,7 @@ def step_calls(
     shape: str, batch: int, rows: int, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
     """What a step of `batch` trees runs; the deepest path of each is accepted."""
-    from vllm_ppd.kernels.triton.fill_tree import fill_tree
+    from vllm_ppd.kernels.triton.fill_tree import DeviceDraftInputs, fill_tree
     from vllm_ppd.kernels.triton.kv_compact import KVCompactor
     from vllm_ppd.kernels.triton.place_tree import place_tree
     from vllm_ppd.kernels.triton.tree_walk import tree_walk

@@ -24,7 +24,6 @@ from triton.compiler import ASTSource
 
 from tests.kernels.trees import random_policy, tables_of
 from vllm_ppd.kernels.device_tables import DeviceTables
-from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
 from vllm_ppd.kernels.tree_attention import TreeBatch
 from vllm_ppd.kernels.triton import (
     fill_tree,
@@ -34,6 +33,7 @@ from vllm_ppd.kernels.triton import (
     tree_attention,
     tree_walk,
 )
+from vllm_ppd.kernels.triton.fill_tree import DeviceDraftInputs
 from vllm_ppd.trees.bigram import BigramTensors
 
 MODULES = (fill_tree, kv_compact, ngram, place_tree, tree_attention, tree_walk)

@@ -1,26 +1,30 @@
-"""Which implementations of a kernel a test runs: the reference, and Triton's.
+"""Triton's kernels as tests run them: on the GPU, or else in Triton's interpreter.
 
-Without a GPU, Triton kernels run in Triton's interpreter, which must be switched on
-before Triton is imported. It is off again afterwards for processes that tests start.
+The interpreter must be switched on before Triton is imported. It is off again
+afterwards for processes that tests start.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
+from vllm_ppd.kernels.cpu import load_library
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _import_triton() -> str | None:
-    """Why Triton cannot be used, or None."""
+def _import_triton() -> Any:
+    """The folder of the kernels, or why Triton cannot be used."""
     if DEVICE == "cuda":
         os.environ.pop("TRITON_INTERPRET", None)
     else:
         os.environ["TRITON_INTERPRET"] = "1"
     try:
+        import vllm_ppd.kernels.triton as folder
         import vllm_ppd.kernels.triton.fill_tree
         import vllm_ppd.kernels.triton.kv_compact
         import vllm_ppd.kernels.triton.ngram
@@ -31,9 +35,10 @@ def _import_triton() -> str | None:
         return f"needs triton (pip install triton): {error}"
     finally:
         os.environ.pop("TRITON_INTERPRET", None)
-    return None
+    return folder
 
 
-_REASON = _import_triton()
-needs_triton = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
-IMPLEMENTATIONS = ["reference", pytest.param("triton", marks=needs_triton)]
+kernels = _import_triton()
+_missing = isinstance(kernels, str)
+needs_triton = pytest.mark.skipif(_missing, reason=str(kernels))
+needs_compiler = pytest.mark.skipif(load_library() is None, reason="no C++ compiler")

@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
+from tests.kernels.implementations import (
+    DEVICE,
+    kernels,
+    needs_compiler,
+    needs_triton,
+)
 from tests.kernels.trees import random_drafting
-from vllm_ppd.kernels.cpu import CpuTreeFiller, load_library
+from vllm_ppd.kernels.cpu import CpuTreeFiller
 from vllm_ppd.kernels.device_tables import DeviceTables
-from vllm_ppd.kernels.fill_tree import DeviceDraftInputs, fill_tree_reference
 from vllm_ppd.trees.bigram import BigramTable, BigramTensors
 from vllm_ppd.trees.drafting import POOL, DraftInputs, fill_trees, rank_children
 from vllm_ppd.trees.layout import TreeTables
@@ -20,15 +24,6 @@ from vllm_ppd.trees.tree import SparseTree, TreePolicy
 UNTOUCHED = -7
 # root -> a, b; a -> c; no prompt rows.
 SMALL = SparseTree((0, 0, 1), (0, 1, 0), (0, 0, 0, 0))
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def fill(request):
-    if request.param == "reference":
-        return fill_tree_reference
-    from vllm_ppd.kernels.triton.fill_tree import fill_tree
-
-    return fill_tree
 
 
 # ---- the core ---------------------------------------------------------------------
@@ -89,7 +84,7 @@ def test_siblings_differ():
 # ---- the kernels ------------------------------------------------------------------
 
 
-@pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("with_table", [True, False])
 def test_compiled_against_the_core(with_table):
     for seed in range(40):
@@ -116,11 +111,14 @@ def on_device(inputs, num_prompts, pool):
         torch.as_tensor(array).int().to(DEVICE)
         for array in (num_prompted, inputs.roots, inputs.ngrams)
     )
-    return DeviceDraftInputs(num_prompted, logits, ids, top.values, roots, ngrams)
+    return kernels.fill_tree.DeviceDraftInputs(
+        num_prompted, logits, ids, top.values, roots, ngrams
+    )
 
 
+@needs_triton
 @pytest.mark.parametrize("with_table", [True, False])
-def test_against_the_core(fill, with_table):
+def test_against_the_core(with_table):
     for seed in range(3):
         tables, table, trees, inputs = random_drafting(seed, with_table)
         weights = np.array(table.weights if table else (1.0, 1.0, 1.0))
@@ -128,22 +126,22 @@ def test_against_the_core(fill, with_table):
         want = fill_trees(tables, trees, inputs, host, weights)
         shape = (len(trees), want.shape[1] + 2)
         drafts = torch.full(shape, UNTOUCHED, dtype=torch.int64, device=DEVICE)
-        fill(
+        kernels.fill_tree.fill_tree(
             DeviceTables.on(DEVICE, tables),
             torch.from_numpy(trees).int().to(DEVICE),
             on_device(inputs, 3, max(POOL, tables.max_children + 1)),
             BigramTensors.of(table, DEVICE) if table else None,
             torch.from_numpy(weights).float().to(DEVICE),
             drafts,
-            5,
         )
         for got, expected, tree in zip(drafts.tolist(), want, trees, strict=True):
             end = tables.num_rows[tree] - 1
             assert got[:end] == expected[:end].tolist(), (seed, tree)
-            assert set(got[end:]) == {5}
+            assert set(got[end:]) == {0}
 
 
-def test_without_ngrams_and_cut_short(fill):
+@needs_triton
+def test_without_ngrams_and_cut_short():
     tables, table, trees, inputs = random_drafting(3)
     device_inputs = on_device(inputs, 3, POOL)
     ngrams = device_inputs.ngrams
@@ -151,7 +149,7 @@ def test_without_ngrams_and_cut_short(fill):
     for absent in (ngrams[:, :0], torch.full_like(ngrams, -1)):
         for width in (4, 12):
             drafts = torch.zeros(len(trees), width, dtype=torch.int32, device=DEVICE)
-            fill(
+            kernels.fill_tree.fill_tree(
                 DeviceTables.on(DEVICE, tables),
                 torch.from_numpy(trees).int().to(DEVICE),
                 device_inputs._replace(ngrams=absent),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
+from tests.kernels.implementations import DEVICE, kernels, needs_triton
 from vllm_ppd.kernels.cpu import (
     CpuKVCompactor,
     key_view,
@@ -16,17 +16,7 @@ from vllm_ppd.kernels.cpu import (
     load_library,
     value_view,
 )
-from vllm_ppd.kernels.kv_compact import compact_paths_reference, kv_compact_reference
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def compact(request):
-    """Either implementation, called as compact(caches, slots, starts, paths, n)."""
-    if request.param == "reference":
-        return compact_paths_reference
-    from vllm_ppd.kernels.triton.kv_compact import KVCompactor
-
-    return lambda caches, *args: KVCompactor(caches).run(*args)
+from vllm_ppd.kernels.kv_compact import kv_compact_reference
 
 
 @pytest.fixture(params=["reference", "compiled"])
@@ -67,7 +57,7 @@ def move(caches, src, dst):
             cache[b // size, :, b % size] = cache[a // size, :, a % size].clone()
 
 
-def check(compact, caches, slots, starts, paths, lengths):
+def check(caches, slots, starts, paths, lengths):
     want = [cache.clone() for cache in caches]
     for start, path, length in zip(starts, paths, lengths, strict=True):
         src = [slots[start + row] for row in path[:length]]
@@ -77,7 +67,7 @@ def check(compact, caches, slots, starts, paths, lengths):
         for values in (starts, paths, lengths)
     ]
     slots = torch.tensor(slots, dtype=torch.int64, device=DEVICE)
-    compact(caches, slots, *ints)
+    kernels.kv_compact.KVCompactor(caches).run(slots, *ints)
     for got, expected in zip(caches, want, strict=True):
         assert torch.equal(bits(got), bits(expected))
 
@@ -85,14 +75,17 @@ def check(compact, caches, slots, starts, paths, lengths):
 # ---- along paths, on the device -----------------------------------------------------
 
 
-def test_a_path_by_hand(compact):
+@needs_triton
+def test_a_path_by_hand():
     # One head, block size 2, width 1: slot s holds s. Rows lie at slots 3, 4, 5, ...
     cache = torch.arange(12.0, device=DEVICE).view(6, 1, 2, 1)
     ints = [torch.tensor(v, device=DEVICE) for v in ([0], [[0, 2, 3, 5]], [4])]
-    compact([cache], torch.arange(3, 12, device=DEVICE), *ints)
+    compactor = kernels.kv_compact.KVCompactor([cache])
+    compactor.run(torch.arange(3, 12, device=DEVICE), *ints)
     assert cache.flatten().tolist() == [0, 1, 2, 3, 5, 6, 8, 7, 8, 9, 10, 11]
 
 
+@needs_triton
 @pytest.mark.parametrize("layout", ["HND", "NHD", "transposed"])
 @pytest.mark.parametrize(
     ("dtype", "heads", "block_size", "width"),
@@ -106,7 +99,7 @@ def test_a_path_by_hand(compact):
         (torch.uint8, 2, 16, 13),
     ],
 )
-def test_random_paths(compact, layout, dtype, heads, block_size, width):
+def test_random_paths(layout, dtype, heads, block_size, width):
     random.seed(f"{layout} {heads}")
     torch.manual_seed(heads)
     blocks = 12
@@ -127,10 +120,11 @@ def test_random_paths(compact, layout, dtype, heads, block_size, width):
     starts += [len(slots)] * 2
     paths += [[0] * 5] * 2
     lengths += [0, 0]
-    check(compact, caches, [*slots, -1, -1], starts, paths, lengths)
+    check(caches, [*slots, -1, -1], starts, paths, lengths)
 
 
-def test_caches_of_different_shapes_and_types(compact):
+@needs_triton
+def test_caches_of_different_shapes_and_types():
     random.seed(0)
     caches = [
         cache_of("HND", 4, 2, 16, 64, torch.bfloat16),
@@ -140,12 +134,13 @@ def test_caches_of_different_shapes_and_types(compact):
         random_bits((4, 2, 2, 16, 64), torch.bfloat16)[:, 1],
     ]
     slots = random.sample(range(64), 20)
-    check(compact, caches, slots, [0, 10], [[0, 2, 3], [0, 1, 9]], [3, 3])
+    check(caches, slots, [0, 10], [[0, 2, 3], [0, 1, 9]], [3, 3])
 
 
-def test_nothing_moves(compact):
+@needs_triton
+def test_nothing_moves():
     caches = [cache_of("HND", 2, 1, 16, 32, torch.float32)]
-    check(compact, caches, list(range(8)), [0, 4], [[0, 1, 2], [0, 3, 0]], [3, 1])
+    check(caches, list(range(8)), [0, 4], [[0, 1, 2], [0, 3, 0]], [3, 1])
 
 
 # ---- between slots, in the CPU backend's caches -------------------------------------

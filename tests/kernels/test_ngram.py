@@ -1,4 +1,4 @@
-"""N-gram matches of the torch reference, Triton and C++, against the core's."""
+"""N-gram matches of Triton and C++, against the core's."""
 
 from __future__ import annotations
 
@@ -6,38 +6,39 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
-from vllm_ppd.kernels.cpu import load_library, match_ngrams_cpu
-from vllm_ppd.kernels.ngram import match_ngrams_reference
+from tests.kernels.implementations import (
+    DEVICE,
+    kernels,
+    needs_compiler,
+    needs_triton,
+)
+from vllm_ppd.kernels.cpu import match_ngrams_cpu
 from vllm_ppd.trees.ngram import match_ngrams
 
 
 def compiled(token_ids, ends, slots, context):
+    """The forms of a match are called with numpy arrays."""
     token_ids, ends = token_ids.astype(np.int32)[slots], ends.astype(np.int32)[slots]
     return match_ngrams_cpu(token_ids, ends, context)
 
 
-@pytest.fixture(params=[*IMPLEMENTATIONS, "compiled"])
+def triton(token_ids, ends, slots, context):
+    return kernels.ngram.match_ngrams(
+        torch.from_numpy(token_ids).int().to(DEVICE),
+        torch.tensor(slots, device=DEVICE),
+        torch.from_numpy(ends).int().to(DEVICE),
+        context,
+    )
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(compiled, marks=needs_compiler),
+        pytest.param(triton, marks=needs_triton),
+    ]
+)
 def match(request):
-    """Called as match(token_ids, ends, slots, context), with numpy arrays."""
-    if request.param == "compiled":
-        if load_library() is None:
-            pytest.skip("no C++ compiler")
-        return compiled
-    if request.param == "reference":
-        kernel = match_ngrams_reference
-    else:
-        from vllm_ppd.kernels.triton.ngram import match_ngrams as kernel
-
-    def run(token_ids, ends, slots, context):
-        return kernel(
-            torch.from_numpy(token_ids).int().to(DEVICE),
-            torch.tensor(slots, device=DEVICE),
-            torch.from_numpy(ends).int().to(DEVICE),
-            context,
-        )
-
-    return run
+    return request.param
 
 
 def check(match, token_ids: np.ndarray, ends: np.ndarray, slots, context: int) -> list:

@@ -9,27 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
+from tests.kernels.implementations import DEVICE, kernels, needs_triton
 from tests.kernels.trees import random_policy, random_rows, tables_of
 from vllm_ppd.kernels.device_tables import DeviceTables
-from vllm_ppd.kernels.place_tree import place_tree_reference
 from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
+pytestmark = needs_triton
 UNTOUCHED = -7
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def place(request):
-    if request.param == "reference":
-        return place_tree_reference
-    from vllm_ppd.kernels.triton.place_tree import place_tree
-
-    return place_tree
-
-
-def run(place, tables, trees, num_rows, query_starts, contexts, spare=3):
-    """Lay out; `spare` rows of the buffers are behind the step's end."""
+def run(tables, trees, num_rows, query_starts, contexts, spare=3, times=1):
+    """Lay out so many times; `spare` rows of the buffers are behind the step's end."""
     query_starts = np.asarray(query_starts)
     lengths = np.diff(query_starts)
     seq_lens = np.asarray(contexts) + lengths
@@ -49,18 +40,17 @@ def run(place, tables, trees, num_rows, query_starts, contexts, spare=3):
         torch.as_tensor(np.asarray(a)).to(DEVICE, torch.int32)
         for a in (trees, num_rows, query_starts, seq_lens)
     ]
-    place(tables, *inputs, **vars(out))
+    for _ in range(times):
+        kernels.place_tree.place_tree(tables, *inputs, **vars(out))
     return SimpleNamespace(**{k: v.cpu().numpy() for k, v in vars(out).items()})
 
 
-def test_a_mixed_batch_by_hand(place):
+def test_a_mixed_batch_by_hand():
     tree = SparseTree((0, 0), (0, 1), (1, 0, 1))
     policy = TreePolicy((chain_tree(0, [1]), tree))
     tables = DeviceTables.on(DEVICE, tables_of(policy))
     # A prefill chunk, a tree, a tree cut to two rows, padding.
-    got = run(
-        place, tables, [0, 1, 1, 0], [0, 5, 2, 0], [0, 3, 8, 10, 10], [4, 9, 6, 0]
-    )
+    got = run(tables, [0, 1, 1, 0], [0, 5, 2, 0], [0, 3, 8, 10, 10], [4, 9, 6, 0])
     x = UNTOUCHED
     assert got.positions.tolist() == [4, 5, 6, 9, 10, 10, 10, 11, 6, 7, x, x, x]
     assert got.depths.tolist() == [x, x, x, 0, 1, 1, 1, 2, 0, 1, x, x, x]
@@ -71,7 +61,7 @@ def test_a_mixed_batch_by_hand(place):
 
 
 @pytest.mark.parametrize("num_rows", [None, 100, 129])
-def test_against_the_pure_layout(place, num_rows):
+def test_against_the_pure_layout(num_rows):
     random.seed(str(num_rows))
     rng = np.random.default_rng(num_rows or 0)
     core = tables_of(random_policy(3, 20), num_rows)
@@ -84,7 +74,7 @@ def test_against_the_pure_layout(place, num_rows):
     step = TreeStep(core, trees, ends - rows, rows)
     step.tree_requests = np.arange(11)  # trees of one row too
 
-    got = run(place, tables, trees, rows, [0, *ends], contexts)
+    got = run(tables, trees, rows, [0, *ends], contexts)
     where, trees, inner = step.tree_rows()
     depths = core.depths[trees, inner]
     assert got.starts.tolist() == step.starts.tolist()
@@ -98,15 +88,10 @@ def test_against_the_pure_layout(place, num_rows):
     assert (got.ancestors[others] == UNTOUCHED).all()
 
 
-def test_placing_twice_changes_nothing(place):
+def test_placing_twice_changes_nothing():
     core = tables_of(random_policy(2, 9))
     tables = DeviceTables.on(DEVICE, core)
     rows = int(core.num_rows[2])
-    once = run(place, tables, [2], [rows], [0, rows], [7])
-
-    def twice(*args, **out):
-        place(*args, **out)
-        place(*args, **out)
-
-    again = run(twice, tables, [2], [rows], [0, rows], [7])
+    once = run(tables, [2], [rows], [0, rows], [7])
+    again = run(tables, [2], [rows], [0, rows], [7], times=2)
     assert again.positions.tolist() == once.positions.tolist()

@@ -21,8 +21,13 @@ from tests.kernels.attention_cases import (
     oracle,
     prefill,
 )
-from tests.kernels.implementations import DEVICE, needs_triton
-from vllm_ppd.kernels.cpu import CpuTreeAttention, load_library
+from tests.kernels.implementations import (
+    DEVICE,
+    kernels,
+    needs_compiler,
+    needs_triton,
+)
+from vllm_ppd.kernels.cpu import CpuTreeAttention
 from vllm_ppd.kernels.tree_attention import tree_attention_reference
 
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -51,9 +56,7 @@ def _seed():
 
 
 def tree_attention(*args, **options):
-    from vllm_ppd.kernels.triton.tree_attention import tree_attention
-
-    tree_attention(*args, **options)
+    kernels.tree_attention.tree_attention(*args, **options)
 
 
 def run_reference(step, query, output, *options, splits=1):
@@ -102,7 +105,6 @@ class Implementation:
 REFERENCE = Implementation(run_reference, "CPU", TOLERANCE)
 COMPILED = Implementation(run_compiled, "CPU", TOLERANCE)
 TRITON = Implementation(run_triton, "HND", TRITON_TOLERANCE)
-needs_compiler = pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
 ON_CPU = [
     pytest.param(REFERENCE, id="reference"),
     pytest.param(COMPILED, id="compiled", marks=needs_compiler),
@@ -405,8 +407,7 @@ def test_rows_that_may_be_more_than_any_request_has():
 @pytest.mark.parametrize(("block_m", "tile"), [(16, 16), (32, 32), (64, 128)])
 def test_other_tile_sizes(monkeypatch, block_m, tile):
     """GPUs use smaller tiles where registers are short, and larger ones at leisure."""
-    from vllm_ppd.kernels.triton import tree_attention as module
-
+    module = kernels.tree_attention
     choose = module._choose_shape
 
     def other(requests, max_rows, kv_heads, group, *args):

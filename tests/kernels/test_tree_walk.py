@@ -1,4 +1,4 @@
-"""Tree walks of the torch reference, Triton and C++: by hand, and the core's."""
+"""Tree walks of Triton and C++: by hand, and the core's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS
+from tests.kernels.implementations import (
+    DEVICE,
+    kernels,
+    needs_compiler,
+    needs_triton,
+)
 from tests.kernels.trees import (
     FIRST_SOFT_ID,
     random_drafting,
@@ -17,37 +22,30 @@ from tests.kernels.trees import (
     random_rows,
     tables_of,
 )
-from vllm_ppd.kernels.cpu import load_library, walk_greedy_cpu
+from vllm_ppd.kernels.cpu import walk_greedy_cpu
 from vllm_ppd.kernels.device_tables import DeviceTables
-from vllm_ppd.kernels.tree_walk import tree_walk_reference
 from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def walk(request):
-    if request.param == "reference":
-        return tree_walk_reference
-    from vllm_ppd.kernels.triton.tree_walk import tree_walk
-
-    return tree_walk
 
 
 def on_device(*arrays, dtype=torch.int32):
     return [torch.as_tensor(np.asarray(a)).to(DEVICE, dtype) for a in arrays]
 
 
-def run(walk, tables, trees, starts, num_rows, input_ids, sampled, sampled_starts):
+def run(tables, trees, starts, num_rows, input_ids, sampled, sampled_starts):
     tensors = on_device(trees, starts, num_rows, input_ids)
     sampled = torch.as_tensor(np.asarray(sampled), dtype=torch.int64, device=DEVICE)
-    result = walk(tables, *tensors, sampled, *on_device(sampled_starts))
+    result = kernels.tree_walk.tree_walk(
+        tables, *tensors, sampled, *on_device(sampled_starts)
+    )
     return SimpleNamespace(
         **{name: t.cpu().numpy() for name, t in result._asdict().items()}
     )
 
 
-def test_a_walk_by_hand(walk):
+@needs_triton
+def test_a_walk_by_hand():
     # Root 0 with children 1 ("7") and 2 ("8"); 2 has child 3 ("9"), and one prompt
     # token on nodes 0 and 3, two on node 2: rows 4 | 5 6 | 7.
     tree = SparseTree((0, 0, 2), (0, 1, 0), (1, 0, 2, 1))
@@ -63,7 +61,7 @@ def test_a_walk_by_hand(walk):
     picked[2], picked[4], picked[5] = 8, 9, 6  # down to node 3
     picked[12], picked[14] = 8, 9  # node 2; its child was cut off
     got = run(
-        walk, tables, [2, 2, 2, 0], [1, 2, 12, 15], [1, 10, 3, 0], ids, picked,
+        tables, [2, 2, 2, 0], [1, 2, 12, 15], [1, 10, 3, 0], ids, picked,
         [1, 2, 12, 15],
     )  # fmt: skip
     assert got.tokens.tolist() == [[3, -1, -1], [8, 9, 6], [8, 9, -1], [-1, -1, -1]]
@@ -74,9 +72,10 @@ def test_a_walk_by_hand(walk):
     assert got.prompt_rows.tolist() == [[1, 1], [9, 2], [12, 12], [0, 0]]
 
 
+@needs_triton
 @pytest.mark.parametrize("ept", [1, 2])
 @pytest.mark.parametrize("batch", [1, 13])
-def test_against_the_core(walk, batch, ept):
+def test_against_the_core(batch, ept):
     for seed in range(3):
         random.seed(f"{seed} {batch} {ept}")
         rng = np.random.default_rng([seed, batch, ept])
@@ -94,7 +93,7 @@ def test_against_the_core(walk, batch, ept):
         expected.run_greedy(picked)
         rows, counts = step.prompt_rows(expected.nodes)
 
-        got = run(walk, tables, trees, starts, num_rows, ids, picked, step.first_nodes)
+        got = run(tables, trees, starts, num_rows, ids, picked, step.first_nodes)
         assert got.tokens.tolist() == expected.tokens_out.tolist()
         assert got.num_sampled.tolist() == expected.lengths.tolist()
         assert got.end_nodes.tolist() == expected.nodes.tolist()
@@ -106,15 +105,16 @@ def test_against_the_core(walk, batch, ept):
         assert (got.prompt_rows == roots)[~present].all()
 
 
-def test_padded_requests_only(walk):
+@needs_triton
+def test_padded_requests_only():
     tables = DeviceTables.on(DEVICE, tables_of(random_policy()))
-    got = run(walk, tables, [1, 0], [8, 8], [0, 0], [0] * 8, [0] * 8, [8, 8])
+    got = run(tables, [1, 0], [8, 8], [0, 0], [0] * 8, [0] * 8, [8, 8])
     assert (got.tokens == -1).all()
     for name in ("num_sampled", "end_nodes", "paths", "num_prompted", "prompt_rows"):
         assert (getattr(got, name) == 0).all(), name
 
 
-@pytest.mark.skipif(load_library() is None, reason="no C++ compiler")
+@needs_compiler
 def test_compiled_against_the_core():
     rng = np.random.default_rng(0)
     num_moves = 0

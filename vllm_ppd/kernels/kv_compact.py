@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["compact_paths_reference", "kv_compact_reference"]
+__all__ = ["kv_compact_reference"]
 
 
 def kv_compact_reference(
@@ -30,24 +30,3 @@ def kv_compact_reference(
         size = cache.shape[2]
         rows = cache[src // size, :, src % size]
         cache[dst // size, :, dst % size] = rows
-
-
-def compact_paths_reference(
-    caches: Sequence[torch.Tensor],  # as above
-    slots: torch.Tensor,  # int64 [T]: cache slot of every row of the step
-    starts: torch.Tensor,  # int [B]: row of each root
-    paths: torch.Tensor,  # int [B, D + 1]: accepted rows of each tree, the root first
-    lengths: torch.Tensor,  # int [B]: number of accepted rows; 0 for a padded request
-) -> None:
-    """Copy the slot of accepted row ``paths[b, d]`` to that of row ``d``.
-
-    ``paths[b, d] >= d`` and rises with d. Nothing is read on the host.
-    """
-    depth = torch.arange(paths.shape[1], device=paths.device)
-    moves = (depth < lengths[:, None]) & (paths != depth)
-    # Other entries copy a root to itself: a root's slot is never a target. Row 0
-    # stands in for padded requests, whose start may be anywhere.
-    roots = torch.where(lengths > 0, starts.long(), 0)[:, None]
-    source = torch.where(moves, roots + paths, roots)
-    target = torch.where(moves, roots + depth, roots)
-    kv_compact_reference(caches, slots[source.flatten()], slots[target.flatten()])

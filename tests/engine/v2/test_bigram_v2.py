@@ -9,23 +9,20 @@ import pytest
 import torch
 
 from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
-from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.trees.bigram import BigramTable, OnlineBigram
 
 WORDS = 12
 
 
-def walk(paths: list[list[int]], lengths: list[int]) -> Walk:
+def walk(paths: list[list[int]], lengths: list[int]) -> Any:
     """A step's verification; only what the learner reads."""
-    nothing = torch.zeros(len(paths), dtype=torch.int32)
-    visited = torch.tensor(paths, dtype=torch.int32)
-    sampled = torch.tensor(lengths, dtype=torch.int32)
-    return Walk(nothing, sampled, nothing, visited, nothing, nothing)
+    return SimpleNamespace(
+        paths=torch.tensor(paths, dtype=torch.int32),
+        num_sampled=torch.tensor(lengths, dtype=torch.int32),
+    )
 
 
-def learnt(
-    steps: int, seen: Walk, tokens: list[int], firsts: list[int]
-) -> OnlineBigram:
+def learnt(steps: int, seen: Any, tokens: list[int], firsts: list[int]) -> OnlineBigram:
     """A table after the same step several times: after u the target wants u + 1."""
     from vllm_ppd.engine.v2.bigram_learner import BigramLearner
 

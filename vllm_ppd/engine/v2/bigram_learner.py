@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_ppd.kernels.tree_walk import Walk
+from vllm_ppd.kernels.triton.tree_walk import Walk
 from vllm_ppd.trees.bigram import OnlineBigram, learn_bigrams
 
 __all__ = ["EVERY", "BigramLearner"]

@@ -19,8 +19,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_ppd.engine.settings import serving_settings
 from vllm_ppd.engine.v2.request_trees import RequestTrees
 from vllm_ppd.engine.v2.step_trees import StepBuffers, step_of
-from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
-from vllm_ppd.kernels.triton.fill_tree import fill_tree
+from vllm_ppd.kernels.triton.fill_tree import DeviceDraftInputs, fill_tree
 from vllm_ppd.kernels.triton.ngram import match_ngrams
 from vllm_ppd.trees.bigram import BigramTensors, OnlineBigram
 from vllm_ppd.trees.drafting import POOL

@@ -9,8 +9,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from vllm_ppd.config import PPDConfigError
 from vllm_ppd.kernels.cpu.layout import key_view, value_view
-from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.kernels.triton.kv_compact import KVCompactor
+from vllm_ppd.kernels.triton.tree_walk import Walk
 
 
 class PathMover:

@@ -22,8 +22,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logit
 
 from vllm_ppd.engine.v2.bigram_learner import BigramLearner
 from vllm_ppd.engine.v2.step_trees import step_of
-from vllm_ppd.kernels.tree_walk import Walk
-from vllm_ppd.kernels.triton.tree_walk import tree_walk
+from vllm_ppd.kernels.triton.tree_walk import Walk, tree_walk
 
 
 class TreeSampler:

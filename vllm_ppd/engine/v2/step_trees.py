@@ -17,8 +17,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm_ppd.engine.v2.request_trees import RequestTrees
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.tree_attention import TreeBatch
-from vllm_ppd.kernels.tree_walk import Walk
 from vllm_ppd.kernels.triton.place_tree import place_tree
+from vllm_ppd.kernels.triton.tree_walk import Walk
 from vllm_ppd.trees.layout import ranges
 
 __all__ = ["StepBuffers", "StepTrees", "step_of"]

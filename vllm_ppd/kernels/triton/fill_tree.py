@@ -1,20 +1,40 @@
 """Draft tokens of a tree in Triton: one program per node, one for the other rows.
 
+The scores are those of `vllm_ppd.trees.drafting.fill_trees`: each prompt row's best
+tokens are ranked again below every node, with the bigram gains of that node's own
+token.
+
 A node's token depends on its parent's. Instead of waiting for another program, each
 one computes the tokens from the root down to its node again, which is a few levels.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from vllm_ppd.kernels.device_tables import DeviceTables
-from vllm_ppd.kernels.fill_tree import DeviceDraftInputs
 from vllm_ppd.trees.bigram import BigramTensors
 
-__all__ = ["fill_tree"]
+__all__ = ["DeviceDraftInputs", "fill_tree"]
+
+
+class DeviceDraftInputs(NamedTuple):
+    """What draft tokens depend on; the device form of `trees.drafting.DraftInputs`.
+
+    Axes: B requests, M >= 1 prompt tokens, V tokens, P best tokens of a prompt row.
+    Rows at or past a request's num_prompted may hold anything.
+    """
+
+    num_prompted: torch.Tensor  # int [B]: prompt rows with logits
+    logits: torch.Tensor  # float [B, M, V]
+    pool: torch.Tensor  # int64 [B, M, P]: best tokens, best first
+    scores: torch.Tensor  # float [B, M, P]: their logits
+    roots: torch.Tensor  # int [B]: last sampled token
+    ngrams: torch.Tensor  # int [B, L]: n-gram draft, -1 padded
 
 
 @triton.jit
@@ -100,7 +120,6 @@ def _fill_tree_kernel(
     soft_ids_ptr,  # [S, Q]
     ancestors_ptr,  # int64 [S, Q, WORDS]
     drafts_ptr,  # [B, K]
-    filler,
     num_drafts,  # K
     drafts_stride,
     row_width,  # Q
@@ -126,7 +145,7 @@ def _fill_tree_kernel(
         row = tl.arange(0, BLOCK_K) + 1
         in_tree = row < tl.minimum(tl.load(num_rows_ptr + tree), row_width)
         soft_ptr = soft_ids_ptr + tree * row_width + row
-        soft = tl.load(soft_ptr, mask=in_tree, other=filler)
+        soft = tl.load(soft_ptr, mask=in_tree, other=0)
         written = (row >= num_nodes) & (row <= num_drafts)
         tl.store(drafts_ptr + row - 1, soft, mask=written)
         return
@@ -171,15 +190,19 @@ def _fill_tree_kernel(
 
 def fill_tree(
     tables: DeviceTables,
-    trees: torch.Tensor,
+    trees: torch.Tensor,  # int [B]: tree id of each request's next step
     inputs: DeviceDraftInputs,
     bigram: BigramTensors | None,
-    weights: torch.Tensor,
-    drafts: torch.Tensor,
-    filler: int = 0,
+    weights: torch.Tensor,  # float32 [>= M]: of the bigram gains, per prompt token
+    drafts: torch.Tensor,  # int [B, K]: written; K >= 1 rows after the root
 ) -> None:
-    """As `vllm_ppd.kernels.fill_tree.fill_tree_reference`; all tensors contiguous,
-    except that rows of logits may be slices of longer ones."""
+    """Write the rows after the root of each request's tree.
+
+    Prompt rows get their soft ids. Columns past the tree's end get 0, and a
+    tree that is longer than K is cut, which leaves a valid smaller one. A node for
+    which no token is listed gets token 0. All tensors are contiguous, except that rows
+    of logits may be slices of longer ones.
+    """
     batch, num_drafts = drafts.shape
     if batch == 0:
         return
@@ -193,7 +216,7 @@ def fill_tree(
         weights,
         *(tables.num_nodes, tables.num_rows, tables.node_depths, tables.node_ranks),
         *(tables.on_ngram, tables.soft_ids, tables.ancestors),
-        *(drafts, filler, num_drafts, drafts.stride(0)),
+        *(drafts, num_drafts, drafts.stride(0)),
         *(tables.soft_ids.shape[1], nodes),
         *(inputs.logits.shape[1], inputs.logits.stride(1)),
         *(pool_size, num_listed, inputs.ngrams.shape[1]),

@@ -117,12 +117,12 @@ class KVCompactor:
 
     def run(
         self,
-        slots: torch.Tensor,
-        starts: torch.Tensor,
-        paths: torch.Tensor,
-        lengths: torch.Tensor,
+        slots: torch.Tensor,  # int64 [T]: cache slot of every row of the step
+        starts: torch.Tensor,  # int [B]: row of each root
+        paths: torch.Tensor,  # int [B, D + 1]: accepted rows of each tree, root first
+        lengths: torch.Tensor,  # int [B]: accepted rows; 0 for a padded request
     ) -> None:
-        """As `vllm_ppd.kernels.kv_compact.compact_paths_reference`."""
+        """Copy the slot of accepted row ``paths[b, d]`` to that of row ``d``."""
         batch, path_width = paths.shape
         if batch == 0:
             return

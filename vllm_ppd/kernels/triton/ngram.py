@@ -1,8 +1,10 @@
 """N-gram matches of every request's last tokens in Triton: one program per request.
 
-A program reads every position of the context once. It keeps the position before which
-the most tokens match the last ones, and of equally long matches the earliest: both are
-packed into one number, (length, distance from the end), so that a maximum finds it.
+The matches are those of `vllm_ppd.trees.ngram.match_ngrams`, for requests whose tokens
+lie in vLLM's table of slots. A program reads every position of the context once. It
+keeps the position before which the most tokens match the last ones, and of equally long
+matches the earliest: both are packed into one number, (length, distance from the end),
+so that a maximum finds it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from vllm_ppd.trees.ngram import LENGTHS, MAX_NGRAM_DRAFTS
 
 __all__ = ["match_ngrams"]
 
-_LONGEST = LENGTHS[-1][1]
 _BLOCK = 1024
 
 
@@ -71,12 +72,12 @@ def _match_ngrams_kernel(
 
 
 def match_ngrams(
-    token_ids: torch.Tensor,
-    slots: torch.Tensor,
-    ends: torch.Tensor,
-    context: int,
+    token_ids: torch.Tensor,  # int [slots, length]: tokens of each slot's request
+    slots: torch.Tensor,  # int [B]: slot of each request
+    ends: torch.Tensor,  # int [slots]: number of tokens of a slot's request
+    context: int,  # number of last tokens of a request that are searched
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `vllm_ppd.kernels.ngram.match_ngrams_reference`."""
+    """int32 [B] match classes and int32 [B, MAX_NGRAM_DRAFTS] drafts, -1 padded."""
     batch = len(slots)
     classes = torch.empty(batch, dtype=torch.int32, device=slots.device)
     drafts = classes.new_empty((batch, MAX_NGRAM_DRAFTS))
@@ -85,7 +86,7 @@ def match_ngrams(
             *(token_ids, token_ids.stride(0), slots, ends, classes, drafts, context),
             LOW=tuple(low for low, _ in LENGTHS),
             HIGH=tuple(high for _, high in LENGTHS),
-            LONGEST=_LONGEST,
+            LONGEST=LENGTHS[-1][1],
             DRAFTS=MAX_NGRAM_DRAFTS,  # a power of two
             BLOCK=_BLOCK,
             num_warps=4,

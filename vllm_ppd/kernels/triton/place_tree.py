@@ -1,4 +1,8 @@
-"""A step's trees in the persistent buffers, in Triton: one program per request."""
+"""A step's trees in the persistent buffers, in Triton: one program per request.
+
+vLLM lays the rows of a request out as a sequence. For requests with a tree this
+writes the positions, masks and depths that the model and its attention read.
+"""
 
 from __future__ import annotations
 
@@ -52,17 +56,22 @@ def _place_tree_kernel(
 
 def place_tree(
     tables: DeviceTables,
-    trees: torch.Tensor,
-    num_rows: torch.Tensor,
-    query_starts: torch.Tensor,
-    seq_lens: torch.Tensor,
-    positions: torch.Tensor,
-    ancestors: torch.Tensor,
-    depths: torch.Tensor,
-    starts: torch.Tensor,
-    context_lens: torch.Tensor,
+    trees: torch.Tensor,  # int [B]: tree id of each request
+    num_rows: torch.Tensor,  # int [B]: tree rows; 0: no tree, or a padded request
+    query_starts: torch.Tensor,  # int [B + 1]: first row of each request, and the end
+    seq_lens: torch.Tensor,  # int [B]: cached tokens and this step's rows
+    positions: torch.Tensor,  # int [>= T]: changed at tree rows
+    ancestors: torch.Tensor,  # int64 [T, W]: written at tree rows
+    depths: torch.Tensor,  # int32 [T]: written at tree rows
+    starts: torch.Tensor,  # int32 [B]: written, row of each root
+    context_lens: torch.Tensor,  # int32 [B]: written, cached tokens before the root
 ) -> None:
-    """As `vllm_ppd.kernels.place_tree.place_tree_reference`; all contiguous."""
+    """Write what `TreeBatch` needs, and each tree row's position; all contiguous.
+
+    A tree is the last ``num_rows`` rows of its request. The root's position is right
+    already, and the others follow from it. `num_rows` must not exceed the tables'
+    rows; rows past the tree's end see the root and themselves.
+    """
     rows, words = tables.ancestors.shape[1:]
     if len(trees) == 0:
         return

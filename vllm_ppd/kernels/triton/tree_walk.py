@@ -1,15 +1,34 @@
-"""Verification in Triton: one program walks the tree of one request."""
+"""Verification in Triton: one program walks the tree of one request.
+
+The walk is that of `vllm_ppd.trees.verify.TreeWalk`. Here the target's token after
+*every* node is known beforehand: vLLM draws its noise from (seed, position), so one
+sampler call serves all nodes. Nothing is read on the host.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_ppd.kernels.device_tables import DeviceTables
-from vllm_ppd.kernels.tree_walk import Walk
 
-__all__ = ["tree_walk"]
+__all__ = ["Walk", "tree_walk"]
+
+
+class Walk(NamedTuple):
+    """The verified step. B requests, D the tables' depth, P = prompt tokens * EPTs."""
+
+    tokens: torch.Tensor  # int64 [B, D + 1]: emitted tokens, -1 padded
+    num_sampled: torch.Tensor  # int32 [B]: emitted tokens; 0 for a padded request
+    end_nodes: torch.Tensor  # int32 [B]: node where the walk ended
+    paths: torch.Tensor  # int32 [B, D + 1]: visited nodes, root first, 0 padded
+    num_prompted: torch.Tensor  # int32 [B]: complete prompt tokens on the end node
+    # int32 [B, P]: rows of the step that are the end node's prompt rows (prompt token
+    # major); the root's row from num_prompted * EPTs on.
+    prompt_rows: torch.Tensor
 
 
 @triton.jit
@@ -85,14 +104,19 @@ def _tree_walk_kernel(
 
 def tree_walk(
     tables: DeviceTables,
-    trees: torch.Tensor,
-    starts: torch.Tensor,
-    num_rows: torch.Tensor,
-    input_ids: torch.Tensor,
-    sampled: torch.Tensor,
-    sampled_starts: torch.Tensor,
+    trees: torch.Tensor,  # int [B]: tree id of each request
+    starts: torch.Tensor,  # int [B]: row of each root among the step's rows
+    num_rows: torch.Tensor,  # int [B]: scheduled tree rows; 0 for a padded request
+    input_ids: torch.Tensor,  # int [T]: token of every row of the step
+    sampled: torch.Tensor,  # int [L]: the target's token after each row with logits
+    sampled_starts: torch.Tensor,  # int [B]: each root's index in `sampled`
 ) -> Walk:
-    """As `vllm_ppd.kernels.tree_walk.tree_walk_reference`; inputs contiguous."""
+    """Walk all trees; node ``i`` is entry ``i`` after its root's in `sampled`.
+
+    A request without draft rows (prefill, plain decoding) has ``num_rows`` 1. Rows
+    past the tree's end, which vLLM may schedule, are ignored, and so is a prompt token
+    whose ensemble was cut off. Inputs are contiguous.
+    """
     batch, depth = len(trees), tables.max_depth + 1
     prompt_width = tables.num_prompt_tokens * tables.num_ept
     # Two allocations for six results: an allocation costs about as much as the walk.
