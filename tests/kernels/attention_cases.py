@@ -59,7 +59,6 @@ def make_step(
     dim: int,
     block_size: int,
     dtype: torch.dtype = torch.float32,
-    cache_dtype: torch.dtype | None = None,
     layout: str = "HND",
     words: int | None = None,
     gap: int = 0,
@@ -103,7 +102,7 @@ def make_step(
         tree_rows[rows] = True
         token += request.rows
     cache[order] = math.nan
-    cache = cache.to(device, cache_dtype or dtype)
+    cache = cache.to(device, dtype)
     keys, values = cache.split(dim, dim=-1)
     slots = [
         tuple(

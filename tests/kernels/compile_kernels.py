@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import random
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -33,7 +33,6 @@ from vllm_ppd.kernels.triton import (
     tree_attention,
     tree_walk,
 )
-from vllm_ppd.kernels.triton.fill_tree import DeviceDraftInputs
 from vllm_ppd.trees.bigram import BigramTensors
 
 MODULES = (fill_tree, kv_compact, ngram, place_tree, tree_attention, tree_walk)
@@ -41,7 +40,6 @@ TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
-    torch.float8_e4m3fn: "fp8e4nv",
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int16: "i16",
@@ -129,21 +127,20 @@ def ints(*shape, dtype=torch.int32):
     return torch.ones(shape, dtype=dtype)
 
 
-def launch_attention(dtype, cache_dtype, dim, kv_heads, group, rows, window, splits):
-    cache = torch.zeros(4, kv_heads, 16, 2 * dim, dtype=cache_dtype or dtype)
+def launch_attention(dtype, dim, kv_heads, group, rows, window, splits):
+    cache = torch.zeros(4, kv_heads, 16, 2 * dim, dtype=dtype)
     query = torch.zeros(rows, kv_heads * group, dim, dtype=dtype)
     masks = ints(rows, 1, dtype=torch.int64)
     batch = TreeBatch(ints(1, 64), ints(1), ints(1), ints(1), masks, ints(rows), rows)
-    scale = torch.ones(1) if cache_dtype else None
     tree_attention.tree_attention(
         query, *cache.split(dim, -1), torch.empty_like(query), batch, 0.1,
-        float(window > 0), window, None, scale, scale, splits,
+        float(window > 0), window, splits,
     )  # fmt: skip
 
 
 def launch_small_kernels():
-    random.seed(0)
-    tables = DeviceTables.on("cpu", tables_of(random_policy(), num_rows=64))
+    policy = random_policy(np.random.default_rng(0))
+    tables = DeviceTables.on("cpu", tables_of(policy, num_rows=64))
     trees, longs = ints(4), ints(128, dtype=torch.int64)
     walk = tree_walk.tree_walk(tables, trees, trees, trees, ints(128), longs, trees)
     drafts = ints(4, 63, dtype=torch.int64)
@@ -153,7 +150,9 @@ def launch_small_kernels():
     bigram = BigramTensors(listed, torch.ones(99, 16), torch.ones(99))
     for dtype in (torch.bfloat16, torch.float32):
         scores = torch.zeros(4, 3, 32, dtype=dtype)
-        inputs = DeviceDraftInputs(trees, logits, pool, scores, trees, ints(4, 8))
+        inputs = fill_tree.DeviceDraftInputs(
+            trees, logits, pool, scores, trees, ints(4, 8)
+        )
         fill_tree.fill_tree(tables, trees, inputs, bigram, torch.ones(3), drafts)
     ngram.match_ngrams(longs.view(2, 64), longs[:2], ints(2), 64)
     masks = ints(128, 1, dtype=torch.int64)
@@ -182,13 +181,11 @@ def main() -> None:
         for (module, name), kernel in kernels.items():
             setattr(module, name, Recorder(kernel, capability))
         # Each case is one that has been too large, or nearly so.
-        launch_attention(torch.float16, None, 256, 2, 2, 64, 4096, 1)
+        launch_attention(torch.float16, 256, 2, 2, 64, 4096, 1)
         if capability >= 90:
-            launch_attention(torch.bfloat16, None, 128, 8, 4, 64, 0, None)
-            launch_attention(torch.bfloat16, None, 128, 264, 4, 64, 0, None)
-            fp8 = torch.float8_e4m3fn
-            launch_attention(torch.bfloat16, fp8, 128, 8, 1, 64, 0, 1)
-            launch_attention(torch.float32, None, 128, 2, 2, 64, 0, 1)
+            launch_attention(torch.bfloat16, 128, 8, 4, 64, 0, None)
+            launch_attention(torch.bfloat16, 128, 264, 4, 64, 0, None)
+            launch_attention(torch.float32, 128, 2, 2, 64, 0, 1)
             launch_small_kernels()
     # Forked processes have the launches already, which cannot be pickled.
     with multiprocessing.get_context("fork").Pool(2) as pool:

@@ -332,13 +332,13 @@ def test_tensors_that_do_not_fit_together_are_an_error():
 # ---- Triton alone -----------------------------------------------------------------
 
 
-def check_triton(step, splits=1, softcap=0.0, window=0, **scales):
+def check_triton(step, splits=1, softcap=0.0, window=0):
     """Against the reference, where the oracle is too slow or has no such thing."""
     scale = step.query.shape[2] ** -0.5
     want = torch.full_like(step.query, UNTOUCHED)
     got = want.clone()
     inputs = step.query, step.keys, step.values
-    options = {"scale": scale, "softcap": softcap, "window": window, **scales}
+    options = {"scale": scale, "softcap": softcap, "window": window}
     tree_attention_reference(*inputs, want, step.batch, **options)
     tree_attention(*inputs, got, step.batch, **options, num_splits=splits)
     assert want[step.tree_rows].isfinite().all()
@@ -364,34 +364,6 @@ def test_large_scores_do_not_overflow():
     # FlashAttention does: from 1e9 on what is left of its rounding would overflow.
     step.keys.mul_(1000)
     check_triton(step)
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("per_head", [False, True])
-def test_8_bit_cache(dtype, per_head):
-    step = make_step([Request(70, 9), PADDED], 4, 2, 64, 16, torch.bfloat16, dtype)
-    k_scale, v_scale = (
-        torch.rand(2 if per_head else 1, device=DEVICE) + 0.1 for _ in range(2)
-    )
-    for splits in (1, 2):
-        check_triton(step, splits, k_scale=k_scale, v_scale=v_scale)
-
-
-@needs_triton
-def test_8_bit_query():
-    dtype = torch.float8_e4m3fn
-    step = make_step([Request(70, 9)], 2, 1, 64, 16, torch.bfloat16, dtype)
-    scales = {
-        name: torch.tensor([value], device=DEVICE)
-        for name, value in (("q_scale", 0.5), ("k_scale", 2.0), ("v_scale", 0.25))
-    }
-    want = torch.zeros_like(step.query)
-    got = want.clone()
-    inputs = step.query.to(dtype), step.keys, step.values
-    tree_attention_reference(*inputs, want, step.batch, 0.125, **scales)
-    tree_attention(*inputs, got, step.batch, 0.125, **scales)
-    torch.testing.assert_close(got, want, **TRITON_TOLERANCE[want.dtype])
 
 
 @needs_triton

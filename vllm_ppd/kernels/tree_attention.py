@@ -70,15 +70,11 @@ def tree_attention_reference(
     scale: float,
     softcap: float = 0.0,
     window: int = 0,
-    q_scale: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Write the tree rows' attention into `output`; computed in float32.
 
-    `softcap` <= 0 and `window` <= 0 (in tokens) mean none. Values of a quantized query
-    or cache are what is stored times a scale: float32 [1], or [kv_heads]. Works on any
-    device and with any strided layout; it gathers the blocks each request can see.
+    `softcap` <= 0 and `window` <= 0 (in tokens) mean none. Works on any device and with
+    any strided layout; it gathers the blocks each request can see.
     """
     heads, dim = query.shape[1:]
     kv_heads, block_size = key_cache.shape[1:3]
@@ -95,13 +91,14 @@ def tree_attention_reference(
         blocks = batch.block_table[r, : -(-total // block_size)].long()
         keys, values = (
             # [kv_heads, 1, total, D]
-            _float(cache[blocks], factor)
+            cache[blocks]
+            .float()
             .transpose(0, 1)
             .reshape(kv_heads, 1, -1, dim)[:, :, :total]
-            for cache, factor in ((key_cache, k_scale), (value_cache, v_scale))
+            for cache in (key_cache, value_cache)
         )
         grouped = query[rows].reshape(q, kv_heads, heads // kv_heads, dim)
-        queries = _float(grouped, q_scale).permute(1, 2, 0, 3)
+        queries = grouped.float().permute(1, 2, 0, 3)
         scores = queries @ keys.mT * scale  # [kv_heads, group, q, total]
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
@@ -112,11 +109,6 @@ def tree_attention_reference(
         seen = visible.any(0)[:, None]
         mixed = weights @ values.masked_fill(~seen, 0.0)
         output[rows] = mixed.permute(2, 0, 1, 3).reshape(q, heads, dim).to(output.dtype)
-
-
-def _float(values: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    """[n, kv_heads, m, D] in float32, times what a quantized tensor is scaled by."""
-    return values.float() if factor is None else values.float() * factor.view(-1, 1, 1)
 
 
 def _visible(

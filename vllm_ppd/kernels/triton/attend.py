@@ -92,7 +92,7 @@ def _attend_tile(
         keys = tl.load(key_ptr, mask=in_head[:, None], other=0.0)
         values = tl.load(value_ptr, mask=in_head[None, :], other=0.0)
 
-    # Scores in units of log 2. An 8-bit cache is exact in any of the query's types.
+    # Scores in units of log 2.
     keys = keys.to(query.dtype)
     scores = tl.dot(query, keys, input_precision="ieee") * score_scale
     if SOFTCAP:
@@ -146,16 +146,10 @@ def attend_kernel(
     context_lens_ptr,  # [B]
     ancestors_ptr,  # int64 [T, WORDS]
     depths_ptr,  # [T]
-    q_scale_ptr,  # float32 [1] or [KV heads], or None for 1
-    k_scale_ptr,
-    v_scale_ptr,
     scale,  # softmax scale * log2(e), or 2 * that / softcap
     softcap,  # softcap * log2(e)
     max_rows,
     row_tiles,
-    q_scale_stride,
-    k_scale_stride,
-    v_scale_stride,
     table_stride,
     query_stride_token,
     query_stride_head,
@@ -207,10 +201,6 @@ def attend_kernel(
     query = query.to(tl.float32 if WIDE else output_ptr.dtype.element_ty)
     depth = tl.load(depths_ptr + start + row, mask=in_tree, other=0)
 
-    if q_scale_ptr is not None:
-        scale *= tl.load(q_scale_ptr + kv_head * q_scale_stride)
-    if k_scale_ptr is not None:
-        scale *= tl.load(k_scale_ptr + kv_head * k_scale_stride)
     key_ptr += kv_head.to(tl.int64) * key_stride_head
     value_ptr += kv_head.to(tl.int64) * value_stride_head
     keys = (key_ptr, key_stride_block, key_stride_slot, key_stride_element)
@@ -247,8 +237,6 @@ def attend_kernel(
 
     if SPLITS == 1:
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        if v_scale_ptr is not None:
-            result *= tl.load(v_scale_ptr + kv_head * v_scale_stride)
         output_at = (start + row) * output_stride_token + head * output_stride_head
         result = result.to(output_ptr.dtype.element_ty)
         tl.store(output_ptr + output_at[:, None] + dims[None, :], result, mask=mask)

@@ -36,8 +36,6 @@ def join_splits_kernel(
     starts_ptr,  # [B]
     num_rows_ptr,  # [B]
     context_lens_ptr,  # [B]
-    v_scale_ptr,  # float32 [1] or [KV heads], or None for 1
-    v_scale_stride,
     max_rows,
     row_tiles,
     output_stride_token,
@@ -88,8 +86,6 @@ def join_splits_kernel(
         )
         result += partial * tl.exp2(top - highest)[:, None]
     result /= total[:, None]
-    if v_scale_ptr is not None:
-        result *= tl.load(v_scale_ptr + kv_head * v_scale_stride)
     start = tl.load(starts_ptr + request).to(tl.int64)
     output_at = (start + row) * output_stride_token + head * output_stride_head
     result = result.to(output_ptr.dtype.element_ty)

@@ -97,9 +97,6 @@ def tree_attention(
     scale: float,
     softcap: float = 0.0,
     window: int = 0,
-    q_scale: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
     num_splits: int | None = None,
 ) -> None:
     """As `vllm_ppd.kernels.tree_attention.tree_attention_reference`.
@@ -138,12 +135,11 @@ def tree_attention(
     attend_kernel[(requests * shape.row_tiles, kv_heads, splits)](
         *(query, key_cache, value_cache, output, partial, tops, totals),
         *(batch.block_table, batch.starts, batch.num_rows, batch.context_lens),
-        *(batch.ancestors, batch.depths, q_scale, k_scale, v_scale),
+        *(batch.ancestors, batch.depths),
         2 * LOG2_E * scale / softcap if has_cap else LOG2_E * scale,
         LOG2_E * softcap,
         max_rows,
         shape.row_tiles,
-        *(_scale_stride(factor) for factor in (q_scale, k_scale, v_scale)),
         batch.block_table.stride(0),
         *query.stride()[:2],
         *output.stride()[:2],
@@ -163,17 +159,12 @@ def tree_attention(
         join_splits_kernel[(requests * row_tiles, kv_heads)](
             *(partial, tops, totals, output),
             *(batch.starts, batch.num_rows, batch.context_lens),
-            *(v_scale, _scale_stride(v_scale), max_rows, row_tiles),
+            *(max_rows, row_tiles),
             *output.stride()[:2],
             **constants,
             M=_JOIN_M,
             num_warps=4,
         )
-
-
-def _scale_stride(scale: torch.Tensor | None) -> int:
-    """0 for one scale for all heads, 1 for one per KV head."""
-    return 0 if scale is None or scale.numel() == 1 else 1
 
 
 def _check(
