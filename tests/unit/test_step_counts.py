@@ -6,7 +6,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_ppd.engine import counters
-from vllm_ppd.engine.counters import StepCounts, StepLog, read_counts
+from vllm_ppd.engine.counters import StepCounts
 from vllm_ppd.trees.layout import TreeStep, TreeTables
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
@@ -57,8 +57,11 @@ def add(counts: StepCounts, paths: list[list[int]]) -> None:
 
 def values(folder) -> dict[str, float]:
     return {
-        ",".join([name, *labels.values()]): value
-        for name, labels, value in read_counts(folder)
+        ",".join([family.name.removeprefix("vllm:ppd_"), *sample.labels.values()]): (
+            sample.value
+        )
+        for family in counters._PPDCollector(str(folder)).collect()
+        for sample in family.samples
     }
 
 
@@ -94,9 +97,9 @@ def test_padding_is_neither_a_draft_token_nor_speculation():
 
 
 def test_every_eighth_step_counts_and_lines_are_logged(monkeypatch):
-    log, now = StepLog(StepCounts(2)), [0.0]
+    now = [0.0]
     monkeypatch.setattr(counters.time, "monotonic", lambda: now[0])
-    log._reset()
+    log = StepCounts(2)
     step, walk = step_and_walk([[1, 2]])
     for _ in range(16):
         log.after_step(step, walk, ONE)

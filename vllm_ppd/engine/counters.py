@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
@@ -32,13 +33,10 @@ from vllm_ppd.trees.verify import TreeWalk
 
 __all__ = [
     "EVERY",
-    "SOURCES",
     "Slot",
     "StepCounts",
-    "StepLog",
     "counts_of",
     "publish_metrics",
-    "read_counts",
 ]
 
 logger = init_logger("vllm.ppd")
@@ -91,7 +89,7 @@ def _slots(num_prompted: int) -> list[tuple[str, dict[str, str]]]:
 
 
 class StepCounts:
-    """Sums over the steps of one worker.
+    """Sums over every eighth step of one worker, logged every ten seconds of traffic.
 
     Args:
         num_prompted: m + 1, the values that num_prompted can have.
@@ -107,6 +105,8 @@ class StepCounts:
     ):
         slots = _slots(num_prompted)
         self.values: np.ndarray = np.zeros(len(slots))
+        self._steps = 0
+        self._since, self._logged = time.monotonic(), self.values.copy()
         if folder is None or not Path(folder).is_dir():
             return
         path = Path(folder) / f"{os.getpid()}.bin"
@@ -114,6 +114,26 @@ class StepCounts:
         self.values = np.asarray(np.memmap(path, np.float64, "w+", shape=len(slots)))
         description = [[name, {**(labels or {}), **more}] for name, more in slots]
         write_json(path.with_suffix(".json"), description)
+
+    def counts_next(self) -> bool:
+        """Whether the step that has just run is to be counted; to be asked once."""
+        self._steps += 1
+        return self._steps % EVERY == 0
+
+    def after_plain_step(self, num_running: int) -> None:
+        """Note a plain step of so many requests."""
+        if self.counts_next():
+            self.add_plain(num_running)
+            self.log_if_due()
+
+    def after_step(
+        self, step: TreeStep, walk: TreeWalk, num_prompted: np.ndarray
+    ) -> None:
+        """Note a verified step; num_prompted as of `add`."""
+        if self.counts_next():
+            facts = step.tree_ids, step.num_rows, walk.lengths, walk.paths
+            self.add(step.tables, *facts, num_prompted)
+            self.log_if_due()
 
     def add_plain(self, num_running: int) -> None:
         """A plain step: one row and one token per request."""
@@ -162,9 +182,14 @@ class StepCounts:
             num_prompted[speculates], minlength=len(values) - Slot.FIRST_PROMPTED
         )
 
-    def line(self, since: np.ndarray) -> str:
-        """In words, what was counted since ``values`` were these."""
-        seen = self.values - since
+    def log_if_due(self) -> None:
+        if time.monotonic() - self._since > _LOG_SECONDS:
+            logger.info(self.line())
+            self._since, self._logged = time.monotonic(), self.values.copy()
+
+    def line(self) -> str:
+        """In words, what was counted since the last line that was logged."""
+        seen = self.values - self._logged
         requests = max(1.0, seen[Slot.SPECULATING] + seen[Slot.PLAIN])
         text = (
             f"PPD: acceptance length {seen[Slot.TOKENS] / requests:.2f}, "
@@ -183,90 +208,32 @@ class StepCounts:
         return text
 
 
-class StepLog:
-    """Counts every eighth step, and logs every ten seconds of traffic."""
-
-    def __init__(self, counts: StepCounts) -> None:
-        self.counts = counts
-        self._steps = 0
-        self._reset()
-
-    def _reset(self) -> None:
-        self._since = time.monotonic()
-        self._logged: np.ndarray = np.array(self.counts.values)
-
-    def counts_next(self) -> bool:
-        """Whether the step that has just run is to be counted; to be asked once."""
-        self._steps += 1
-        return self._steps % EVERY == 0
-
-    def after_plain_step(self, num_running: int) -> None:
-        """Note a plain step of so many requests."""
-        if self.counts_next():
-            self.counts.add_plain(num_running)
-            self.log_if_due()
-
-    def after_step(
-        self, step: TreeStep, walk: TreeWalk, num_prompted: np.ndarray
-    ) -> None:
-        """Note a verified step; num_prompted as of `StepCounts.add`."""
-        if self.counts_next():
-            self.counts.add(
-                step.tables,
-                step.tree_ids,
-                step.num_rows,
-                walk.lengths,
-                walk.paths,
-                num_prompted,
-            )
-            self.log_if_due()
-
-    def log_if_due(self) -> None:
-        if time.monotonic() - self._since > _LOG_SECONDS:
-            logger.info(self.line())
-            self._reset()
-
-    def line(self) -> str:
-        """What was counted since the last line."""
-        return self.counts.line(self._logged)
-
-
-def read_counts(
-    folder: str | os.PathLike[str],
-) -> Iterator[tuple[str, dict[str, str], float]]:
-    """(name, labels, sum) of all workers' counts in a folder.
-
-    Files that are damaged, or being made, are left out.
-    """
-    sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        try:
-            slots: list[Any] = json.loads(path.read_text())
-            values = np.fromfile(path.with_suffix(".bin"))
-        except (OSError, ValueError):
-            continue
-        if len(slots) != len(values):
-            continue
-        for (name, labels), value in zip(slots, values.tolist(), strict=True):
-            key = name, tuple(sorted(labels.items()))
-            sums[key] = sums.get(key, 0.0) + value
-    for (name, labels), value in sums.items():
-        yield name, dict(labels), value
-
-
 class _PPDCollector(Collector):
+    """The sums of all workers' counts in a folder."""
+
     def __init__(self, folder: str):
-        self._folder = folder
+        self._folder = Path(folder)
 
     def collect(self) -> Iterator[Metric]:
+        """Files that are damaged, or being made, are left out."""
+        sums: dict[tuple[str, Any], float] = defaultdict(float)
+        for path in sorted(self._folder.glob("*.json")):
+            try:
+                slots: list[Any] = json.loads(path.read_text())
+                values = np.fromfile(path.with_suffix(".bin"))
+            except (OSError, ValueError):
+                continue
+            if len(slots) == len(values):
+                for (name, labels), value in zip(slots, values.tolist(), strict=True):
+                    sums[name, tuple(sorted(labels.items()))] += value
         families: dict[str, CounterMetricFamily] = {}
-        for name, labels, value in read_counts(self._folder):
+        for (name, labels), total in sums.items():
             if name not in families:
                 text = f"{_HELP[name]} One step in eight counts."
                 families[name] = CounterMetricFamily(
-                    f"vllm:ppd_{name}", text, labels=list(labels)
+                    f"vllm:ppd_{name}", text, labels=[label for label, _ in labels]
                 )
-            families[name].add_metric(list(labels.values()), value)
+            families[name].add_metric([value for _, value in labels], total)
         yield from families.values()
 
 

@@ -28,7 +28,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_ppd.engine.attention import set_current_step
-from vllm_ppd.engine.counters import StepCounts, StepLog, counts_of
+from vllm_ppd.engine.counters import StepCounts, counts_of
 from vllm_ppd.engine.measure import measured_profile
 from vllm_ppd.engine.refusals import opts_out
 from vllm_ppd.engine.v1.bigram_learner import BigramLearner
@@ -84,7 +84,7 @@ class PPDRunnerMixin:
         self._ppd_learner: BigramLearner | None = None
         self.ppd_measured: LatencyProfile | None = None
         # Steps before requests are served count for nothing.
-        self._ppd_log = StepLog(StepCounts(self.drafter.menu.num_prompt_tokens + 1))
+        self._ppd_log = StepCounts(self.drafter.menu.num_prompt_tokens + 1)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
@@ -99,7 +99,7 @@ class PPDRunnerMixin:
         first_rank = get_tensor_model_parallel_rank() == 0
         num_prompted = self.drafter.menu.num_prompt_tokens + 1
         config: Any = self.vllm_config  # type: ignore[attr-defined]
-        self._ppd_log = StepLog(counts_of(config, num_prompted, publish=first_rank))
+        self._ppd_log = counts_of(config, num_prompted, publish=first_rank)
         if self.drafter.online_bigram is not None:
             self._ppd_learner = BigramLearner(self.drafter.online_bigram)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.async_utils import async_copy_to_np
 
-from vllm_ppd.engine.counters import StepCounts, StepLog
+from vllm_ppd.engine.counters import StepCounts
 from vllm_ppd.engine.v2.request_trees import RequestTrees
 from vllm_ppd.engine.v2.step_trees import StepTrees
 from vllm_ppd.trees.layout import TreeTables
@@ -21,7 +21,7 @@ __all__ = ["DeviceStepLog"]
 
 
 class DeviceStepLog:
-    """Counts every eighth step, as `StepLog` does on V1.
+    """Counts every eighth step, as `StepCounts` does on V1.
 
     Args:
         requests: the trees.
@@ -31,22 +31,22 @@ class DeviceStepLog:
     def __init__(self, requests: RequestTrees, counts: StepCounts):
         self._tables = TreeTables(requests.menu, first_soft_id=0)
         self._num_prompted: np.ndarray = requests.num_prompted.cpu().numpy()
-        self._log = StepLog(counts)
+        self._counts = counts
         # Copies on their way, and what is recorded behind each; None on a CPU.
         self._copies: deque[tuple[np.ndarray, torch.cuda.Event | None]] = deque()
 
     def after_step(self, num_running: int, step: StepTrees | None) -> None:
         """Note a step of so many requests; None for a plain one."""
         if step is None or step.walk is None:
-            self._log.after_plain_step(num_running)
-        elif self._log.counts_next():
+            self._counts.after_plain_step(num_running)
+        elif self._counts.counts_next():
             self._copy(step)
         self._collect()
 
     def line(self) -> str:
         """What was counted since the last line."""
         self._collect()
-        return self._log.line()
+        return self._counts.line()
 
     def _copy(self, step: StepTrees) -> None:
         walk = step.walk
@@ -66,7 +66,7 @@ class DeviceStepLog:
             self._copies.popleft()
             tree_ids, num_rows, lengths = facts[:, :3].T
             num_prompted = self._num_prompted[tree_ids]
-            self._log.counts.add(
+            self._counts.add(
                 self._tables, tree_ids, num_rows, lengths, facts[:, 3:], num_prompted
             )
-            self._log.log_if_due()
+            self._counts.log_if_due()
