@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,6 @@ from vllm_ppd.kernels.cpu import (
     load_library,
     value_view,
 )
-from vllm_ppd.kernels.kv_compact import kv_compact_reference
 
 
 @pytest.fixture(params=["reference", "compiled"])
@@ -26,7 +24,9 @@ def compact_cpu(request, monkeypatch):
         monkeypatch.setattr(kv_compact, "load_library", lambda: None)
     elif load_library() is None:
         pytest.skip("no C++ compiler")
-    return lambda caches, src, dst: CpuKVCompactor(caches).run(src, dst)
+    return lambda caches, *moves: CpuKVCompactor(caches).run(
+        *(torch.as_tensor(slots, dtype=torch.int64) for slots in moves)
+    )
 
 
 def random_bits(shape, dtype, device=DEVICE):
@@ -156,7 +156,7 @@ def test_path_moves_next_to_the_context(compact_cpu):
     rows = [[10, 11, 20, 21], [12, 13, 22, 23], [14, 15, 24, 25]]
     cache = torch.tensor(rows, dtype=torch.float32).view(3, 1, 2, 2)
     # Slots 1 (root, stays), 3 -> 2, 5 -> 3: crosses blocks, overwrites a source.
-    compact_cpu([cache], np.array([1, 3, 5]), np.array([1, 2, 3]))
+    compact_cpu([cache], [1, 3, 5], [1, 2, 3])
     want = [[10, 11, 20, 21], [13, 15, 23, 25], [14, 15, 24, 25]]
     assert cache.view(3, 4).tolist() == want
 
@@ -181,7 +181,7 @@ def test_random_moves(compact_cpu, dtype, heads, block_size, dim):
     keys = [f[..., :half].view(8, heads, dim, -1).transpose(2, 3) for f in flat]
     move(keys, src, dst)
     move([f[..., half:].view(8, heads, -1, dim) for f in flat], src, dst)
-    compact_cpu(caches, np.array(src), np.array(dst))
+    compact_cpu(caches, src, dst)
     for got, expected in zip(caches, want, strict=True):
         assert torch.equal(bits(got), bits(expected))
 
@@ -194,7 +194,7 @@ def test_many_moves_over_many_layers_in_parallel(compact_cpu):
     src, dst = torch.arange(16, 160), torch.arange(0, 144)
     want = [cache.clone() for cache in caches]
     views = [view(cache) for cache in want for view in (key_view, value_view)]
-    kv_compact_reference(views, src, dst)
+    kv_compact.kv_compact_reference(views, src, dst)
     compact_cpu(caches, src, dst)
     for got, expected in zip(caches, want, strict=True):
         assert torch.equal(bits(got), bits(expected))
@@ -205,18 +205,17 @@ def test_a_slot_outside_the_cache_is_an_error(compact_cpu, src, dst):
     (cache,) = cpu_caches(1, 2, 1, 16, 16)
     want = cache.clone()
     with pytest.raises(IndexError, match=f"{src} -> {dst}"):
-        compact_cpu([cache], np.array([3, src]), np.array([2, dst]))
-    nothing = np.array([], dtype=np.int64)
-    compact_cpu([cache], nothing, nothing)
+        compact_cpu([cache], [3, src], [2, dst])
+    compact_cpu([cache], [], [])
     assert torch.equal(bits(cache), bits(want))
 
 
 def test_slots_must_be_contiguous_int64():
     compactor = CpuKVCompactor(cpu_caches(1, 2, 1, 16, 16))
-    good = np.array([1, 2])
+    good = torch.tensor([1, 2])
     with pytest.raises(ValueError, match="int32"):
-        compactor.run(good.astype(np.int32), good)
+        compactor.run(good.int(), good)
     with pytest.raises(ValueError, match="contiguous"):
-        compactor.run(np.arange(4)[::2], good)
+        compactor.run(torch.arange(4)[::2], good)
     with pytest.raises(ValueError, match="2 sources but 1"):
         compactor.run(good, good[:1])

@@ -7,6 +7,7 @@ bad words, minimum lengths, seeds and logprobs need no rules of their own.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -57,33 +58,34 @@ def walk_trees(
     return walk, sources, targets, output
 
 
-def _is_plain_greedy(metadata: SamplingMetadata) -> bool:
-    """Whether every token is the argmax of unprocessed logits, and no more is asked."""
+def _needs_logits_only(metadata: SamplingMetadata, processors: Iterable[Any]) -> bool:
+    """Whether tokens depend on nothing but their logits, and no more is asked.
+
+    processors: those of vLLM's logits processors that would matter.
+    """
     holder = metadata.thinking_budget_state_holder
     return (
-        metadata.all_greedy
-        and metadata.max_num_logprobs is None
+        metadata.max_num_logprobs is None
         and not metadata.logprob_token_ids
         and metadata.no_penalties
         and metadata.allowed_token_ids_mask is None
         and not metadata.bad_words_token_ids
-        and all(_is_idle(p) for p in metadata.logitsprocs.non_argmax_invariant)
+        and all(_is_idle(processor) for processor in processors)
         and (holder is None or not holder.has_tracked_requests())
+    )
+
+
+def _is_plain_greedy(metadata: SamplingMetadata) -> bool:
+    """Whether every token is the argmax of unprocessed logits, and no more is asked."""
+    return metadata.all_greedy and _needs_logits_only(
+        metadata, metadata.logitsprocs.non_argmax_invariant
     )
 
 
 def _depends_on_own_row_only(metadata: SamplingMetadata) -> bool:
     """Whether a token can be sampled from its logits without the rest of the batch."""
-    holder = metadata.thinking_budget_state_holder
-    return (
-        metadata.all_random
-        and metadata.max_num_logprobs is None
-        and not metadata.logprob_token_ids
-        and metadata.no_penalties
-        and metadata.allowed_token_ids_mask is None
-        and not metadata.bad_words_token_ids
-        and all(_is_idle(p) for p in metadata.logitsprocs.all)
-        and (holder is None or not holder.has_tracked_requests())
+    return metadata.all_random and _needs_logits_only(
+        metadata, metadata.logitsprocs.all
     )
 
 

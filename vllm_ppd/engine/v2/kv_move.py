@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from vllm_ppd.config import PPDConfigError
+from vllm_ppd.engine.kv_caches import attention_caches
 from vllm_ppd.kernels.cpu.layout import key_view, value_view
 from vllm_ppd.kernels.triton.kv_compact import KVCompactor
 from vllm_ppd.kernels.triton.tree_walk import Walk
@@ -20,35 +19,15 @@ class PathMover:
         runner: a V2 model runner whose KV caches are allocated.
 
     Raises:
-        PPDConfigError: a cache that is not plain attention's, or of 8-bit values.
+        PPDConfigError: as `attention_caches`.
     """
 
     def __init__(self, runner: Any):
         self._block_tables = runner.block_tables
-        layers = runner.compilation_config.static_forward_context
-        self._groups = []
-        for group in runner.kv_cache_config.kv_cache_groups:
-            if not isinstance(
-                group.kv_cache_spec, FullAttentionSpec | SlidingWindowSpec
-            ):
-                raise PPDConfigError(
-                    "speculative method 'ppd' needs plain attention layers, not "
-                    f"{type(group.kv_cache_spec).__name__}: serve without PPD"
-                )
-            # Layers may share one cache; moving its rows twice would lose them.
-            caches = {
-                cache.data_ptr(): cache
-                for name in group.layer_names
-                if (cache := layers[name].kv_cache) is not None
-            }
-            if any(cache.element_size() == 1 for cache in caches.values()):
-                # A checkpoint can ask for it, whatever --kv-cache-dtype says.
-                raise PPDConfigError(
-                    "speculative method 'ppd' cannot read a KV cache of 8-bit values, "
-                    "which this model has: serve with --kv-cache-dtype bfloat16"
-                )
-            views = [view for cache in caches.values() for view in _views(cache)]
-            self._groups.append(KVCompactor(views))
+        self._groups = [
+            KVCompactor([view for cache in caches for view in _views(cache)])
+            for caches in attention_caches(runner)
+        ]
 
     def move(self, walk: Walk, starts: torch.Tensor) -> None:
         """Copy the KV of every path's row ``d`` to where row ``d`` of its tree is.

@@ -1,18 +1,21 @@
-"""KV compaction on CPU: all layers in one call of the compiled kernel."""
+"""KV compaction on CPU: all layers in one call of the compiled kernel.
+
+After verification the keys and values of accepted rows lie scattered over the step's
+slots; the next step expects them right after the context. A slot is a linear index
+into the cache: block * block_size + offset.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from vllm_ppd.kernels.cpu.build import load_library, struct
 from vllm_ppd.kernels.cpu.layout import key_view, value_view
-from vllm_ppd.kernels.kv_compact import kv_compact_reference
 
-__all__ = ["CpuKVCompactor"]
+__all__ = ["CpuKVCompactor", "kv_compact_reference"]
 
 _CacheLayer = struct(  # as in kv_compact.cpp
     ["base"],
@@ -51,40 +54,50 @@ class CpuKVCompactor:
         library = load_library()
         self._kernel = None if library is None else library.ppd_kv_compact
 
-    def run(
-        self, src: np.ndarray | torch.Tensor, dst: np.ndarray | torch.Tensor
-    ) -> None:
-        """As `vllm_ppd.kernels.kv_compact.kv_compact_reference`, in order of i.
+    def run(self, src: torch.Tensor, dst: torch.Tensor) -> None:
+        """As `kv_compact_reference`, in order of i.
 
         Args:
-            src: int64 [n] slots (block * block_size + offset), numpy or CPU tensor
+            src: int64 [n] slots, contiguous
             dst: int64 [n]
 
         Raises:
             ValueError: arrays of another type or length.
             IndexError: a slot outside the cache; then nothing has moved.
         """
-        sources, targets = _pointer(src), _pointer(dst)
+        for slots in (src, dst):
+            if slots.dtype != torch.int64 or not slots.is_contiguous():
+                raise ValueError(f"slots must be contiguous int64, not {slots.dtype}")
         moves = len(src)
         if len(dst) != moves:
             raise ValueError(f"{moves} sources but {len(dst)} targets")
         if self._kernel is None:
-            slots = torch.stack([torch.as_tensor(src), torch.as_tensor(dst)])
+            slots = torch.stack([src, dst])
             outside = ((slots < 0) | (slots >= self._num_slots)).any(0).tolist()
             bad = outside.index(True) + 1 if any(outside) else 0
             if not bad:
                 kv_compact_reference(self._views, *slots)
         else:
-            bad = self._kernel(self._address, len(self._table), sources, targets, moves)
+            pointers = src.data_ptr(), dst.data_ptr()
+            bad = self._kernel(self._address, len(self._table), *pointers, moves)
         if bad:
             move = f"{int(src[bad - 1])} -> {int(dst[bad - 1])}"
             raise IndexError(f"move {move} leaves the KV cache")
 
 
-def _pointer(slots: np.ndarray | torch.Tensor) -> int:
-    if isinstance(slots, torch.Tensor):
-        if slots.dtype == torch.int64 and slots.is_contiguous():
-            return slots.data_ptr()
-    elif slots.dtype == np.int64 and slots.flags.c_contiguous:
-        return slots.ctypes.data
-    raise ValueError(f"slots must be contiguous int64, not {slots.dtype}")
+def kv_compact_reference(
+    caches: Sequence[torch.Tensor],  # each [num_blocks, kv_heads, block_size, width]
+    src: torch.Tensor,  # int64 [n]: slots to read
+    dst: torch.Tensor,  # int64 [n]: slots to write
+) -> None:
+    """Copy slot src[i] to dst[i] in every cache and KV head.
+
+    Keys and values can be two caches or one, of any strides and element types; all
+    share one numbering of slots. Along one request dst rises and src >= dst, so no
+    move reads what an earlier one wrote: the order of the moves does not matter as
+    long as every element is read before it is written.
+    """
+    for cache in caches:
+        size = cache.shape[2]
+        rows = cache[src // size, :, src % size]
+        cache[dst // size, :, dst % size] = rows

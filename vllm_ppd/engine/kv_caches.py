@@ -1,0 +1,45 @@
+"""The KV caches whose rows move after verification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+from vllm_ppd.config import PPDConfigError
+
+__all__ = ["attention_caches"]
+
+
+def attention_caches(runner: Any) -> list[list[torch.Tensor]]:
+    """The caches of each KV cache group, each one once.
+
+    Args:
+        runner: a model runner whose KV caches are allocated.
+
+    Raises:
+        PPDConfigError: a cache that is not plain attention's, or of 8-bit values.
+    """
+    layers = runner.compilation_config.static_forward_context
+    groups = []
+    for group in runner.kv_cache_config.kv_cache_groups:
+        if not isinstance(group.kv_cache_spec, FullAttentionSpec | SlidingWindowSpec):
+            raise PPDConfigError(
+                "speculative method 'ppd' needs plain attention layers, not "
+                f"{type(group.kv_cache_spec).__name__}: serve without PPD"
+            )
+        # Layers may share one cache; moving its rows twice would lose them.
+        caches = {
+            cache.data_ptr(): cache
+            for name in group.layer_names
+            if (cache := layers[name].kv_cache) is not None
+        }
+        if any(cache.element_size() == 1 for cache in caches.values()):
+            # A checkpoint can ask for it, whatever --kv-cache-dtype says.
+            raise PPDConfigError(
+                "speculative method 'ppd' cannot read a KV cache of 8-bit values, "
+                "which this model has: serve with --kv-cache-dtype bfloat16"
+            )
+        groups.append(list(caches.values()))
+    return groups
