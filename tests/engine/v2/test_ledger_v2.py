@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import pickle
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -16,31 +17,18 @@ import pytest
 import torch
 import vllm
 import vllm.config.vllm as vllm_config
-import vllm.v1.worker.gpu.model_runner as model_runner
-from vllm.config import SpeculativeConfig
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu.async_utils import AsyncOutput, async_copy_to_np
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
-from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-from vllm.v1.worker.gpu.model_states.interface import ModelState
-from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
-from vllm.v1.worker.gpu.sample.sampler import Sampler
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
-    RejectionSampler,
-    get_max_chunk_logits,
-)
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
-from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
-from vllm.v1.worker.gpu.states import RequestState
-from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ppd.config import PPDConfigError
 from vllm_ppd.engine import patches
@@ -52,6 +40,7 @@ UPDATE = getattr(
 
 
 def parameters(function: Any) -> list[str]:
+    function = getattr(function, patches._MARK, function)
     return list(inspect.signature(function).parameters)
 
 
@@ -73,82 +62,91 @@ def test_every_override_is_listed_and_overrides_something(index):
     assert all(callable(getattr(stock, name)) for name in listed)
 
 
-@pytest.mark.parametrize(
-    ("function", "names"),
-    [
-        (model_runner.init_speculator, "vllm_config device req_states"),
-        (GPUModelRunner.__init__, "self vllm_config device"),
-        (GPUModelRunner.sample, "self hidden_states input_batch grammar_output"),
-        (GPUModelRunner.sample_tokens, "self grammar_output"),
-        (DraftTokensHandler.__init__, "self device"),
-        (DraftTokensHandler.set_draft_tokens, "self input_batch draft_tokens"),
-        (ModelState.add_request, "self req_index new_req_data"),
-        (Worker._make_model_runner, "self"),
-        (Worker.compile_or_warm_up_model, "self"),
-        (CPUWorker.compile_or_warm_up_model, "self"),
-        (UPDATE, "self scheduler_output model_runner_output"),
-        (async_copy_to_np, "x"),
-        (
-            Sampler.sample,
-            "self logits expanded_idx_mapping idx_mapping idx_mapping_np pos input_ids "
-            "expanded_local_pos seq_lens_upper_bound_np return_logprobs",
-        ),
-        (
-            get_num_sampled_and_rejected,
-            "num_sampled seq_lens cu_num_logits idx_mapping prefill_len",
-        ),
-        (
-            compute_topk_scores,
-            "logits num_logprobs sampled_token_ids cu_num_logits "
-            "logprob_token_ids_state expanded_idx_mapping max_per_req_token_ids "
-            "logits_mode",
-        ),
-    ],
-)
-def test_signatures(function, names):
-    assert parameters(function) == names.split()
+# Below vllm.v1: a function and its parameters; after "..." others may stand, too.
+SIGNATURES = """
+worker.gpu.model_runner:init_speculator vllm_config device req_states
+worker.gpu.model_runner:GPUModelRunner.__init__ self vllm_config device
+worker.gpu.model_runner:GPUModelRunner.sample self hidden_states input_batch \
+    grammar_output
+worker.gpu.model_runner:GPUModelRunner.sample_tokens self grammar_output
+worker.gpu.spec_decode.utils:DraftTokensHandler.__init__ self device
+worker.gpu.spec_decode.utils:DraftTokensHandler.set_draft_tokens self input_batch \
+    draft_tokens
+worker.gpu.spec_decode.speculator:BaseSpeculator.propose self input_batch \
+    attn_metadata slot_mappings last_hidden_states ... dummy_run is_profile \
+    num_speculative_tokens
+worker.gpu.spec_decode.rejection_sampler:get_max_chunk_logits vocab_size ...
+worker.gpu.model_states.interface:ModelState.add_request self req_index new_req_data
+worker.gpu.model_states.interface:ModelState.preprocess_state self input_batch ...
+worker.gpu.model_states.default:DefaultModelState.prepare_attn self input_batch ... \
+    for_capture
+worker.gpu_worker:Worker.__init__ self vllm_config ...
+worker.gpu_worker:Worker._make_model_runner self
+worker.gpu_worker:Worker.compile_or_warm_up_model self
+worker.cpu_worker:CPUWorker.compile_or_warm_up_model self
+core.sched.scheduler:Scheduler.update_from_output self scheduler_output \
+    model_runner_output
+worker.gpu.async_utils:async_copy_to_np x
+worker.gpu.sample.sampler:Sampler.get_logprobs_dims self idx_mapping_np ...
+worker.gpu.sample.sampler:Sampler.sample self logits expanded_idx_mapping \
+    idx_mapping idx_mapping_np pos input_ids expanded_local_pos \
+    seq_lens_upper_bound_np return_logprobs
+worker.gpu.input_batch:get_num_sampled_and_rejected num_sampled seq_lens \
+    cu_num_logits idx_mapping prefill_len
+worker.gpu.sample.logprob:compute_topk_scores logits num_logprobs sampled_token_ids \
+    cu_num_logits logprob_token_ids_state expanded_idx_mapping max_per_req_token_ids \
+    logits_mode
+"""
+
+# Fields of dataclasses, and attributes that __init__ sets.
+FIELDS = """
+v1.worker.gpu.input_batch:InputBatch num_reqs num_tokens num_draft_tokens \
+    num_scheduled_tokens idx_mapping idx_mapping_np query_start_loc seq_lens \
+    seq_lens_cpu_upper_bound input_ids positions logits_indices cu_num_logits \
+    cu_num_logits_np expanded_idx_mapping expanded_local_pos \
+    has_structured_output_reqs
+config:SpeculativeConfig method num_speculative_tokens target_model_config \
+    target_parallel_config draft_model_config draft_parallel_config
+v1.outputs:ModelRunnerOutput req_ids sampled_token_ids
+v1.core.sched.output:NewRequestData req_id prompt_token_ids prefill_token_ids block_ids
+v1.core.sched.output:SchedulerOutput num_spec_tokens_to_schedule \
+    scheduled_spec_decode_tokens
+v1.worker.gpu.states:RequestState max_num_reqs max_num_batched_tokens \
+    num_speculative_steps all_token_ids total_len draft_tokens prefill_len
+v1.worker.gpu.sample.sampler:Sampler logprobs_mode compute_nans req_states \
+    sampling_states
+v1.worker.gpu.model_runner:GPUModelRunner max_num_reqs vocab_size draft_tokens_handler
+"""
 
 
-def test_first_and_optional_parameters():
-    assert parameters(Worker.__init__)[1] == "vllm_config"
-    assert parameters(Sampler.get_logprobs_dims)[:2] == ["self", "idx_mapping_np"]
-    assert parameters(ModelState.preprocess_state)[1] == "input_batch"
-    prepare = parameters(DefaultModelState.prepare_attn)
-    assert prepare[:2] == ["self", "input_batch"] and "for_capture" in prepare
-    propose = parameters(BaseSpeculator.propose)
-    assert propose[1:5] == [
-        *("input_batch", "attn_metadata", "slot_mappings", "last_hidden_states"),
-    ]
-    assert {"dummy_run", "is_profile", "num_speculative_tokens"} <= set(propose)
+def rows(table: str) -> list[list[str]]:
+    return [line.split() for line in table.strip().splitlines()]
+
+
+@pytest.mark.parametrize("row", rows(SIGNATURES), ids=lambda row: row[0])
+def test_signatures(row):
+    found = parameters(resolve_name(f"vllm.v1.{row[0]}"))
+    first, _, others = " ".join(row[1:]).partition(" ...")
+    if "..." in row:
+        assert set(others.split()) <= set(found)
+        found = found[: len(first.split())]
+    assert found == first.split()
+
+
+@pytest.mark.parametrize("row", rows(FIELDS), ids=lambda row: row[0])
+def test_fields(row):
+    kind, names = resolve_name(f"vllm.{row[0]}"), row[1:]
+    if dataclasses.is_dataclass(kind):
+        assert set(names) <= {field.name for field in dataclasses.fields(kind)}
+    else:
+        source = inspect.getsource(kind.__init__)
+        assert [name for name in names if f"self.{name} = " not in source] == []
+
+
+def test_what_a_speculator_must_have():
     assert BaseSpeculator.__abstractmethods__ == {
         *("init_cudagraph_manager", "capture", "propose"),
     }
-    assert get_max_chunk_logits(1000) > 0
-
-
-@pytest.mark.parametrize(
-    ("kind", "names"),
-    [
-        (
-            InputBatch,
-            "num_reqs num_tokens num_draft_tokens num_scheduled_tokens idx_mapping "
-            "idx_mapping_np query_start_loc seq_lens seq_lens_cpu_upper_bound "
-            "input_ids positions logits_indices cu_num_logits cu_num_logits_np "
-            "expanded_idx_mapping expanded_local_pos has_structured_output_reqs",
-        ),
-        (
-            SpeculativeConfig,
-            "method num_speculative_tokens target_model_config target_parallel_config "
-            "draft_model_config draft_parallel_config",
-        ),
-        (ModelRunnerOutput, "req_ids sampled_token_ids"),
-        # Made-up steps of a measurement reach the runner by these.
-        (NewRequestData, "req_id prompt_token_ids prefill_token_ids block_ids"),
-        (SchedulerOutput, "num_spec_tokens_to_schedule scheduled_spec_decode_tokens"),
-    ],
-)
-def test_fields(kind, names):
-    assert set(names.split()) <= {field.name for field in dataclasses.fields(kind)}
 
 
 @pytest.mark.parametrize(
@@ -208,23 +206,6 @@ def test_order_of_calls(function, calls):
     for call in calls.split():
         place = source.find(call, place)
         assert place >= 0, call
-
-
-@pytest.mark.parametrize(
-    ("kind", "names"),
-    [
-        (
-            RequestState,
-            "max_num_reqs max_num_batched_tokens num_speculative_steps all_token_ids "
-            "total_len draft_tokens prefill_len",
-        ),
-        (Sampler, "logprobs_mode compute_nans req_states sampling_states"),
-        (GPUModelRunner, "max_num_reqs vocab_size draft_tokens_handler"),
-    ],
-)
-def test_attributes(kind, names):
-    source = inspect.getsource(kind.__init__)
-    assert [name for name in names.split() if f"self.{name} = " not in source] == []
 
 
 def test_a_batch_takes_the_steps_trees_along():
