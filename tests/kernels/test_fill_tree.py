@@ -15,8 +15,8 @@ from tests.kernels.implementations import (
 from tests.kernels.trees import random_drafting
 from vllm_ppd.kernels.cpu import CpuTreeFiller
 from vllm_ppd.kernels.device_tables import DeviceTables
-from vllm_ppd.trees.bigram import BigramTable, BigramTensors
-from vllm_ppd.trees.drafting import POOL, DraftInputs, fill_trees, rank_children
+from vllm_ppd.trees.bigram import BigramTensors
+from vllm_ppd.trees.drafting import POOL, DraftInputs, fill_trees
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 from vllm_ppd.trees.tree import SparseTree, TreePolicy
@@ -27,25 +27,6 @@ SMALL = SparseTree((0, 0, 1), (0, 1, 0), (0, 0, 0, 0))
 
 
 # ---- the core ---------------------------------------------------------------------
-
-
-def test_children_follow_the_prompt_row_and_the_parent():
-    # 6 tokens: after 0 comes 3 or 4, after 3 comes 5; others list 0 and 1.
-    ids = np.tile(np.array([0, 1]), (6, 1))
-    gains = np.full((6, 2), -1.0)
-    ids[0], gains[0] = (3, 4), (3.0, 1.0)
-    ids[3], gains[3] = (5, 2), (4.0, 0.5)
-    table = BigramTable(ids, gains, np.full(6, -1.0), (1.0,), np.full(6, 1 / 6))
-    bigram = BigramTensors.of(table)
-    logits = torch.tensor([[0.0, 2.5, 0.0, 1.0, 0.5, -1.0]])
-    plain = rank_children(logits, torch.tensor([0]), None, 1.0, 2)
-    assert plain.tolist() == [[1, 3]]
-    # 1.0 + 3.0 for token 3 beats 2.5 - 1.0 for token 1 and 0.5 + 1.0 for token 4.
-    given = rank_children(logits, torch.tensor([0]), bigram, 1.0, 3)
-    assert given.tolist()[0][0] == 3
-    assert sorted(given.tolist()[0][1:]) == [1, 4]
-    alone = rank_children(None, torch.tensor([3]), bigram, 0.0, 3)
-    assert alone.tolist() == [[5, 2, -1]]
 
 
 def test_the_ngram_comes_first_and_only_once():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,12 +61,11 @@ def test_a_mixed_batch_by_hand():
 
 @pytest.mark.parametrize("num_rows", [None, 100, 129])
 def test_against_the_pure_layout(num_rows):
-    random.seed(str(num_rows))
     rng = np.random.default_rng(num_rows or 0)
-    core = tables_of(random_policy(3, 20), num_rows)
+    core = tables_of(random_policy(rng, 3, 20), num_rows)
     tables = DeviceTables.on(DEVICE, core)
     trees = rng.integers(0, 4, 11)
-    rows = random_rows(core, trees)
+    rows = random_rows(rng, core, trees)
     plain_rows = rng.integers(0, 5, 11)  # rows of the request ahead of its tree
     contexts = rng.integers(0, 1000, 11)
     ends = np.cumsum(rows + plain_rows)
@@ -89,7 +87,7 @@ def test_against_the_pure_layout(num_rows):
 
 
 def test_placing_twice_changes_nothing():
-    core = tables_of(random_policy(2, 9))
+    core = tables_of(random_policy(np.random.default_rng(0), 2))
     tables = DeviceTables.on(DEVICE, core)
     rows = int(core.num_rows[2])
     once = run(tables, [2], [rows], [0, rows], [7])

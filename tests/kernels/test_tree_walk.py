@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -77,12 +76,11 @@ def test_a_walk_by_hand():
 @pytest.mark.parametrize("batch", [1, 13])
 def test_against_the_core(batch, ept):
     for seed in range(3):
-        random.seed(f"{seed} {batch} {ept}")
         rng = np.random.default_rng([seed, batch, ept])
-        core = tables_of(random_policy(3, 12, ept), num_rows=100)
+        core = tables_of(random_policy(rng, 3, 12, ept), num_rows=100)
         tables = DeviceTables.on(DEVICE, core)
         trees = rng.integers(0, len(core.num_nodes), batch)
-        num_rows = random_rows(core, trees)
+        num_rows = random_rows(rng, core, trees)
         gaps = rng.integers(0, 4, batch)
         starts = np.cumsum(num_rows + gaps) - num_rows
         step = TreeStep(core, trees, starts, num_rows)
@@ -107,7 +105,7 @@ def test_against_the_core(batch, ept):
 
 @needs_triton
 def test_padded_requests_only():
-    tables = DeviceTables.on(DEVICE, tables_of(random_policy()))
+    tables = DeviceTables.on(DEVICE, tables_of(random_policy(np.random.default_rng(0))))
     got = run(tables, [1, 0], [8, 8], [0, 0], [0] * 8, [0] * 8, [8, 8])
     assert (got.tokens == -1).all()
     for name in ("num_sampled", "end_nodes", "paths", "num_prompted", "prompt_rows"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import torch
 
@@ -12,43 +10,24 @@ from vllm_ppd.trees.bigram import BigramTable
 from vllm_ppd.trees.drafting import DraftInputs
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
-from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.trees.tree import TreePolicy, chain_tree
 
 FIRST_SOFT_ID = 1000
 
 
-def tree_of_depth(depth: int, nodes: int, num_prompts: int, ept: int) -> SparseTree:
-    """A tree at most `depth` deep; some nodes carry prompt tokens."""
-    parents, ranks, depths, children = [], [], [0], [0]
-    for _ in range(nodes - 1):
-        parent = random.choice([n for n, d in enumerate(depths) if d < depth])
-        parents.append(parent)
-        # Every other rank is skipped now and then.
-        children[parent] += random.choice([1, 1, 2])
-        ranks.append(children[parent] - 1)
-        depths.append(depths[parent] + 1)
-        children.append(0)
-    prompts = [random.randint(0, num_prompts) for _ in depths]
-    return SparseTree(tuple(parents), tuple(ranks), tuple(prompts), ept)
-
-
-def random_policy(num_prompts: int = 3, nodes: int = 9, ept: int = 1) -> TreePolicy:
+def random_policy(
+    rng: np.random.Generator, num_prompts: int = 3, nodes: int = 9, ept: int = 1
+) -> TreePolicy:
     """A tree for each num_prompted; that for 0 is the root and its prompt rows."""
-    trees = [SparseTree((), (), (num_prompts,), ept)]
-    for depth in range(1, num_prompts + 1):
-        size = random.randint(2, nodes)
-        trees.append(tree_of_depth(depth, size, num_prompts, ept))
-    return TreePolicy(tuple(trees))
+    trees = [random_tree(rng, ept, nodes, num_prompts) for _ in range(num_prompts)]
+    return TreePolicy((chain_tree(0, (num_prompts,), ept), *trees))
 
 
 def random_menu(rng: np.random.Generator, num_prompts: int, classes: int) -> TreeMenu:
     """At least one entry; each has a policy for every n-gram match class."""
     entries = {}
     for _ in range(2):
-        policies = []
-        for _ in range(classes):
-            trees = [random_tree(rng) for _ in range(num_prompts)]
-            policies.append(TreePolicy((chain_tree(0, (num_prompts,)), *trees)))
+        policies = [random_policy(rng, num_prompts, 8) for _ in range(classes)]
         entry = MenuEntry(tuple(policies))
         entries[entry.num_draft_tokens] = entry
     return TreeMenu(tuple(entries[length] for length in sorted(entries)))
@@ -90,11 +69,12 @@ def tables_of(policy: TreePolicy, num_rows: int | None = None) -> TreeTables:
     return TreeTables(policy, FIRST_SOFT_ID, num_rows)
 
 
-def random_rows(tables: TreeTables, tree_ids: np.ndarray) -> np.ndarray:
+def random_rows(
+    rng: np.random.Generator, tables: TreeTables, tree_ids: np.ndarray
+) -> np.ndarray:
     """[B] scheduled rows: the whole tree, cut anywhere, or with fillers behind."""
     rows = []
-    for tree in tree_ids:
-        whole = int(tables.num_rows[tree])
-        cut = random.randint(1, whole)
-        rows.append(random.choice([whole, cut, 1, tables.depths.shape[1]]))
+    for whole in tables.num_rows[tree_ids].tolist():
+        cut = int(rng.integers(1, whole + 1))
+        rows.append(int(rng.choice([whole, cut, 1, tables.depths.shape[1]])))
     return np.array(rows)

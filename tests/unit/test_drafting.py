@@ -4,22 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.test_tree import random_tree
-from vllm_ppd.trees.bigram import BigramTable, BigramTensors
-from vllm_ppd.trees.drafting import DraftInputs, fill_trees, rank_children
-from vllm_ppd.trees.layout import TreeTables
-from vllm_ppd.trees.menu import MenuEntry, TreeMenu
+from tests.kernels.trees import random_drafting
+from vllm_ppd.trees.bigram import BigramTensors
+from vllm_ppd.trees.drafting import fill_trees, rank_children
 from vllm_ppd.trees.ngram import MAX_NGRAM_DRAFTS, match_ngram, match_ngrams
-from vllm_ppd.trees.tree import SparseTree, TreePolicy
-
-VOCABULARY = 24
-
-
-def random_bigram(rng: np.random.Generator) -> BigramTable:
-    ids = np.stack([rng.permutation(VOCABULARY)[:5] for _ in range(VOCABULARY)])
-    gains = np.sort(rng.normal(size=ids.shape) + 1, axis=1)[:, ::-1]
-    floor = gains[:, -1] - rng.random(VOCABULARY)
-    return BigramTable(ids, gains, floor, (1.0, 0.7), np.full(VOCABULARY, 0.1))
 
 
 def best_children(logits, parent, table, weight, excluded=-1) -> list[int]:
@@ -29,7 +17,7 @@ def best_children(logits, parent, table, weight, excluded=-1) -> list[int]:
     else:
         scores = logits.astype(np.float32).copy()
         if table is not None:
-            gains = np.full(VOCABULARY, table.floor[parent], np.float32)
+            gains = np.full(len(scores), table.floor[parent], np.float32)
             gains[table.ids[parent]] = table.gains[parent]
             scores += np.float32(weight) * gains
         order = np.argsort(-scores, kind="stable").tolist()
@@ -40,77 +28,52 @@ def best_children(logits, parent, table, weight, excluded=-1) -> list[int]:
 @pytest.mark.parametrize("has_logits", [True, False])
 def test_children_are_ranked_by_logit_and_gain(has_bigram, has_logits):
     rng = np.random.default_rng(0)
-    table = random_bigram(rng) if has_bigram else None
-    logits = rng.normal(size=(9, VOCABULARY)).astype(np.float32)
-    parents = rng.integers(0, VOCABULARY, 9)
-    excluded = rng.integers(-1, VOCABULARY, 9)
+    table = random_drafting(0, has_bigram)[1]
+    logits = rng.normal(size=(9, 200)).astype(np.float32)
+    parents = rng.integers(0, 200, 9)
+    excluded = rng.integers(-1, 200, 9)
+    excluded[:3] = logits[:3].argmax(1)
     ranked = rank_children(
         torch.from_numpy(logits) if has_logits else None,
         torch.from_numpy(parents),
         None if table is None else BigramTensors.of(table),
         0.7,
-        4,
+        9,
         torch.from_numpy(excluded),
     )
     for row in range(9):
         own = logits[row] if has_logits else None
-        best = best_children(own, parents[row], table, 0.7, excluded[row])[:4]
-        assert ranked[row].tolist() == best + [-1] * (4 - len(best))
+        best = best_children(own, parents[row], table, 0.7, excluded[row])[:9]
+        assert ranked[row].tolist() == best + [-1] * (9 - len(best))
 
 
 @pytest.mark.parametrize("has_bigram", [True, False])
 def test_batches_against_one_node_at_a_time(has_bigram):
-    rng = np.random.default_rng(1)
-    table = random_bigram(rng) if has_bigram else None
-    for _ in range(20):
-        trees = []
-        while len(trees) < 3:
-            tree = random_tree(rng)
-            prompts = np.minimum(tree.prompts, 2)
-            trees.append(SparseTree(tree.parents, tree.ranks, tuple(prompts)))
-        if all(tree.num_rows < 2 for tree in trees):
-            continue
-        policy = TreePolicy(tuple(trees))
-        menu = TreeMenu((MenuEntry((policy, policy)),))
-        tables = TreeTables(menu, 100)
-        batch = 6
-        num_prompted = rng.integers(0, 3, batch)
-        matched = rng.integers(0, 2, batch)
-        tree_ids = 1 + 3 * matched + num_prompted
-        logits = rng.normal(size=(num_prompted.sum(), VOCABULARY)).astype(np.float32)
-        roots = rng.integers(0, VOCABULARY, batch)
-        ngrams = rng.integers(0, VOCABULARY, (batch, 3))
-        ngrams[np.arange(3) >= rng.integers(0, 4, (batch, 1))] = -1
-        weights = np.array([1.0, 0.7])
-        ids = fill_trees(
-            tables,
-            tree_ids,
-            DraftInputs(num_prompted, torch.from_numpy(logits), roots, ngrams),
-            None if table is None else BigramTensors.of(table),
-            weights,
-        )
-        firsts = np.cumsum(num_prompted) - num_prompted
-        for b in range(batch):
-            tree = menu.trees[tree_ids[b]]
-            tokens = [roots[b]]
-            for node, (parent, rank) in enumerate(
-                zip(tree.parents, tree.ranks, strict=True), start=1
-            ):
-                depth = tree.node_depths[node]
-                prompted = depth <= num_prompted[b]
+    for seed in range(20):
+        tables, table, tree_ids, inputs = random_drafting(seed, has_bigram)
+        weights = np.array(table.weights if table else (1.0,) * 3)
+        bigram = None if table is None else BigramTensors.of(table)
+        ids = fill_trees(tables, tree_ids, inputs, bigram, weights)
+        counts, logits = inputs.num_prompted, inputs.logits.numpy()
+        firsts = np.cumsum(counts) - counts
+        for b, tree in enumerate(tree_ids):
+            tokens = [inputs.roots[b]]
+            for node in range(1, tables.num_nodes[tree]):
+                parent, rank = tables.parents[tree, node], tables.node_ranks[tree, node]
+                depth = tables.node_depths[tree, node]
+                prompted = depth <= counts[b]
                 own = logits[firsts[b] + depth - 1] if prompted else None
                 ngram = -1
-                if matched[b] and tree.ngram_path[parent] and depth <= 3:
-                    ngram = ngrams[b, depth - 1]
+                if tables.on_ngram[tree, parent] and depth <= inputs.ngrams.shape[1]:
+                    ngram = inputs.ngrams[b, depth - 1]
                 weight = weights[depth - 1] if prompted else 0.0
                 best = best_children(own, tokens[parent], table, weight, ngram)
                 if ngram >= 0:
                     best = [ngram, *best]
                 tokens.append(best[rank] if rank < len(best) else 0)
-            assert ids[b, : tree.num_nodes - 1].tolist() == tokens[1:]
-            soft = [100 + index for _, index, _ in tree.prompt_rows]
-            assert ids[b, tree.num_nodes - 1 : tree.num_rows - 1].tolist() == soft
-            assert not ids[b, tree.num_rows - 1 :].any()
+            nodes = len(tokens)
+            assert ids[b, : nodes - 1].tolist() == tokens[1:]
+            assert (ids[b, nodes - 1 :] == tables.soft_ids[tree, nodes:]).all()
 
 
 def test_matches():

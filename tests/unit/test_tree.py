@@ -10,13 +10,27 @@ from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy, chain_tree
 SMALL = SparseTree((0, 0, 1), (0, 1, 0), (2, 1, 0, 1))
 
 
-def random_tree(rng: np.random.Generator, num_ept: int = 1) -> SparseTree:
-    nodes = int(rng.integers(1, 9))
+def random_tree(
+    rng: np.random.Generator, num_ept: int = 1, most_nodes: int = 8, prompts: int = 3
+) -> SparseTree:
+    """At most so many nodes, and prompt tokens on each; ranks may have gaps."""
+    nodes = int(rng.integers(1, most_nodes + 1))
+    step = int(rng.integers(1, 3))
     parents = [int(rng.integers(0, i + 1)) for i in range(nodes - 1)]
-    ranks = [parents[:i].count(parents[i]) for i in range(nodes - 1)]
-    return SparseTree(
-        tuple(parents), tuple(ranks), tuple(rng.integers(0, 4, nodes)), num_ept
-    )
+    ranks = [step * parents[:i].count(parents[i]) for i in range(nodes - 1)]
+    counts = rng.integers(0, prompts + 1, nodes)
+    return SparseTree(tuple(parents), tuple(ranks), tuple(counts), num_ept)
+
+
+def prefix(tree: SparseTree, rows: int) -> SparseTree:
+    """What vLLM leaves of a tree when it cuts the rows; incomplete ensembles go."""
+    nodes = min(rows, tree.num_nodes)
+    prompts = [0] * nodes
+    for node, index, ept in tree.prompt_rows[: max(0, rows - tree.num_nodes)]:
+        if ept == tree.num_ept - 1:
+            prompts[node] = index + 1
+    kept = tree.parents[: nodes - 1], tree.ranks[: nodes - 1]
+    return SparseTree(*kept, tuple(prompts), tree.num_ept)
 
 
 def test_rows_positions_and_mask_of_a_small_tree():
@@ -74,7 +88,7 @@ def test_every_prefix_is_the_tree_it_claims_to_be(num_ept):
     for _ in range(30):
         tree = random_tree(rng, num_ept)
         for rows in range(1, tree.num_rows + 1):
-            part = tree.prefix(rows)
+            part = prefix(tree, rows)
             kept = part.num_rows
             # Only an incomplete ensemble at the end may be missing.
             assert rows - num_ept < kept <= rows

@@ -48,10 +48,11 @@ class TreeTables:
         depths: [S, Q] row position minus root position.
         ancestors: [S, Q, W] int64 bit masks of visible in-step rows.
         num_nodes, num_rows: [S].
+        max_depth: of the deepest draft token.
+        max_children: draft tokens needed per parent, the largest rank in use plus one.
         parents: [S, N] parent node, -1 for the root and for padding.
         node_depths, node_ranks: [S, N] of each draft token, 0 padded.
         on_ngram: [S, N] whether a node's path follows the n-gram draft, root included.
-        tries_ngram: [S] whether the n-gram draft's first token is in the tree.
         prompts: [S, N] prompt tokens per node.
         first_prompt_rows: [S, N] first prompt row of each node.
         soft_ids: [S, Q] id of a prompt row's embedding, 0 for other rows. Ids start
@@ -70,14 +71,13 @@ class TreeTables:
             first_soft_id: id of the first prompt row's embedding.
             num_rows: least Q, for engines that pad trees.
         """
-        self.policy = policy
-        self.first_soft_id = first_soft_id
         self.num_ept = policy.num_ept
         trees = policy.trees
         count = len(trees)
         q = max(policy.max_rows, num_rows or 0)
         n = max(tree.num_nodes for tree in trees)
         self.max_depth = max(tree.depth for tree in trees)
+        self.max_children = max(1, policy.max_rank + 1)
         self.num_nodes = np.array([tree.num_nodes for tree in trees])
         self.num_rows = np.array([tree.num_rows for tree in trees])
         self.depths = np.ones((count, q), dtype=np.int64)
@@ -106,7 +106,6 @@ class TreeTables:
             self.first_prompt_rows[index, :nodes] = nodes + np.cumsum(sizes) - sizes
             for row, (_, prompt, ept) in enumerate(tree.prompt_rows, nodes):
                 self.soft_ids[index, row] = first_soft_id + prompt * tree.num_ept + ept
-        self.tries_ngram = np.any(self.on_ngram[:, 1:], axis=1)
         self.ancestors = pack_mask(mask)
         self._layouts: dict[
             tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -120,11 +119,6 @@ class TreeTables:
             ancestors = self.ancestors[tree, :rows].copy()
             self._layouts[key] = depths, depths - np.arange(rows), ancestors
         return self._layouts[key]
-
-    @property
-    def max_children(self) -> int:
-        """Draft tokens needed per parent: the largest rank in use plus one."""
-        return max(1, self.policy.max_rank + 1)
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

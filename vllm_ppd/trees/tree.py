@@ -148,25 +148,6 @@ class SparseTree:
             mask[row] |= mask[row - self.num_ept if index else node]
         return mask
 
-    def prefix(self, rows: int) -> SparseTree:
-        """The tree that the first ``rows`` rows form.
-
-        A prompt token whose ensemble was cut does not count as present.
-        """
-        if not 1 <= rows <= self.num_rows:
-            raise TreeError(f"a prefix of {rows} rows of a tree of {self.num_rows}")
-        nodes = min(rows, self.num_nodes)
-        prompts = [0] * nodes
-        for node, index, ept in self.prompt_rows[: max(0, rows - self.num_nodes)]:
-            if ept == self.num_ept - 1:
-                prompts[node] = index + 1
-        return SparseTree(
-            self.parents[: nodes - 1],
-            self.ranks[: nodes - 1],
-            tuple(prompts),
-            self.num_ept,
-        )
-
     def in_serving_order(self, reached: np.ndarray) -> SparseTree:
         """The same tree with its draft tokens in the order in which they are served.
 
