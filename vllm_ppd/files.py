@@ -140,9 +140,11 @@ def check_content(
 
 
 def check_keys(
-    values: Mapping[str, Any], keys: Collection[str], optional: Collection[str] = ()
+    values: Any, keys: Collection[str], optional: Collection[str] = ()
 ) -> None:
-    """Raise FormatError for an unknown key, and for a missing one of `keys`."""
+    """Raise FormatError for no object, an unknown key, and a missing one of `keys`."""
+    if not isinstance(values, Mapping):
+        raise FormatError(f"it must be an object, not {type(values).__name__}")
     allowed = [*keys, *optional]
     for key in values:
         if key not in allowed:

@@ -56,7 +56,7 @@ def policies(entry: dict) -> list[dict]:
         (lambda e: e.clear(), "needs at least one entry"),
         (lambda e: e.reverse(), r"must rise, not \[5, 3\]"),
         (lambda e: e.append(e[-1]), r"must rise, not \[3, 5, 5\]"),
-        (lambda e: e.append(3), "entry must be an object, not int"),
+        (lambda e: e.append(3), "entry cannot be used: it must be an object, not int"),
         (lambda e: e[0].pop("policies"), "'policies' is missing"),
         (lambda e: e[0].update(polices=[]), "did you mean 'policies'"),
         (lambda e: e[0].update(policies=[]), "at least one policy"),

@@ -8,7 +8,6 @@ The engine's scheduler names an entry by its number of draft rows; 0 is a plain 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,10 +85,6 @@ class MenuEntry:
     @classmethod
     def from_dict(cls, data: Any) -> MenuEntry:
         """Read what `to_dict` wrote; raises TreeError for anything else."""
-        if not isinstance(data, Mapping):
-            raise TreeError(
-                f"a menu entry must be an object, not {type(data).__name__}"
-            )
         try:
             check_keys(data, _ENTRY_KEYS)
             policies = tuple(TreePolicy.from_dict(each) for each in data["policies"])

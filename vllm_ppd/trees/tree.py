@@ -14,14 +14,14 @@ Trees do not contain token ids; see paper section 3 (dynamic sparse tree).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from vllm_ppd.files import FormatError, check_content, check_keys
+from vllm_ppd.files import check_content, check_keys
 
 __all__ = ["MAX_ROWS", "SparseTree", "TreeError", "TreePolicy", "chain_tree"]
 
@@ -267,15 +267,9 @@ class TreePolicy:
             raise TreeError("'trees' must be a list of trees, one per num_prompted")
         trees = []
         for num_prompted, tree in enumerate(content["trees"]):
-            if not isinstance(tree, Mapping):
-                raise TreeError(
-                    f"tree {num_prompted} must be an object, not {type(tree).__name__}"
-                )
             try:
                 check_keys(tree, ("parents", "ranks", "prompts"))
                 trees.append(SparseTree(**tree, num_ept=content["num_ept"]))
-            except FormatError as error:
-                raise FormatError(f"tree {num_prompted}: {error}") from error
-            except (TreeError, TypeError, ValueError) as error:
+            except (TypeError, ValueError) as error:
                 raise TreeError(f"tree {num_prompted}: {error}") from error
         return cls(tuple(trees))
