@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.unit.test_tree import prefix, random_tree
+from tests.kernels.trees import random_policy
+from tests.unit.test_tree import prefix
 from vllm_ppd.trees.layout import TreeStep, TreeTables, pack_mask, ranges, spread
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
@@ -17,13 +18,8 @@ TABLES = TreeTables(POLICY, VOCABULARY)
 
 
 def test_ranges():
-    assert ranges(np.array([5, 20, 9]), np.array([2, 0, 3])).tolist() == [
-        5,
-        6,
-        9,
-        10,
-        11,
-    ]
+    found = ranges(np.array([5, 20, 9]), np.array([2, 0, 3]))
+    assert found.tolist() == [5, 6, 9, 10, 11]
 
 
 def test_spread():
@@ -77,10 +73,7 @@ def test_soft_ids_are_prompt_major_and_ept_minor():
     tree = chain_tree(1, (2, 1), num_ept=2)
     tables = TreeTables(TreePolicy((tree, tree, tree)), 100, num_rows=10)
     assert tables.soft_ids[0].tolist() == [0, 0, 100, 101, 102, 103, 100, 101, 0, 0]
-    depths, shifts, ancestors = tables.layout(0, 5)
-    assert depths.tolist() == [0, 1, 1, 1, 2]
-    assert shifts.tolist() == [0, 0, -1, -2, -2]
-    assert (ancestors == tables.ancestors[0, :5]).all()
+    assert tables.depths[0].tolist() == [0, 1, 1, 1, 2, 2, 2, 2, 1, 1]
 
 
 def oracle(tree: SparseTree, tokens: list[int], picked: list[int]):
@@ -100,12 +93,8 @@ def oracle(tree: SparseTree, tokens: list[int], picked: list[int]):
 def test_batches_of_cut_trees_equal_a_walk_of_each(num_ept):
     rng = np.random.default_rng(3)
     for _ in range(40):
-        trees = [chain_tree(0, (3,), num_ept)]
-        while len(trees) < 4:
-            tree = random_tree(rng, num_ept)
-            if tree.depth <= len(trees) and max(tree.prompts) <= 3:
-                trees.append(tree)
-        tables = TreeTables(TreePolicy(tuple(trees)), VOCABULARY)
+        policy = random_policy(rng, ept=num_ept)
+        trees, tables = policy.trees, TreeTables(policy, VOCABULARY)
         batch = int(rng.integers(1, 7))
         tree_ids = rng.integers(0, 4, batch)
         num_rows = np.array([rng.integers(1, trees[s].num_rows + 1) for s in tree_ids])
@@ -128,15 +117,12 @@ def test_batches_of_cut_trees_equal_a_walk_of_each(num_ept):
             assert walk.nodes[b] == node
             slots.update({starts[b] + d: starts[b] + n for d, n in enumerate(path)})
             # Its prompt rows, complete ensembles only.
-            first = part.num_nodes + num_ept * sum(part.prompts[:node])
+            first = starts[b] + part.num_nodes + num_ept * sum(part.prompts[:node])
             count = part.prompts[node] * num_ept
-            rows_b = list(range(starts[b] + first, starts[b] + first + count))
             one = TreeStep(tables, tree_ids[[b]], starts[[b]], num_rows[[b]])
             prompt_rows, counts = one.prompt_rows(walk.nodes[[b]])
-            assert (prompt_rows.tolist(), counts.tolist()) == (
-                rows_b,
-                [part.prompts[node]],
-            )
+            assert prompt_rows.tolist() == list(range(first, first + count))
+            assert counts.tolist() == [part.prompts[node]]
         # Copying in order leaves every accepted node where its depth says.
         memory = np.arange(int(starts[-1] + num_rows[-1]))
         for source, target in zip(*kv_moves(step, walk), strict=True):

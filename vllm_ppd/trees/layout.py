@@ -107,18 +107,6 @@ class TreeTables:
             for row, (_, prompt, ept) in enumerate(tree.prompt_rows, nodes):
                 self.soft_ids[index, row] = first_soft_id + prompt * tree.num_ept + ept
         self.ancestors = pack_mask(mask)
-        self._layouts: dict[
-            tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]
-        ] = {}
-
-    def layout(self, tree: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(depths, depths minus row numbers, ancestors) of a tree's first rows."""
-        key = tree, rows
-        if key not in self._layouts:
-            depths = self.depths[tree, :rows].copy()
-            ancestors = self.ancestors[tree, :rows].copy()
-            self._layouts[key] = depths, depths - np.arange(rows), ancestors
-        return self._layouts[key]
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

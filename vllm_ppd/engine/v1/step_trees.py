@@ -51,17 +51,10 @@ class StepTrees:
             positions: [T] of all rows, in order within each request; changed in place.
         """
         tables = step.tables
-        if len(step.tree_ids) == 1:
-            # One request decoding alone is where every microsecond shows.
-            start, count = int(step.starts[0]), int(step.num_rows[0])
-            rows = np.arange(start, start + count)
-            depths, shifts, masks = tables.layout(int(step.tree_ids[0]), count)
-            positions[start : start + count] += torch.from_numpy(shifts)
-        else:
-            rows, tree_ids, inner = step.tree_rows()
-            depths = tables.depths[tree_ids, inner]
-            positions[torch.from_numpy(rows)] += torch.from_numpy(depths - inner)
-            masks = tables.ancestors[tree_ids, inner]
+        rows, tree_ids, inner = step.tree_rows()
+        depths = tables.depths[tree_ids, inner]
+        positions[torch.from_numpy(rows)] += torch.from_numpy(depths - inner)
+        masks = tables.ancestors[tree_ids, inner]
         only_trees = len(rows) == total_rows
         if not only_trees:
             depths = spread(depths, rows, total_rows)
