@@ -41,11 +41,19 @@ class EngineProcess:
     """Runs functions of this module against an engine in a spawned process."""
 
     def __init__(self) -> None:
+        self._start(_serve, ENVIRONMENT, daemon=True)
+
+    def _start(
+        self, serve: Any, environment: dict[str, str], *arguments: Any, daemon: bool
+    ) -> None:
+        """Run ``serve(pipe, *arguments)`` in a process that has this environment."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        saved = {name: os.environ.get(name) for name in ENVIRONMENT}
-        os.environ.update(ENVIRONMENT)
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        saved = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        self._process = context.Process(
+            target=serve, args=(theirs, *arguments), daemon=daemon
+        )
         self._process.start()
         for name, value in saved.items():
             if value is None:

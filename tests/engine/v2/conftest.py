@@ -19,6 +19,12 @@ from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 VOCABULARY = 24
 
 
+def same(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> None:
+    for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
+        for key in ("ids", "finish", "stop"):
+            assert b[key] == a[key], f"request {index} differs in {key}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(
         reason="vLLM's V2 runner needs Triton (pip install triton), interpreted here"
@@ -116,6 +122,27 @@ def tiny_ppd(
             "online": False,
         },
     }
+
+
+@pytest.fixture
+def check(
+    plain: V2EngineProcess,
+    ppd: V2EngineProcess,
+    tiny_engine: dict[str, Any],
+    tiny_ppd: dict[str, Any],
+) -> Any:
+    """Called with requests, parameters and engine arguments: decodes them plainly and
+    with PPD, compares, and returns both outputs and the accepted draft tokens."""
+
+    def decode(requests: list[Any], params: Any, **more: Any) -> Any:
+        engine = {**tiny_ppd, **more}
+        before = ppd.accepted(engine)
+        expected = plain.generate({**tiny_engine, **more}, requests, params)
+        actual = ppd.generate(engine, requests, params)
+        same(expected, actual)
+        return expected, actual, ppd.accepted(engine) - before
+
+    return decode
 
 
 @pytest.fixture(scope="session")

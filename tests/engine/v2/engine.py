@@ -7,7 +7,6 @@ a backend for it (tests/triton_cpu_stub), which only the processes started here 
 from __future__ import annotations
 
 import inspect
-import multiprocessing
 import os
 import sys
 from collections import Counter
@@ -45,27 +44,13 @@ class V2EngineProcess(EngineProcess):
     def __init__(
         self, asynchronous: bool = False, ray: bool = False, **more: str
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
         environment = {**ENVIRONMENT, **V2, **more}
         if ray:
             # Ray's workers are started anew and find modules by this.
             environment["PYTHONPATH"] = f"{STUB}{os.pathsep}{RAY_STUB}"
             environment["RAY_USAGE_STATS_ENABLED"] = "0"
-        saved = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
-        self._process = context.Process(
-            # No daemon: those may not have workers of their own.
-            target=_serve,
-            args=(theirs, asynchronous, ray),
-            daemon=False,
-        )
-        self._process.start()
-        for name, value in saved.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        # No daemon: those may not have workers of their own.
+        self._start(_serve, environment, asynchronous, ray, daemon=False)
 
 
 def _serve(pipe: Any, asynchronous: bool, with_ray: bool) -> None:

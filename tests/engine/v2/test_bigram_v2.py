@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
+from tests.engine.v2.conftest import same
+from tests.engine.v2.test_exactness_v2 import GREEDY, prompts
 from vllm_ppd.trees.bigram import BigramTable, OnlineBigram
 
 WORDS = 12

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
+from tests.engine.v2.conftest import same
+from tests.engine.v2.test_exactness_v2 import GREEDY, prompts
 
 
 @pytest.fixture(scope="module")

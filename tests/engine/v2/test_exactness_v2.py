@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import cpu_only
+from tests.engine.v2.conftest import same
 from tests.engine.v2.engine import V2EngineProcess
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
@@ -29,12 +30,6 @@ def prompts(count: int, seed: int = 0, length: int | None = None) -> list[Any]:
         }
         for _ in range(count)
     ]
-
-
-def same(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> None:
-    for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        for key in ("ids", "finish", "stop"):
-            assert b[key] == a[key], f"request {index} differs in {key}"
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -58,26 +53,21 @@ def test_it_schedules_ahead(ppd, tiny_ppd):
     assert ppd.call("async_scheduling", tiny_ppd)
 
 
-def test_requests_come_and_go(plain, ppd, tiny_engine, tiny_ppd):
+def test_requests_come_and_go(check):
     """More requests than slots, of different lengths."""
-    requests = prompts(11, seed=5)
     params = [{**GREEDY, "max_tokens": 1 + 2 * (i % 5)} for i in range(11)]
-    same(
-        plain.generate(tiny_engine, requests, params),
-        ppd.generate(tiny_ppd, requests, params),
-    )
+    check(prompts(11, seed=5), params)
 
 
-def test_a_cached_prompt_begins_with_a_plain_step(plain, ppd, tiny_engine, tiny_ppd):
+def test_a_cached_prompt_begins_with_a_plain_step(check, ppd, tiny_ppd):
     """vLLM has no drafts for a prompt that is cached but for one token, and pads none.
 
     The next step's tree is grown from that one, whose root has no prompt rows.
     """
     requests = prompts(2, seed=9, length=65)
     params = {**GREEDY, "max_tokens": 8}
-    expected = plain.generate(tiny_engine, requests, params)
     for _ in range(2):
-        same(expected, ppd.generate(tiny_ppd, requests, params))
+        expected = check(requests, params)[0]
     watched = ppd.call(
         "generate_and_watch", tiny_ppd, prompts=requests[:1], params=params
     )
@@ -85,37 +75,30 @@ def test_a_cached_prompt_begins_with_a_plain_step(plain, ppd, tiny_engine, tiny_
     assert watched["steps"][:3] == [(1, 1, -1), (1, 31, 0), (1, 31, 3)]
 
 
-def test_continuing_own_output_from_the_prefix_cache(plain, ppd, tiny_engine, tiny_ppd):
+def test_continuing_own_output_from_the_prefix_cache(check, ppd, tiny_ppd):
     """The cached blocks of a finished request hold what plain decoding wrote."""
     request = prompts(1, seed=11, length=30)[0]
     first = ppd.generate(tiny_ppd, [request], {**GREEDY, "max_tokens": 36})[0]
     ids = request["prompt_token_ids"] + first["ids"][0]
-    params = {**GREEDY, "max_tokens": 6}
     longer = [{"prompt_token_ids": ids[:n]} for n in (64, 65, len(ids))]
-    same(
-        plain.generate(tiny_engine, longer, params),
-        ppd.generate(tiny_ppd, longer, params),
-    )
+    check(longer, {**GREEDY, "max_tokens": 6})
 
 
-def test_requests_that_end_at_the_models_length(plain, ppd, tiny_engine, tiny_ppd):
+def test_requests_that_end_at_the_models_length(check):
     requests = prompts(2, seed=13, length=240)
-    params = {**GREEDY, "max_tokens": 400}
-    expected = plain.generate(tiny_engine, requests, params)
+    expected, _, _ = check(requests, {**GREEDY, "max_tokens": 400})
     assert all(r["finish"] == ["length"] for r in expected)
-    same(expected, ppd.generate(tiny_ppd, requests, params))
 
 
-def test_stop_tokens(plain, ppd, tiny_engine, tiny_ppd):
+def test_stop_tokens(check, plain, tiny_engine):
     requests = prompts(4, seed=15)
     probe = plain.generate(tiny_engine, requests, {**GREEDY, "max_tokens": 14})
     params = [
         {**GREEDY, "max_tokens": 14, "stop_token_ids": [p["ids"][0][8]]} for p in probe
     ]
     params[1]["min_tokens"] = 11
-    expected = plain.generate(tiny_engine, requests, params)
+    expected, _, _ = check(requests, params)
     assert sum(r["finish"] == ["stop"] for r in expected) >= 3
-    same(expected, ppd.generate(tiny_ppd, requests, params))
 
 
 def test_aborted_neighbours(plain, ppd, tiny_engine, tiny_ppd):
@@ -133,7 +116,7 @@ def test_aborted_neighbours(plain, ppd, tiny_engine, tiny_ppd):
     same([expected[i] for i in (0, 2, 4)], [actual[i] for i in (0, 2, 4)])
 
 
-def test_small_prefill_chunks_and_preemption(plain, ppd, tiny_engine, tiny_ppd):
+def test_small_prefill_chunks_and_preemption(check, ppd, tiny_ppd):
     """Trees share steps with chunks of prefill, are cut by the token budget, and lose
     their requests to a cache that is too small."""
     tight = {
@@ -144,8 +127,7 @@ def test_small_prefill_chunks_and_preemption(plain, ppd, tiny_engine, tiny_ppd):
     }
     requests = prompts(4, seed=19, length=50)
     params = [{**GREEDY, "max_tokens": 12 + 2 * i} for i in range(4)]
-    expected = plain.generate({**tiny_engine, **tight}, requests, params)
-    same(expected, ppd.generate({**tiny_ppd, **tight}, requests, params))
+    check(requests, params, **tight)
     assert ppd.call("preemptions", {**tiny_ppd, **tight}) > 0
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from tests.engine.conftest import MODEL, PROMPTS
 from tests.engine.engine_process import GPU_MEMORY
+from tests.engine.v2.conftest import same
 from tests.engine.v2.engine import V2EngineProcess
-from tests.engine.v2.test_exactness_v2 import same
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.engine.engine_process import ON_GPU
-from tests.engine.v2.test_exactness_v2 import same
+from tests.engine.v2.conftest import same
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
 

@@ -7,8 +7,9 @@ from importlib.util import find_spec
 import pytest
 
 from tests.engine.conftest import cpu_only
+from tests.engine.v2.conftest import same
 from tests.engine.v2.engine import V2EngineProcess
-from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
+from tests.engine.v2.test_exactness_v2 import GREEDY, prompts
 
 
 @cpu_only

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from tests.engine.conftest import cpu_only
+from tests.engine.v2.conftest import same
 from tests.engine.v2.engine import V2EngineProcess
-from tests.engine.v2.test_exactness_v2 import GREEDY, prompts, same
+from tests.engine.v2.test_exactness_v2 import GREEDY, prompts
 from vllm_ppd.adaptive.draft_length import load_buckets
 from vllm_ppd.engine import counters
 from vllm_ppd.search.latency import LatencyProfile, cache_file

@@ -6,92 +6,65 @@ seeds must give equal tokens whatever was drafted.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from tests.engine.test_sampling import _close
-from tests.engine.v2.test_exactness_v2 import prompts, same
+from tests.engine.v2.test_exactness_v2 import prompts
 
 SAMPLED = {"ignore_eos": True, "detokenize": False, "max_tokens": 12}
+DIFFERENT_WAYS = [
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.7, "seed": 2, "top_k": 12},
+    {"temperature": 1.2, "seed": 3, "top_p": 0.8, "logprobs": 2},
+    {"temperature": 0.0, "logprobs": 3},
+    {"temperature": 1.0, "seed": 5, "min_tokens": 8, "stop_token_ids": [3, 4]},
+    {"temperature": 1.0, "seed": 6, "allowed_token_ids": list(range(5, 15))},
+]
+# Scores of emitted, prompt and chosen tokens.
+SCORES = [
+    {"temperature": 1.0, "seed": 1, "logprobs": 4, "prompt_logprobs": 2},
+    {"temperature": 0.0, "logprobs": 0},
+    {"temperature": 0.0, "logprob_token_ids": [4, 9], "logprobs": 2},
+    {"temperature": 0.0},
+]
+# Requests that depend on their history have chains, beside others that have trees.
+HISTORIES = [
+    {"temperature": 0.0, "repetition_penalty": 1.3},
+    {"temperature": 1.0, "seed": 8, "presence_penalty": 0.8},
+    {"temperature": 0.0, "frequency_penalty": 0.6, "logprobs": 1},
+    {"temperature": 1.0, "seed": 9},
+    {"temperature": 0.0},
+]
+OPTED_OUT = [{"temperature": 0.0, "extra_args": {"ppd": False}}] * 2
+LOGPROBS = [
+    {"temperature": 0.6, "seed": 4, "top_k": 5, "logprobs": 2},
+    {"temperature": 0.0, "logprobs": 1, "presence_penalty": 0.5},
+]
 
 
-def compare(plain, ppd, engine, ppd_engine, params: list[dict[str, Any]]) -> int:
-    """Decode the same requests in both; return the accepted draft tokens."""
-    requests = prompts(len(params), seed=31)
-    before = ppd.accepted(ppd_engine)
-    expected = plain.generate(engine, requests, params)
-    actual = ppd.generate(ppd_engine, requests, params)
-    same(expected, actual)
-    for a, b in zip(expected, actual, strict=True):
-        for name in ("logprobs", "prompt_logprobs"):
-            ours = b[name][0] if name == "logprobs" else b[name]
-            theirs = a[name][0] if name == "logprobs" else a[name]
-            assert (ours is None) == (theirs is None)
-            if theirs is not None:
-                _close(theirs, ours)
-    return ppd.accepted(ppd_engine) - before
-
-
-def test_a_batch_of_different_ways_to_sample(plain, ppd, tiny_engine, tiny_ppd):
-    params = [
-        {"temperature": 1.0, "seed": 1},
-        {"temperature": 0.7, "seed": 2, "top_k": 12},
-        {"temperature": 1.2, "seed": 3, "top_p": 0.8, "logprobs": 2},
-        {"temperature": 0.0, "logprobs": 3},
-        {"temperature": 1.0, "seed": 5, "min_tokens": 8, "stop_token_ids": [3, 4]},
-        {"temperature": 1.0, "seed": 6, "allowed_token_ids": list(range(5, 15))},
-    ]
-    gained = compare(
-        plain, ppd, tiny_engine, tiny_ppd, [{**SAMPLED, **p} for p in params]
-    )
-    assert gained > 2
-
-
-def test_scores_of_emitted_prompt_and_chosen_tokens(plain, ppd, tiny_engine, tiny_ppd):
-    params = [
-        {"temperature": 1.0, "seed": 1, "logprobs": 4, "prompt_logprobs": 2},
-        {"temperature": 0.0, "logprobs": 0},
-        {"temperature": 0.0, "logprob_token_ids": [4, 9], "logprobs": 2},
-        {"temperature": 0.0},
-    ]
-    gained = compare(
-        plain, ppd, tiny_engine, tiny_ppd, [{**SAMPLED, **p} for p in params]
-    )
-    assert gained > 2
-
-
-def test_what_depends_on_the_history(plain, ppd, tiny_engine, tiny_ppd):
-    """These requests have chains, beside others that have trees."""
-    params = [
-        {"temperature": 0.0, "repetition_penalty": 1.3},
-        {"temperature": 1.0, "seed": 8, "presence_penalty": 0.8},
-        {"temperature": 0.0, "frequency_penalty": 0.6, "logprobs": 1},
-        {"temperature": 1.0, "seed": 9},
-        {"temperature": 0.0},
-    ]
-    gained = compare(
-        plain, ppd, tiny_engine, tiny_ppd, [{**SAMPLED, **p} for p in params]
-    )
-    assert gained > 2
-
-
-def test_requests_that_opt_out(plain, ppd, tiny_engine, tiny_ppd):
-    params = {**SAMPLED, "temperature": 0.0, "extra_args": {"ppd": False}}
-    assert compare(plain, ppd, tiny_engine, tiny_ppd, [params, params]) == 0
-
-
-@pytest.mark.parametrize("mode", ["processed_logprobs", "raw_logits"])
-def test_logprobs_modes(plain, ppd, tiny_engine, tiny_ppd, mode):
-    params = [
-        {"temperature": 0.6, "seed": 4, "top_k": 5, "logprobs": 2},
-        {"temperature": 0.0, "logprobs": 1, "presence_penalty": 0.5},
-    ]
-    more = {"logprobs_mode": mode}
-    compare(
-        plain,
-        ppd,
-        {**tiny_engine, **more},
-        {**tiny_ppd, **more},
-        [{**SAMPLED, **p} for p in params],
-    )
+@pytest.mark.parametrize(
+    ("params", "mode", "accepts"),
+    [
+        pytest.param(DIFFERENT_WAYS, None, True, id="a batch of different ways"),
+        pytest.param(SCORES, None, True, id="scores"),
+        pytest.param(HISTORIES, None, True, id="what depends on the history"),
+        pytest.param(OPTED_OUT, None, False, id="requests that opt out"),
+        pytest.param(LOGPROBS, "processed_logprobs", None, id="processed logprobs"),
+        pytest.param(LOGPROBS, "raw_logits", None, id="raw logits"),
+    ],
+)
+def test_same_draws_and_scores(check, params, mode, accepts):
+    """accepts: whether draft tokens must be accepted, or none; None: either."""
+    more = {} if mode is None else {"logprobs_mode": mode}
+    params = [{**SAMPLED, **p} for p in params]
+    expected, actual, accepted = check(prompts(len(params), seed=31), params, **more)
+    for theirs, ours in zip(expected, actual, strict=True):
+        for a, b in (
+            (theirs["logprobs"][0], ours["logprobs"][0]),
+            (theirs["prompt_logprobs"], ours["prompt_logprobs"]),
+        ):
+            assert (a is None) == (b is None)
+            if a is not None:
+                _close(a, b)
+    if accepts is not None:
+        assert accepted > 2 if accepts else accepted == 0
