@@ -75,7 +75,7 @@ class EngineProcess:
         return self.call("generate", engine, prompts=prompts, params=params, **more)
 
     def accepted(self, engine: dict[str, Any]) -> int:
-        """DraftInputs that came true so far, by vLLM's count."""
+        """Draft tokens that were accepted so far, by vLLM's count."""
         return self.call("spec_counters", engine)["num_accepted_tokens"]
 
     def stop(self) -> None:

@@ -26,9 +26,6 @@ UNTOUCHED = -7
 SMALL = SparseTree((0, 0, 1), (0, 1, 0), (0, 0, 0, 0))
 
 
-# ---- the core ---------------------------------------------------------------------
-
-
 def test_the_ngram_comes_first_and_only_once():
     policy = TreePolicy((SMALL, SMALL))
     tables = TreeTables(TreeMenu((MenuEntry((policy, policy)),)), 100)
@@ -44,25 +41,6 @@ def test_the_ngram_comes_first_and_only_once():
     assert ids[0].tolist() == [1, 3, 0]
     # With it: 1 from the n-gram, 3 the best of the rest, and 4 follows 1 in the n-gram.
     assert ids[1].tolist() == [1, 3, 4]
-
-
-def test_siblings_differ():
-    """A second child with its sibling's token could never be accepted."""
-    for seed in range(20):
-        tables, table, trees, inputs = random_drafting(seed)
-        bigram, weights = BigramTensors.of(table), np.array(table.weights)
-        ids = fill_trees(tables, trees, inputs, bigram, weights)
-        for tree, row, count in zip(trees, ids, inputs.num_prompted, strict=True):
-            tokens = np.append(0, row)
-            pairs = [
-                (int(tables.parents[tree, node]), int(tokens[node]))
-                for node in range(1, tables.num_nodes[tree])
-                if tables.node_depths[tree, node] <= count
-            ]
-            assert len(set(pairs)) == len(pairs)
-
-
-# ---- the kernels ------------------------------------------------------------------
 
 
 @needs_compiler
