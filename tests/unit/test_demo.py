@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from vllm_ppd.cli import demo, demo_view, main
-from vllm_ppd.cli.demo_view import Comparison, Totals, verdict
+from vllm_ppd.cli.demo_view import Comparison, verdict
 from vllm_ppd.cli.engines import (
     EngineFailedError,
     EngineProcess,
@@ -67,7 +67,7 @@ def test_excerpts_end_where_something_begins(tmp_path: Path) -> None:
 def test_bad_texts(tmp_path: Path, line: str) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text(f'{{"text": "fine"}}\n{line}\n')
-    with pytest.raises(ValueError, match=r"line 2 of .*texts\.jsonl"):
+    with pytest.raises(ValueError, match=r"texts\.jsonl, line 2"):
         demo.excerpts(file, 1)
     with pytest.raises(ValueError, match="cannot be read"):
         demo.excerpts(tmp_path / "none", 1)
@@ -140,11 +140,9 @@ def test_verdict_is_honest() -> None:
     faster = Comparison("p", (PLAIN,) * 3, (PPD,) * 3)
     assert faster.first_difference is None
     assert faster.speedup == pytest.approx(0.070 / 0.056)
-    totals = Totals.of([faster])
-    assert (totals.plain_steps, totals.ppd_steps) == (7, 4)
     said = " ".join(verdict([faster], "bfloat16", 0))
     assert "1.25x as fast: 2.00 tokens per step" in said
-    assert "14.0 ms instead of 10.0 ms (1.40x)" in said
+    assert "14.0 ms instead of 10.0 ms" in said
     assert "All 7 token ids are identical" in said
 
     slower = Comparison("p", (PLAIN,), (generation([1, 3, 1, 2], 0.035),))
@@ -166,26 +164,18 @@ def test_differing_ids_are_said_and_placed() -> None:
 @pytest.mark.parametrize("width", [60, 120])
 def test_panels_and_table(width: int) -> None:
     out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=True, color_system=None)
+    console = Console(file=out, width=width)
     c = Comparison("import os\n\ndef f(x):\n", (PLAIN,), (PPD,))
-    console.print(demo_view.side_by_side(console, c.prompt, PLAIN, PPD, 0.03, "slowly"))
+    console.print(demo_view.frame(console, c, 0.03, "slowly"))
+    demo_view.replay(console, c)
     console.print(demo_view.summary([c, c], greedy=True))
     shown = out.getvalue()
     for word in ("def f(x):", "3 tokens, 3 steps", "4 tokens, 2 steps", "slowly", "14"):
         assert word in shown
-    assert "<4>" not in shown.split("slowly")[0]
-    assert "identical" in shown or width == 60
-
-
-def test_plain_output_has_no_escapes() -> None:
-    out = io.StringIO()
-    console = Console(file=out, width=80)
-    demo_view.print_plainly(console, 1, 2, Comparison("a\nb [c]:\n", (PLAIN,), (PPD,)))
-    shown = out.getvalue()
+    now, end = shown.split("slowly")
+    assert "<4>" not in now and "<6>" in end and "7 tokens, 4 steps" in end
     assert "\x1b" not in shown
-    assert "ending in: b [c]:" in shown
-    assert "7 tokens in 4 steps" in shown
-    assert "| <0><1><2>" in shown
+    assert "identical" in shown or width == 60
 
 
 def test_pydantic_errors_become_sentences() -> None:

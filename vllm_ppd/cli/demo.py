@@ -8,24 +8,21 @@ and at a speed that can be read.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
-import json
 import os
 import re
 import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_ppd.hub import resolve_path
+from vllm_ppd.train.documents import find_documents
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from vllm_ppd.cli.demo_view import Comparison
     from vllm_ppd.cli.engines import EngineProcess, Generation
 
@@ -37,8 +34,8 @@ TEXTS = ROOT / "demo_model" / "held_out.jsonl"
 # An idle vLLM worker on CPU polls for a second after its last step, on the very core
 # that the next engine's worker is bound to.
 _SETTLE_S = 1.2
-# A text that takes so many seconds is measured once only.
-SLOW_S = 4.0
+# Measurements of each text, with both engines in turn; of slow texts only one.
+_ROUNDS, _SLOW_S = 3, 4.0
 # Each engine's share of a GPU's memory.
 _GPU_MEMORY_SHARE = 0.4
 _EXCERPT_CHARACTERS = 700
@@ -77,12 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Sampling temperature; 0 is greedy decoding (default: 0).",
     )
     parser.add_argument(
-        "--rounds",
-        type=int,
-        default=3,
-        help="Measurements of each text, with both engines in turn (default: 3).",
-    )
-    parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "bfloat16", "float16", "float32"),
@@ -102,7 +93,7 @@ def check(args: argparse.Namespace) -> tuple[str, str]:
 
     Raises ValueError for arguments that cannot work together.
     """
-    for name in ("num_prompts", "max_tokens", "rounds"):
+    for name in ("num_prompts", "max_tokens"):
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {getattr(args, name)}; expected at least 1")
@@ -131,18 +122,8 @@ def excerpts(path: Path, count: int) -> list[str]:
 
     Raises ValueError if the file is unusable or has too few texts.
     """
-    parts = []
-    try:
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-            try:
-                part = _excerpt(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'line {number} of {path} is no JSON object {{"text": "..."}}'
-                ) from error
-            parts += [] if part is None else [part]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the texts in {path} cannot be read: {error}") from error
+    texts = (str(document.read()) for document in find_documents(path))
+    parts = [part for part in map(_excerpt, texts) if part is not None]
     if len(parts) < count:
         raise ValueError(
             f"{path} has {len(parts)} texts that are long enough for a prompt; lower "
@@ -213,21 +194,6 @@ def _lacks_compiler() -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _busy(console: Console, text: str) -> Iterator[Any]:
-    """A spinner on a terminal, lines elsewhere; yields a function that changes text."""
-    if not console.is_terminal:
-        print(f"{text} ...", flush=True)
-        yield lambda new: print(f"{new} ...", flush=True)
-        return
-    from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), "{task.description}", TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda new: progress.update(task, description=new)
-
-
 def start(engines: Sequence[EngineProcess]) -> str:
     """Start all engines; returns their data type."""
     import torch
@@ -263,23 +229,11 @@ def measure(
     ]
 
 
-def _short(path: str) -> str:
-    """A path relative to the current folder, if that is shorter."""
-    relative = os.path.relpath(path)
-    return relative if os.path.exists(path) and len(relative) < len(path) else path
-
-
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when both engines ran, whatever the comparison says."""
     from rich.console import Console
 
-    from vllm_ppd.cli.demo_view import (
-        header,
-        print_plainly,
-        replay,
-        summary,
-        verdict,
-    )
+    from vllm_ppd.cli.demo_view import replay, summary, verdict
     from vllm_ppd.cli.engines import engine_processes
 
     model, prompt_tokens = check(args)
@@ -288,7 +242,6 @@ def run(args: argparse.Namespace) -> int:
         # A model may write characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="replace")
     console = Console(highlight=False)
-    console.print(header(_short(model), _short(prompt_tokens), args))
     settings, notes = engine_settings(args, model)
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     if load > 0.5:
@@ -296,28 +249,32 @@ def run(args: argparse.Namespace) -> int:
             f"other programs use this machine (load average {load:.1f} per core), so "
             "the speeds below are unreliable"
         )
+    mode = f"temperature {args.temperature:g}" if args.temperature else "greedy"
+    console.print(f"{model} with {prompt_tokens}, {mode}", markup=False)
     for note in notes:
         console.print(f"note: {note}", style="yellow")
     ppd = {"speculative_config": {"method": "ppd", "model": prompt_tokens}}
     both = {"plain vLLM": settings, "vLLM with PPD": {**settings, **ppd}}
     params = {"temperature": args.temperature, "max_tokens": args.max_tokens}
 
-    with engine_processes(both, "demo") as engines:
+    with engine_processes(both, "demo") as engines, console.status("") as spinner:
+
+        def say(text: str) -> None:
+            spinner.update(text)
+            if not console.is_terminal:
+                console.print(f"{text} ...")
+
         pair = list(engines.values())
-        with _busy(console, f"starting {' and '.join(engines)}") as say:
-            dtype = start(pair)
-            ids = pair[0].call("encode", prompts)
-            say("warming up")
-            warm_ups = [engine.call("generate", ids[0], params) for engine in pair]
-            say("measuring, each engine in turn")
-            rounds = 1 if warm_ups[0].seconds > SLOW_S else args.rounds
-            comparisons = measure(pair, prompts, ids, params, rounds)
-    for number, comparison in enumerate(comparisons, start=1):
-        if console.is_terminal:
-            replay(console, comparison)
-        else:
-            print_plainly(console, number, len(comparisons), comparison)
-    console.print()
+        say(f"starting {' and '.join(engines)}")
+        dtype = start(pair)
+        ids = pair[0].call("encode", prompts)
+        say("warming up")
+        warm_ups = [engine.call("generate", ids[0], params) for engine in pair]
+        say("measuring, each engine in turn")
+        rounds = 1 if warm_ups[0].seconds > _SLOW_S else _ROUNDS
+        comparisons = measure(pair, prompts, ids, params, rounds)
+    for comparison in comparisons:
+        replay(console, comparison)
     console.print(summary(comparisons, args.temperature == 0))
     for line in verdict(comparisons, dtype, args.temperature):
         console.print(line, markup=False)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
-from rich.align import Align
 from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -71,34 +68,6 @@ class Comparison:
         return next((i for i, (a, b) in enumerate(pairs) if a != b), common)
 
 
-@dataclass(frozen=True)
-class Totals:
-    """All prompts of a demo together; steps are those of each prompt's first round."""
-
-    plain_steps: int
-    ppd_steps: int
-    acceptance_length: float
-    speedup: float
-    plain_step_ms: float
-    ppd_step_ms: float
-
-    @classmethod
-    def of(cls, comparisons: Sequence[Comparison]) -> Totals:
-        plain = [c.plain[0] for c in comparisons]
-        ppd = [c.ppd[0] for c in comparisons]
-        # The first step of a text reads the prompt.
-        decode = [step for g in ppd for step in g.steps[1:]]
-        tokens = sum(len(step.ids) for step in decode)
-        return cls(
-            plain_steps=sum(len(g.steps) for g in plain),
-            ppd_steps=sum(len(g.steps) for g in ppd),
-            acceptance_length=tokens / len(decode) if decode else 1.0,
-            speedup=median(c.speedup for c in comparisons),
-            plain_step_ms=_step_ms([g for c in comparisons for g in c.plain]),
-            ppd_step_ms=_step_ms([g for c in comparisons for g in c.ppd]),
-        )
-
-
 def _step_ms(generations: Sequence[Generation]) -> float:
     """Median duration of a decode step in milliseconds."""
     times = [[step.at_s for step in g.steps] for g in generations]
@@ -106,25 +75,20 @@ def _step_ms(generations: Sequence[Generation]) -> float:
     return 1000 * median(gaps) if gaps else 0.0
 
 
-def header(model: str, prompt_tokens: str, args: argparse.Namespace) -> Panel:
-    """What is about to be compared."""
-    table = Table.grid(padding=(0, 2))
-    mode = f"temperature {args.temperature:g}" if args.temperature else "greedy"
-    for name, value in (
-        ("model", model),
-        ("prompt tokens", prompt_tokens),
-        ("decoding", f"{mode}, {args.max_tokens} tokens, one request at a time"),
-    ):
-        table.add_row(f"[dim]{name}[/]", escape(value))
-    return Panel(
-        table,
-        title="[bold]Parallel Prompt Decoding, beside plain vLLM[/]",
-        border_style="dim",
-        expand=False,
-    )
+def frame(console: Console, c: Comparison, until_s: float, note: str) -> Group:
+    """Both decoders' texts as they stood `until_s` after their common start."""
+    narrow = console.width < NARROW
+    width = console.width if narrow else (console.width - 1) // 2
+    pairs = zip(TITLES, BORDERS, (c.plain[0], c.ppd[0]), strict=True)
+    panels = [
+        _panel(console, title, border, c.prompt, generation, until_s, width)
+        for title, border, generation in pairs
+    ]
+    body = Group(*panels) if narrow else Columns(panels, padding=(0, 1))
+    return Group(body, Text.assemble(("accepted draft tokens", DRAFTED), f"  {note}"))
 
 
-def panel(
+def _panel(
     console: Console,
     title: str,
     border: str,
@@ -132,28 +96,22 @@ def panel(
     generation: Generation,
     until_s: float,
     width: int,
-    done: bool,
 ) -> Panel:
-    """One decoder's text as it stood `until_s` after the start."""
-    text = Text()
-    text.append("\n".join(prompt.split("\n")[-3:]), PROMPT)
-    tokens = steps = 0
-    at = 0.0
-    for step in generation.steps:
-        if step.at_s > until_s:
-            break
+    text = Text("\n".join(prompt.split("\n")[-3:]), PROMPT)
+    steps = [step for step in generation.steps if step.at_s <= until_s]
+    for step in steps:
         text.append(step.drafted, style=DRAFTED)
         text.append(step.own, style=OWN)
-        tokens, steps, at = tokens + len(step.ids), steps + 1, step.at_s
-    if not done:
+    if until_s < generation.seconds:
         text.append("\u2588", style=border)
     text.expand_tabs(4)
     lines = text.wrap(console, width - 4)[-PANEL_LINES:]
+    tokens, at = sum(len(s.ids) for s in steps), steps[-1].at_s if steps else 0.0
     speed = f"{tokens / at:,.0f} tokens/s" if at else "waiting"
     return Panel(
         Text("\n").join(lines),
         title=f"[bold]{title}[/]",
-        subtitle=f"{tokens} tokens, {steps} steps, {at:.2f} s, [bold]{speed}[/]",
+        subtitle=f"{tokens} tokens, {len(steps)} steps, [bold]{speed}[/]",
         border_style=border,
         width=width,
         height=PANEL_LINES + 2,
@@ -161,41 +119,15 @@ def panel(
     )
 
 
-def side_by_side(
-    console: Console,
-    prompt: str,
-    plain: Generation,
-    ppd: Generation,
-    until_s: float,
-    note: str,
-) -> RenderableType:
-    """Both panels at one moment of their common clock."""
-    narrow = console.width < NARROW
-    width = console.width if narrow else (console.width - 1) // 2
-    panels = [
-        panel(
-            console,
-            title,
-            border,
-            prompt,
-            generation,
-            until_s,
-            width,
-            until_s >= generation.seconds,
-        )
-        for title, border, generation in zip(TITLES, BORDERS, (plain, ppd), strict=True)
-    ]
-    body = Group(*panels) if narrow else Columns(panels, padding=(0, 1))
-    legend = Text.assemble(
-        ("accepted draft tokens", DRAFTED), (f"  {note}" if note else "", "dim")
-    )
-    return Group(body, Align.center(legend))
-
-
 def replay(console: Console, comparison: Comparison) -> None:
-    """Show the first round of both at once, at a speed that can be read."""
-    plain, ppd = comparison.plain[0], comparison.ppd[0]
-    end = max(plain.seconds, ppd.seconds)
+    """Show the first round of both at once, at a speed that can be read.
+
+    A pipe or a log gets the last moment alone.
+    """
+    end = max(comparison.plain[0].seconds, comparison.ppd[0].seconds)
+    if not console.is_terminal:
+        console.print(frame(console, comparison, end, ""))
+        return
     duration = min(max(end, REPLAY_S[0]), REPLAY_S[1])
     slower = duration / end if end else 1.0
     how = f"{slower:.0f}x slower" if slower >= 1 else f"{1 / slower:.0f}x faster"
@@ -205,29 +137,8 @@ def replay(console: Console, comparison: Comparison) -> None:
         now = 0.0
         while now < end:
             now = min(end, (time.perf_counter() - start) / slower)
-            frame = side_by_side(console, comparison.prompt, plain, ppd, now, note)
-            view.update(frame, refresh=True)
+            view.update(frame(console, comparison, now, note), refresh=True)
             time.sleep(1 / FRAMES_PER_S)
-
-
-def print_plainly(console: Console, number: int, total: int, c: Comparison) -> None:
-    """The same for a pipe or a log: no panels, no colours, no motion."""
-    last = c.prompt.strip().split("\n")[-1].strip()
-    console.print(f"\nPrompt {number} of {total}, ending in: {escape(last)}")
-    speeds, texts = (c.plain_speed, c.ppd_speed), (c.plain[0], c.ppd[0])
-    for name, speed, g in zip(TITLES, speeds, texts, strict=True):
-        console.print(
-            f"  {name:<13}  {len(g.ids)} tokens in {len(g.steps)} steps, "
-            f"{speed:,.0f} tokens/s"
-        )
-    if c.first_difference is None:
-        shown = [("both", c.ppd[0])]
-    else:
-        shown = list(zip(TITLES, texts, strict=True))
-    for name, g in shown:
-        console.print(f"  text of {name}:")
-        for line in g.text.strip("\n").splitlines():
-            print(f"    | {line}", file=console.file)
 
 
 def summary(comparisons: Sequence[Comparison], greedy: bool) -> Table:
@@ -248,16 +159,9 @@ def summary(comparisons: Sequence[Comparison], greedy: bool) -> Table:
             f"{c.ppd[0].acceptance_length:.2f}",
             same if greedy else "sampled",
         )
-    totals = Totals.of(comparisons)
-    table.add_section()
-    table.add_row(
-        "all",
-        "",
-        _speed(totals.speedup),
-        f"{totals.plain_steps} -> {totals.ppd_steps}",
-        f"{totals.acceptance_length:.2f}",
-        "",
-    )
+    if len(comparisons) > 1:
+        table.add_section()
+        table.add_row("median", "", _speed(median(c.speedup for c in comparisons)))
     return table
 
 
@@ -272,7 +176,7 @@ def verdict(
     temperature: float,
 ) -> list[str]:
     """Sentences for the end of a demo: speed first, then exactness."""
-    lines = [_speed_sentence(Totals.of(comparisons))]
+    lines = [_speed_sentence(comparisons)]
     repeated = median(c.plain[0].repeated for c in comparisons)
     if repeated > LOOPING:
         lines.append(
@@ -283,21 +187,26 @@ def verdict(
     return [*lines, _exactness(comparisons, dtype, temperature)]
 
 
-def _speed_sentence(totals: Totals) -> str:
-    cost = totals.ppd_step_ms / totals.plain_step_ms if totals.plain_step_ms else 1.0
+def _speed_sentence(comparisons: Sequence[Comparison]) -> str:
+    speedup = median(c.speedup for c in comparisons)
+    ppd = [c.ppd[0] for c in comparisons]
+    # The first step of a text reads the prompt.
+    decode = [step for g in ppd for step in g.steps[1:]]
+    length = sum(len(step.ids) for step in decode) / len(decode) if decode else 1.0
+    plain_ms = _step_ms([g for c in comparisons for g in c.plain])
+    ppd_ms = _step_ms([g for c in comparisons for g in c.ppd])
     steps = (
-        f"{totals.acceptance_length:.2f} tokens per step, and a step took "
-        f"{totals.ppd_step_ms:.1f} ms instead of {totals.plain_step_ms:.1f} ms "
-        f"({cost:.2f}x)"
+        f"{length:.2f} tokens per step, and a step took {ppd_ms:.1f} ms instead of "
+        f"{plain_ms:.1f} ms"
     )
-    if totals.speedup >= 1.02:
-        return f"PPD was {totals.speedup:.2f}x as fast: {steps}."
-    if totals.speedup > 0.98:
-        return f"PPD was no faster here ({totals.speedup:.2f}x): {steps}."
+    if speedup >= 1.02:
+        return f"PPD was {speedup:.2f}x as fast: {steps}."
+    if speedup > 0.98:
+        return f"PPD was no faster here ({speedup:.2f}x): {steps}."
     return (
-        f"PPD was slower here ({totals.speedup:.2f}x): {steps}. Draft tokens cost "
-        "extra time if the machine has no computing power to spare, as with few CPU "
-        "cores or a busy machine."
+        f"PPD was slower here ({speedup:.2f}x): {steps}. Draft tokens cost extra time "
+        "if the machine has no computing power to spare, as with few CPU cores or a "
+        "busy machine."
     )
 
 
