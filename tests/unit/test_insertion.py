@@ -11,11 +11,7 @@ import torch.nn.functional as F
 transformers = pytest.importorskip("transformers")
 
 from vllm_ppd.train.forward import insertion_loss  # noqa: E402
-from vllm_ppd.train.insertion import (  # noqa: E402
-    Insertion,
-    sample_insertion,
-    token_positions,
-)
+from vllm_ppd.train.insertion import Insertion, sample_insertion  # noqa: E402
 from vllm_ppd.train.loss import NO_TOKEN, Targets, prompt_loss  # noqa: E402
 from vllm_ppd.train.model import FrozenModel  # noqa: E402
 from vllm_ppd.train.scores import token_rank  # noqa: E402
@@ -26,11 +22,8 @@ ALPHA = 0.8
 # fp32: the two computations order their sums differently, nothing more.
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-6}
 
-PADDING = {
-    "none": torch.ones(BATCH, LENGTH),
-    "left": (torch.arange(LENGTH) >= torch.tensor([0, 5, 12])[:, None]).float(),
-    "right": (torch.arange(LENGTH) < torch.tensor([20, 15, 8])[:, None]).float(),
-}
+# Where points may lie: everywhere, at the end, and in too few places for all of them.
+ALLOWED = torch.arange(LENGTH) >= torch.tensor([0, 5, 14])[:, None]
 
 
 def tiny_llama(**changes) -> transformers.PreTrainedModel:
@@ -55,11 +48,10 @@ def model() -> FrozenModel:
     return FrozenModel(tiny_llama())
 
 
-def make_batch(padding: str, m: int, e: int, points: int = 5):
+def make_batch(m: int, e: int, points: int = 5):
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
-    mask = PADDING[padding]
-    insertion = sample_insertion(mask, points, m, e, generator)
+    insertion = sample_insertion(ALLOWED, points, m, e, generator)
     table = torch.randn(m, e, HIDDEN, generator=generator)
     return ids, insertion, table
 
@@ -72,21 +64,19 @@ def naive_loss(model, table, ids, insertion, kind):
         if not insertion.valid[b, k]:
             continue
         p = int(insertion.points[b, k])
-        real = insertion.attention_mask[b].nonzero()[:, 0]
-        first, last = int(real[0]), int(real[-1])
-        context = model.model.get_input_embeddings()(ids[b, first : p + 1])
+        context = model.model.get_input_embeddings()(ids[b, : p + 1])
         members = []
         for j in range(e):
             inputs = torch.cat([context, table[:, j]])[None]
             members.append(model.model(inputs_embeds=inputs).logits[0, -m:])
         draft = torch.stack(members).mean(dim=0).log_softmax(dim=-1)
-        own = model.model(ids[b, first : p + m + 1][None]).logits[0, -m:]
+        own = model.model(ids[b, : p + m + 1][None]).logits[0, -m:]
         for i in range(m):
             after = p + 1 + i + 1
             if kind == "kl":
                 target = own[i].log_softmax(dim=-1).detach()
                 value = (target.exp() * (target - draft[i])).sum()
-            elif after <= last:
+            elif after < LENGTH:
                 value = -draft[i, ids[b, after]]
             else:
                 continue
@@ -95,12 +85,7 @@ def naive_loss(model, table, ids, insertion, kind):
     return sum(ALPHA**i * sums[i] / counts[i] for i in range(m))
 
 
-@pytest.mark.parametrize("kind", ["kl", "labels"])
-@pytest.mark.parametrize("e", [1, 3])
-@pytest.mark.parametrize("padding", list(PADDING))
-def test_one_pass_equals_naive_loop(model, padding: str, e: int, kind) -> None:
-    ids, insertion, table = make_batch(padding, m=3, e=e)
-    assert insertion.valid.sum() > 8
+def compare_with_naive_loop(model, table, ids, insertion, kind, **tolerance) -> None:
     gradients, losses = [], []
     for compute in (
         lambda t: insertion_loss(model, t, ids, insertion, alpha=ALPHA, kind=kind)[0],
@@ -111,13 +96,21 @@ def test_one_pass_equals_naive_loop(model, padding: str, e: int, kind) -> None:
         loss.backward()
         losses.append(loss.detach())
         gradients.append(leaf.grad)
-    torch.testing.assert_close(*losses, **TOLERANCE)
-    torch.testing.assert_close(*gradients, **TOLERANCE)
+    torch.testing.assert_close(*losses, **tolerance)
+    torch.testing.assert_close(*gradients, **tolerance)
     assert gradients[0].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["kl", "labels"])
+@pytest.mark.parametrize("e", [1, 3])
+def test_one_pass_equals_naive_loop(model, e: int, kind) -> None:
+    ids, insertion, table = make_batch(m=3, e=e)
+    assert 8 < insertion.valid.sum() < insertion.valid.numel()
+    compare_with_naive_loop(model, table, ids, insertion, kind, **TOLERANCE)
+
+
 def test_eager_attention_agrees_with_sdpa(model) -> None:
-    ids, insertion, table = make_batch("left", m=2, e=2)
+    ids, insertion, table = make_batch(m=2, e=2)
     eager = FrozenModel(tiny_llama(attn_implementation="eager"))
     losses = [
         insertion_loss(each, table, ids, insertion, alpha=ALPHA)[0]
@@ -130,61 +123,57 @@ def test_mask_against_a_literal() -> None:
     insertion = Insertion(
         points=torch.tensor([[1, 2]]),
         valid=torch.tensor([[True, True]]),
-        attention_mask=torch.tensor([[False, True, True, True]]),
+        length=4,
         num_prompt_tokens=2,
         num_ept=2,
     )
     # Columns: 4 ordinary rows, then tokens 1 1 2 2 with EPT 0 1 0 1 of each point.
     expected = """
-        0100 1000 0000
-        0100 0100 0000
-        0100 1010 0000
-        0100 0101 0000
-        0110 0000 1000
-        0110 0000 0100
-        0110 0000 1010
-        0110 0000 0101
+        1100 1000 0000
+        1100 0100 0000
+        1100 1010 0000
+        1100 0101 0000
+        1110 0000 1000
+        1110 0000 0100
+        1110 0000 1010
+        1110 0000 0101
     """
     rows = ["".join(line.split()) for line in expected.split("\n") if line.strip()]
     literal = torch.tensor([[c == "1" for c in row] for row in rows])
     assert torch.equal(insertion.mask()[0, 0], literal)
-    assert insertion.position_ids().tolist() == [[1, 1, 2, 2, 2, 2, 3, 3]]
+    assert insertion.position_ids().tolist() == [[2, 2, 3, 3, 3, 3, 4, 4]]
 
 
-@pytest.mark.parametrize("padding", list(PADDING))
-def test_mask_against_nested_loops(padding: str) -> None:
+def test_mask_against_nested_loops() -> None:
     m, e = 3, 2
-    _, insertion, _ = make_batch(padding, m, e, points=3)
+    _, insertion, _ = make_batch(m, e, points=3)
     mask = insertion.mask()
     assert mask.shape == (BATCH, 1, 3 * m * e, LENGTH + 3 * m * e)
     rows = list(itertools.product(range(3), range(m), range(e)))
-    positions = token_positions(insertion.attention_mask)
     for b in range(BATCH):
         for r, (point, token, ept) in enumerate(rows):
             p = int(insertion.points[b, point])
             for t in range(LENGTH):
-                sees = t <= p and bool(insertion.attention_mask[b, t])
-                assert mask[b, 0, r, t] == sees
+                assert mask[b, 0, r, t] == (t <= p)
             for c, (other, earlier, member) in enumerate(rows):
                 sees = other == point and member == ept and earlier <= token
                 assert mask[b, 0, r, LENGTH + c] == sees
-            assert insertion.position_ids()[b, r] == positions[b, p] + token + 1
+            assert insertion.position_ids()[b, r] == p + token + 1
 
 
-@pytest.mark.parametrize("padding", list(PADDING))
-def test_sampled_points(padding: str) -> None:
-    mask, m = PADDING[padding].bool(), 3
-    insertion = sample_insertion(mask, 12, m, 1, torch.Generator().manual_seed(0))
+def test_sampled_points() -> None:
+    m = 3
+    insertion = sample_insertion(ALLOWED, 12, m, 1, torch.Generator().manual_seed(0))
     for b in range(BATCH):
         points = insertion.points[b, insertion.valid[b]].tolist()
-        room = int(mask[b].sum()) - m
+        room = int(ALLOWED[b].sum()) - m
         assert points == sorted(set(points))
         assert len(points) == min(12, room)
-        assert all(mask[b, p : p + m + 1].all() for p in points)
+        assert all(ALLOWED[b, p : p + m + 1].all() for p in points)
 
 
 def test_sampling_is_seeded_and_uniform() -> None:
-    mask = torch.ones(400, 12)
+    mask = torch.ones(400, 12).bool()
     draws = [
         sample_insertion(mask, 3, 2, 1, torch.Generator().manual_seed(seed)).points
         for seed in (0, 0, 1)
@@ -200,20 +189,18 @@ def test_sampling_is_seeded_and_uniform() -> None:
 def test_allowed_restricts_the_whole_window() -> None:
     allowed = torch.zeros(1, 10).bool()
     allowed[0, 4:8] = True
-    drawn = sample_insertion(
-        torch.ones(1, 10), 5, 2, 1, torch.Generator().manual_seed(0), allowed
-    )
+    drawn = sample_insertion(allowed, 5, 2, 1, torch.Generator().manual_seed(0))
     assert drawn.points[drawn.valid].tolist() == [4, 5]
 
 
 def test_too_short_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="3 tokens are too short"):
-        sample_insertion(torch.ones(1, 3), 1, 3, 1, torch.Generator())
+        sample_insertion(torch.ones(1, 3).bool(), 1, 3, 1, torch.Generator())
 
 
 @pytest.mark.parametrize("kind", ["kl", "labels"])
 def test_chunks_change_nothing(model, kind) -> None:
-    ids, insertion, table = make_batch("right", m=3, e=2)
+    ids, insertion, table = make_batch(m=3, e=2)
     results = []
     for elements in (1, VOCAB * 2 * 7, 1 << 30):
         leaf = table.clone().requires_grad_()
@@ -282,9 +269,7 @@ def test_greedy_path_is_where_the_model_agrees(model) -> None:
         following = model.model(ids).logits[:, -1].argmax(dim=-1)
         ids = torch.cat([ids, following[:, None]], dim=1)
     points = torch.arange(4, 13).expand(2, -1)
-    insertion = Insertion(
-        points, torch.ones_like(points).bool(), torch.ones(2, 16).bool(), 3, 1
-    )
+    insertion = Insertion(points, torch.ones_like(points).bool(), 16, 3, 1)
     table = torch.randn(3, 1, HIDDEN)
     options = {"alpha": ALPHA, "with_scores": True, "with_greedy": True}
     _, scores = insertion_loss(model, table, ids, insertion, **options)
@@ -293,9 +278,7 @@ def test_greedy_path_is_where_the_model_agrees(model) -> None:
     # Another token at 8: it is not what the model would have written after 7.
     ids[:, 8] = (ids[:, 8] + 1) % VOCAB
     points = torch.tensor([[5, 7], [5, 7]])
-    insertion = Insertion(
-        points, torch.ones_like(points).bool(), torch.ones(2, 16).bool(), 3, 1
-    )
+    insertion = Insertion(points, torch.ones_like(points).bool(), 16, 3, 1)
     _, scores = insertion_loss(model, table, ids, insertion, **options)
     # From root 5, predictions 1 and 2 precede the change; from root 7 none does.
     assert scores.greedy.tolist() == [2, 2, 0]
@@ -382,25 +365,16 @@ def test_other_families_pass_the_same_comparison(family: str) -> None:
         **FAMILIES[family],
     )
     model = FrozenModel(transformers.AutoModelForCausalLM.from_config(config).float())
-    ids, insertion, table = make_batch("left", m=2, e=1)
-    gradients = []
-    for compute in (
-        lambda t: insertion_loss(model, t, ids, insertion, alpha=ALPHA)[0],
-        lambda t: naive_loss(model, t, ids, insertion, "kl"),
-    ):
-        leaf = table.clone().requires_grad_()
-        compute(leaf).backward()
-        gradients.append(leaf.grad)
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    ids, insertion, table = make_batch(m=2, e=1)
+    compare_with_naive_loop(model, table, ids, insertion, "kl", rtol=1e-3, atol=1e-5)
 
 
 def test_points_in_a_row():
-    tokens = torch.ones(2000, 30)
     allowed = torch.ones(2000, 30).bool()
     allowed[:, :5] = False
     allowed[1000:, 12:] = False
     generator = torch.Generator().manual_seed(0)
-    found = sample_insertion(tokens, 6, 2, 1, generator, allowed, in_a_row=True)
+    found = sample_insertion(allowed, 6, 2, 1, generator, in_a_row=True)
     # Places 5 .. 27, and only 5 .. 9 in the second half, all of which fit in a run.
     assert found.points.shape == (2000, 6)
     assert (found.valid[1000:].sum(dim=1) == 5).all()

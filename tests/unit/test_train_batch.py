@@ -77,9 +77,9 @@ def test_a_pass_serves_several_updates(several: TrainJob, monkeypatch) -> None:
     passes = []
     ordinary_rows = FrozenModel.ordinary_rows
 
-    def counted(self, ids, mask):
+    def counted(self, ids):
         passes.append(ids)
-        return ordinary_rows(self, ids, mask)
+        return ordinary_rows(self, ids)
 
     with monkeypatch.context() as patch:
         patch.setattr(FrozenModel, "ordinary_rows", counted)
@@ -113,7 +113,7 @@ def test_rows_of_an_earlier_update_are_gone(job: TrainJob, monkeypatch) -> None:
     trainer, initial = trainer_of(job, monkeypatch)
     batch = Batch.draw(trainer.train_stream, trainer.settings, 0, 0)
     insertion = batch.insertions[0]
-    ordinary = trainer.model.ordinary_rows(batch.ids, insertion.attention_mask)
+    ordinary = trainer.model.ordinary_rows(batch.ids)
     before = [layer.keys.clone() for layer in ordinary.cache.layers]
     table = initial.clone().requires_grad_()
     trainer.model.prompt_rows(table, insertion, ordinary).sum().backward()

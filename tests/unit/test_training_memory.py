@@ -55,7 +55,7 @@ def footprint() -> Footprint:
     insertion = Insertion(
         points=points,
         valid=torch.ones_like(points).bool(),
-        attention_mask=torch.ones(BATCH, LENGTH, device="meta").bool(),
+        length=LENGTH,
         num_prompt_tokens=TOKENS,
         num_ept=1,
     )

@@ -167,12 +167,11 @@ def _insertion(
     if allowed.shape[1] <= m:
         return None
     insertion = sample_insertion(
-        torch.ones_like(allowed),
+        allowed,
         settings.points_per_prompt,
         m,
         e,
         generator,
-        allowed,
         # Neighbours show where decoding steps begin.
         in_a_row=True,
     )

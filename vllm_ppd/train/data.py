@@ -55,10 +55,11 @@ class TokenStream:
 
     def windows(
         self, starts: torch.Tensor, length: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Token ids, int64 [batch, length], and `allowed` for them, if any."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids, int64 [batch, length], and where insertions may take place."""
         index = starts[:, None] + torch.arange(length)
-        allowed = None if self.allowed is None else self.allowed[index]
+        everywhere = torch.ones_like(index, dtype=torch.bool)
+        allowed = everywhere if self.allowed is None else self.allowed[index]
         return self.tokens[index].long(), allowed
 
     def random_starts(
@@ -246,12 +247,11 @@ class Batch:
             )
             insertions = tuple(
                 sample_insertion(
-                    torch.ones_like(ids),
+                    allowed,
                     settings.points,
                     settings.num_prompt_tokens,
                     settings.num_ept,
                     generator,
-                    allowed,
                 )
                 for _ in range(settings.updates)
             )

@@ -39,19 +39,14 @@ def insertion_loss(
     when no insertion point is valid.
     """
     if ordinary is None:
-        ordinary = model.ordinary_rows(ids, insertion.attention_mask)
+        ordinary = model.ordinary_rows(ids)
     else:
         ordinary.drop_prompt_rows()
     sequence, target = insertion.target_index()
     following = torch.cat([ids, torch.full_like(ids[:, :1], NO_TOKEN)], dim=1)
-    inside = torch.cat(
-        [insertion.attention_mask, torch.zeros_like(ids[:, :1]).bool()], dim=1
-    )
-    tokens = following[sequence, target + 1]
     targets = Targets(
         hidden=ordinary.hidden[sequence, target],
-        tokens=tokens.masked_fill(~inside[sequence, target + 1], NO_TOKEN),
-        on_path=None,
+        tokens=following[sequence, target + 1],
     )
     if with_greedy:
         agrees = _agrees(model, ordinary.hidden, ids, chunk_elements)
@@ -131,12 +126,11 @@ def evaluate(
             bar.update(part.numel())
             ids, allowed = stream.windows(part, settings.length)
             insertion = sample_insertion(
-                torch.ones_like(ids),
+                allowed,
                 max(settings.points, _LEAST_POINTS),
                 settings.num_prompt_tokens,
                 settings.num_ept,
                 generator,
-                allowed,
             ).to(model.device)
             # Chats may leave windows without any word of the assistant.
             if not bool(insertion.valid.any()):

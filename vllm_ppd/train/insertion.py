@@ -18,16 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["Insertion", "sample_insertion", "token_positions"]
-
-
-def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position ids, int64 [batch, T], of sequences padded on either side.
-
-    `attention_mask` is [batch, T], nonzero at tokens. Padding gets position 0 or that
-    of its neighbour; nothing reads it.
-    """
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+__all__ = ["Insertion", "sample_insertion"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,22 +30,21 @@ class Insertion:
     valid: torch.Tensor
     """bool [batch, P]: False where the sequence had too few places; such a point takes
     rows, so that the batch stays rectangular, but no part in the loss."""
-    attention_mask: torch.Tensor
-    """bool [batch, T]: True at tokens, False at padding."""
+    length: int
+    """T: tokens of each sequence; none is padded."""
     num_prompt_tokens: int
     num_ept: int
 
     def to(self, device: torch.device) -> Insertion:
         """The same on another device."""
-        names = ("points", "valid", "attention_mask")
-        return replace(self, **{n: getattr(self, n).to(device) for n in names})
+        points, valid = self.points.to(device), self.valid.to(device)
+        return replace(self, points=points, valid=valid)
 
     def position_ids(self) -> torch.Tensor:
         """int64 [batch, R]: positions of the R = P * m * e prompt rows."""
-        roots = token_positions(self.attention_mask).gather(1, self.points)
-        steps = torch.arange(1, self.num_prompt_tokens + 1, device=roots.device)
+        steps = torch.arange(1, self.num_prompt_tokens + 1, device=self.points.device)
         steps = steps.repeat_interleave(self.num_ept)
-        return (roots[:, :, None] + steps).flatten(1)
+        return (self.points[:, :, None] + steps).flatten(1)
 
     def mask(self) -> torch.Tensor:
         """bool [batch, 1, R, T + R]: True where a prompt row attends.
@@ -62,13 +52,12 @@ class Insertion:
         These are the last R rows of the square mask over [T ordinary][R prompt] rows;
         the first T are the causal mask, False on every prompt row.
         """
-        batch, length = self.attention_mask.shape
+        batch, points = self.points.shape
         per_point = self.num_prompt_tokens * self.num_ept
-        count = self.points.shape[1] * per_point
+        count = points * per_point
         device = self.points.device
         roots = self.points.repeat_interleave(per_point, dim=1)
-        index = torch.arange(length, device=device)
-        context = (index <= roots[:, :, None]) & self.attention_mask[:, None, :]
+        context = torch.arange(self.length, device=device) <= roots[:, :, None]
         row = torch.arange(count, device=device)
         point, token = row // per_point, row % per_point // self.num_ept
         ept = row % self.num_ept
@@ -97,12 +86,11 @@ class Insertion:
 
 
 def sample_insertion(
-    attention_mask: torch.Tensor,
+    allowed: torch.Tensor,
     points_per_sequence: int,
     num_prompt_tokens: int,
     num_ept: int,
     generator: torch.Generator,
-    allowed: torch.Tensor | None = None,
     in_a_row: bool = False,
 ) -> Insertion:
     """Draw insertion points uniformly, without repetition within a sequence.
@@ -110,23 +98,20 @@ def sample_insertion(
     `in_a_row`: a run of neighbouring places instead, wherever it begins; one that is
     cut by the first or last place is shorter.
 
-    `attention_mask` [batch, T] is nonzero at tokens and may be padded on either side;
-    `allowed` [batch, T] restricts the points further (to an assistant's turns). A root
-    p qualifies when p .. p + m are all allowed tokens. Everything is on the CPU, so
-    that one seed means the same points on every device. Raises ValueError when T does
-    not leave room for m tokens after a root.
+    `allowed` is bool [batch, T]: in chats, the assistant's turns. A root p qualifies
+    when p .. p + m are all allowed. Everything is on the CPU, so that one seed means
+    the same points on every device. Raises ValueError when T does not leave room for m
+    tokens after a root.
     """
-    tokens = attention_mask.bool()
-    usable = tokens if allowed is None else tokens & allowed.bool()
-    length = usable.shape[1]
+    length = allowed.shape[1]
     if length <= num_prompt_tokens:
         raise ValueError(
             f"sequences of {length} tokens are too short to insert "
             f"{num_prompt_tokens} prompt tokens; expected at least "
             f"{num_prompt_tokens + 1}: raise the length or lower the prompt tokens"
         )
-    # A window of m + 1 usable tokens starts at each place that qualifies.
-    places = usable.unfold(1, num_prompt_tokens + 1, 1).all(dim=2)
+    # A window of m + 1 allowed tokens starts at each place that qualifies.
+    places = allowed.unfold(1, num_prompt_tokens + 1, 1).all(dim=2)
     score = torch.rand(places.shape, generator=generator)
     score = score.masked_fill(~places, -1.0)
     count = min(points_per_sequence, places.shape[1])
@@ -143,7 +128,7 @@ def sample_insertion(
     return Insertion(
         points=points,
         valid=places.gather(1, points),
-        attention_mask=tokens,
+        length=length,
         num_prompt_tokens=num_prompt_tokens,
         num_ept=num_ept,
     )

@@ -23,7 +23,7 @@ from vllm_ppd.hub import resolve_model_path
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.data import TokenStream
-from vllm_ppd.train.insertion import Insertion, token_positions
+from vllm_ppd.train.insertion import Insertion
 from vllm_ppd.train.settings import TrainingError
 
 __all__ = [
@@ -144,19 +144,12 @@ class FrozenModel:
         return logits.float()
 
     @torch.no_grad()
-    def ordinary_rows(
-        self, ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> OrdinaryRows:
-        """Run token ids [batch, T] causally; `attention_mask` [batch, T] is bool."""
+    def ordinary_rows(self, ids: torch.Tensor) -> OrdinaryRows:
+        """Run token ids [batch, T] causally."""
         cache = DynamicCache()
-        # Without padding no mask is passed, which leaves fast causal kernels in use.
-        padded = not bool(attention_mask.all())
+        # No mask is passed, which leaves fast causal kernels in use.
         output = self.model.base_model(
-            input_ids=ids,
-            attention_mask=attention_mask.long() if padded else None,
-            position_ids=token_positions(attention_mask),
-            past_key_values=cache,
-            use_cache=True,
+            input_ids=ids, past_key_values=cache, use_cache=True
         )
         return OrdinaryRows(output.last_hidden_state, cache)
 
@@ -220,8 +213,7 @@ class FrozenModel:
             )
         hidden = None
         with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):
-            mask = torch.ones_like(ids).bool()
-            hidden = self.ordinary_rows(ids, mask).hidden
+            hidden = self.ordinary_rows(ids).hidden
         if hidden is not None and _agree(own, self.logits(hidden)):
             return
         raise TrainingError(

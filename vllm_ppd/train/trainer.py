@@ -209,8 +209,7 @@ class Trainer:
                 number,
                 self.accelerator.process_index,
             ).to(self.accelerator.device)
-            mask = batch.insertions[0].attention_mask
-            self._pass = (number, batch, self.model.ordinary_rows(batch.ids, mask))
+            self._pass = (number, batch, self.model.ordinary_rows(batch.ids))
         return self._pass[1:]
 
     def _progress(self) -> tuple[float, float, bool]:
