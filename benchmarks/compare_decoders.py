@@ -26,7 +26,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engines import EngineError, running
+from engines import running
 from harness import (
     DECODERS,
     Cell,
@@ -50,6 +50,7 @@ from results import (
     shown_path,
 )
 
+from vllm_ppd.cli.engines import EngineFailedError
 from vllm_ppd.files import write_json
 
 
@@ -108,8 +109,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.other is None and "other" in args.decoders:
         parser.error("the decoder 'other' needs --other CHECKOUT")
-    if args.other and not (args.other / "vllm_ppd" / "plugin.py").exists():
-        parser.error(f"--other is {args.other}, which is no checkout of this project")
+    if args.other and not (args.other / "vllm_ppd/engine/generation.py").exists():
+        parser.error(
+            f"--other is {args.other}, which is no checkout of this project, or one "
+            "from before vllm_ppd/engine/generation.py"
+        )
     return args
 
 
@@ -243,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         results = run(args)
-    except (ValueError, EngineError) as error:
+    except (ValueError, EngineFailedError) as error:
         say(f"error: {error}")
         return 2 if isinstance(error, ValueError) else 1
     print(table(results["cells"]))

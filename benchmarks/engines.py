@@ -1,72 +1,35 @@
 """A vLLM engine in a process of its own, which calls functions of these scripts.
 
-Engines in one process would share its interpreter and their timings; in processes of
-their own, one sleeps while another is measured. The same file is the near end
-(`Engine`) and the far end (`python engines.py`). The far end imports vLLM and the
-standard library only, so that it also runs with another checkout of this project.
-
-One JSON object per line. To the engine: the arguments of `vllm.LLM`, then any number of
-{"call": "module:function", "arguments": {...}}; the function gets the `LLM` first. From
-the engine, for its start (with its card) and for each call: {"ok": true, "result": ...}
-or {"ok": false, "message": ...}.
+`Engine` is the near end; the far end makes a `FarEngine`. Both import this file, also
+the far end of an engine that imports vllm_ppd from another checkout.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vllm_ppd.cli.engines import EngineProcess, engine_processes
+from vllm_ppd.engine.generation import Generation, Step
+
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULTS = {
-    # Several engines share the machine; vLLM would give each half of it.
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "VLLM_NO_USAGE_STATS": "1",
-    # gpu_decode.py sends a function to the workers.
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-}
 # An idle vLLM worker on a CPU polls for a second after its last step, on the very core
 # that the next engine's worker is bound to.
 SETTLE_S = 1.2
 
 
-class EngineError(RuntimeError):
-    """An engine that did not start, or failed; the message names its log."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The tokens of one request."""
-
-    steps: tuple[tuple[float, tuple[int, ...]], ...]
-    """(seconds since the request was added, token ids) of each step that emitted any;
-    the first one reads the prompt."""
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        return tuple(i for _, ids in self.steps for i in ids)
-
-    @property
-    def repeated(self) -> float:
-        """Share of the 4-grams that occurred in the request's output before.
-
-        Small models loop when decoded greedily, and loops are easy to draft.
-        """
-        ids = self.ids
-        grams = [ids[i : i + 4] for i in range(len(ids) - 3)]
-        return 1 - len(set(grams)) / len(grams) if grams else 0.0
+def generation(steps: Iterable[tuple[float, Sequence[int]]]) -> Generation:
+    """Of (seconds since the request was added, token ids) of steps; those without
+    tokens are left out."""
+    return Generation(tuple(Step(at, tuple(ids), "", "") for at, ids in steps if ids))
 
 
 @dataclass(frozen=True)
@@ -84,10 +47,7 @@ class Batch:
     @classmethod
     def of(cls, wall_s: float, requests: Any, full: Any, **more: Any) -> Batch:
         """From the result of `generate`."""
-        generations = tuple(
-            Generation(tuple((at, tuple(ids)) for at, ids in steps if ids))
-            for steps in requests
-        )
+        generations = tuple(map(generation, requests))
         return cls(wall_s=wall_s, requests=generations, full=tuple(full), **more)
 
     @property
@@ -95,57 +55,38 @@ class Batch:
         return sum(len(request.ids) for request in self.requests)
 
 
-class Engine:
-    """The near end of one engine; raises EngineError when the engine fails.
+class Engine(EngineProcess):
+    """The near end of one engine; raises EngineFailedError when the engine fails.
 
     Args:
         name: for messages.
-        settings: arguments of `vllm.LLM`.
-        in_process: keep vLLM's engine core in the front end's process.
-        checkout: whose vllm_ppd the engine imports.
-        environment: more variables of the engine's process.
+        options: "settings", the arguments of `vllm.LLM`; perhaps "in_process", whether
+            to keep vLLM's engine core in the front end's process, "checkout", whose
+            vllm_ppd the engine imports, and "environment", more of its variables.
+        log_folder: for its log.
     """
 
-    def __init__(
-        self,
-        name: str,
-        settings: Mapping[str, Any],
-        in_process: bool = False,
-        checkout: Path = ROOT,
-        environment: Mapping[str, str] | None = None,
-    ):
-        self.name = name
+    def __init__(self, name: str, options: Mapping[str, Any], log_folder: Path):
         self.card: dict[str, Any] = {}
-        given = {**DEFAULTS, **os.environ, **(environment or {})}
-        given["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
+        given = {**os.environ, **options.get("environment", {})}
         # vLLM's processes, too, call functions of these scripts.
-        scripts = str(Path(__file__).resolve().parent)
-        paths = [str(checkout), scripts, *filter(None, [given.get("PYTHONPATH")])]
-        given.update(PYTHONPATH=os.pathsep.join(paths), PYTHONUNBUFFERED="1")
-        with tempfile.NamedTemporaryFile(
-            prefix=f"engine-{name.replace(' ', '-')}-", suffix=".log", delete=False
-        ) as log:
-            self.log = Path(log.name)
-            # A session of its own: its group is the engine's processes and no others.
-            self._process = subprocess.Popen(
-                [sys.executable, __file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=given,
-                text=True,
-                start_new_session=True,
-            )
-        self._send(dict(settings))
+        scripts = Path(__file__).resolve().parent
+        paths = [options.get("checkout", ROOT), scripts, given.get("PYTHONPATH")]
+        environment = {
+            **options.get("environment", {}),
+            "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path),
+            # The current folder may be another checkout.
+            "PYTHONSAFEPATH": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not options.get("in_process"))),
+            # gpu_decode.py sends a function to the workers.
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        }
+        settings = options["settings"]
+        super().__init__(name, settings, log_folder, FarEngine, environment)
 
-    def wait_ready(self) -> None:
-        """Wait until the engine has started."""
-        self.card = self._receive()
-
-    def call(self, function: str, **arguments: Any) -> Any:
+    def run(self, function: str, **arguments: Any) -> Any:
         """The result of "module:function" in the engine's process."""
-        self._send({"call": function, "arguments": arguments})
-        return self._receive()
+        return self.call("run", function, arguments)
 
     def generate(
         self,
@@ -156,7 +97,7 @@ class Engine:
         lengths: Sequence[int] | None = None,
     ) -> Batch:
         """See the function `generate`."""
-        result = self.call(
+        result = self.run(
             "engines:generate",
             prompts=[list(prompt) for prompt in prompts],
             params=dict(params),
@@ -165,61 +106,21 @@ class Engine:
         )
         return Batch.of(**result)
 
-    def _send(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        # A dead engine is reported when its answer is awaited.
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-
-    def _receive(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        answer = json.loads(line) if line else {"ok": False, "message": "it ended"}
-        if not answer["ok"]:
-            raise EngineError(
-                f"the engine of {self.name} failed: {answer['message']}; its log is "
-                f"{self.log}"
-            )
-        return answer["result"]
-
-    def close(self, keep_log: bool = False) -> None:
-        """End the engine and every process that it started."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(15)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        if not keep_log:
-            self.log.unlink(missing_ok=True)
-
 
 @contextlib.contextmanager
 def running(
     options: Mapping[str, Mapping[str, Any]], say: Any = print
 ) -> Iterator[dict[str, Engine]]:
-    """Engines by name, from their arguments, that end with the block.
+    """Engines by name, from their options, that end with the block.
 
     They start one after the other, because on a GPU each measures how much memory is
     free. Logs stay only if an engine fails.
     """
-    engines: dict[str, Engine] = {}
-    failed = False
-    try:
-        for name, arguments in options.items():
+    with engine_processes(options, "benchmark", Engine) as engines:
+        for name, engine in engines.items():
             say(f"starting {name}")
-            engines[name] = Engine(name, **arguments)
-            engines[name].wait_ready()
+            engine.card = engine.call("start")
         yield engines
-    except EngineError:
-        failed = True
-        raise
-    finally:
-        for engine in engines.values():
-            engine.close(keep_log=failed)
 
 
 def settle() -> None:
@@ -228,6 +129,29 @@ def settle() -> None:
 
 
 # What follows runs in the engine's process.
+
+
+class FarEngine:
+    """vLLM, and calls of these scripts' functions, which get it first."""
+
+    def __init__(self, settings: dict[str, Any]):
+        self.settings = settings
+
+    def start(self) -> dict[str, Any]:
+        """Start vLLM; returns its card."""
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            # Several engines hold their memory at once.
+            self.settings.setdefault("gpu_memory_utilization", 0.28)
+        began = time.perf_counter()
+        self.llm = LLM(**self.settings)
+        return _card(self.llm, time.perf_counter() - began)
+
+    def run(self, function: str, arguments: dict[str, Any]) -> Any:
+        module, name = function.split(":")
+        return getattr(importlib.import_module(module), name)(self.llm, **arguments)
 
 
 def generate(
@@ -357,57 +281,3 @@ def _card(llm: Any, start_s: float) -> dict[str, Any]:
         "checkout": Path(vllm_ppd.__file__).parent.parent.name,
         "menu": menu(llm),
     }
-
-
-def _serve(commands: Any, send: Any) -> None:
-    settings = json.loads(commands.readline() or "null")
-    if settings is None:
-        return
-    from vllm import LLM
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        # Several engines hold their memory at once.
-        settings.setdefault("gpu_memory_utilization", 0.28)
-    began = time.perf_counter()
-    llm = LLM(**settings)
-    send({"ok": True, "result": _card(llm, time.perf_counter() - began)})
-    for line in commands:
-        message = json.loads(line)
-        module, function = message["call"].split(":")
-        run = getattr(importlib.import_module(module), function)
-        send({"ok": True, "result": run(llm, **message["arguments"])})
-
-
-def _main() -> int:
-    # Duplicated descriptors are not inherited, so vLLM's processes can neither write
-    # answers nor keep the pipes open; what they print goes to the log.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    commands = os.fdopen(os.dup(0), "r", encoding="utf-8")
-    os.dup2(2, 1)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-
-    def send(message: dict[str, Any]) -> None:
-        answers.write(json.dumps(message) + "\n")
-        answers.flush()
-
-    try:
-        _serve(commands, send)
-    except BrokenPipeError:
-        return 1
-    except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        send({"ok": False, "message": f"{type(error).__name__}: {error}"})
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    status = _main()
-    sys.stdout.flush()
-    # vLLM's own way out would wait for threads that are still there.
-    os._exit(status)

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             with running(options, say) as engines:
                 for name, engine in engines.items():
                     if name != "plain":
-                        engine.call("published:replay", table=table)
+                        engine.run("published:replay", table=table)
                 cells += measure_shape(shape, engines, args)
     finish(results_document("gpu_decode", card, vars(args), cells), args.out)
 

@@ -16,8 +16,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from engines import Batch, Generation, settle
+from engines import Batch, settle
 from results import sameness, summarise
+
+from vllm_ppd.engine.generation import Generation
 
 # "fixed" is PPD that adapts nothing; "other" is the PPD of another checkout.
 DECODERS = ("plain", "ppd", "ngram", "fixed", "other")
@@ -151,15 +153,15 @@ def figures(batch: Batch, menu: Sequence[Sequence[float]] | None) -> dict[str, f
         is promised.
     """
     requests = batch.requests
-    decoded = sum(len(r.ids) - len(r.steps[0][1]) for r in requests)
+    decoded = sum(len(r.ids) - len(r.steps[0].ids) for r in requests)
     decode_steps = sum(len(r.steps) - 1 for r in requests)
     # As a server under load sees it: the end, when ever fewer requests are running,
     # says more of how unequal texts are than of how fast they are written.
     seconds, tokens = batch.full
     gaps = [
-        later - earlier
+        later.at_s - earlier.at_s
         for request in requests
-        for (earlier, _), (later, _) in pairwise(request.steps)
+        for earlier, later in pairwise(request.steps)
     ]
     values = {
         "tokens_per_s": tokens / seconds,
@@ -171,7 +173,7 @@ def figures(batch: Batch, menu: Sequence[Sequence[float]] | None) -> dict[str, f
         "acceptance_length": decoded / decode_steps if decode_steps else 1.0,
         # Of steps as a request sees them; those that read prompts are few.
         "ms_per_step": 1000 * median(gaps or [batch.wall_s]),
-        "first_token_s": sum(r.steps[0][0] for r in requests) / len(requests),
+        "first_token_s": sum(r.steps[0].at_s for r in requests) / len(requests),
     }
     counted = batch.counters.get("request_steps", 0.0)
     if menu and counted:

@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         }
         with running(options, say) as engines:
             for engine in engines.values():
-                engine.call("step_cost:instrument")
+                engine.run("step_cost:instrument")
             for context in args.context:
                 turns: dict[str, list[dict[str, Any]]] = {}
                 for _ in range(args.rounds):
@@ -215,9 +215,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                     ):
                         engine = engines[engine_name]
                         if held is not None:
-                            engine.call("engines:hold", draft_length=held)
+                            engine.run("engines:hold", draft_length=held)
                         task = {"batch": batch, "context": context, "steps": args.steps}
-                        measured = engine.call("step_cost:measure", **task)
+                        measured = engine.run("step_cost:measure", **task)
                         turns.setdefault(name, []).append(measured)
                 cells.append(
                     {

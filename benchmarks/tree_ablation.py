@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engines import EngineError, Generation, running
+from engines import running
 from harness import encode_prompts, engine_dtype
 from published import load_table
 from results import (
@@ -46,6 +46,8 @@ from results import (
     say,
 )
 
+from vllm_ppd.cli.engines import EngineFailedError
+from vllm_ppd.engine.generation import Generation
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
@@ -228,12 +230,13 @@ def acceptance_length(
     """
     counts = []
     for request in requests:
-        written = len(request.steps[0][1])
+        written = len(request.steps[0].ids)
         tokens = steps = 0
-        for _, ids in request.steps[1:]:
+        for step in request.steps[1:]:
             if written + reach > max_tokens:
                 break
-            written, tokens, steps = written + len(ids), tokens + len(ids), steps + 1
+            size = len(step.ids)
+            written, tokens, steps = written + size, tokens + size, steps + 1
         counts.append((tokens, steps))
     total = sum(steps for _, steps in counts)
     if not total:
@@ -248,7 +251,7 @@ def measure(
     engine: Any, entry: MenuEntry, prompts: Sequence[Any], args: argparse.Namespace
 ) -> dict[str, list[float]]:
     """[acceptance length, half its 95 % interval] by temperature."""
-    engine.call("engines:hold", draft_length=entry.num_draft_tokens)
+    engine.run("engines:hold", draft_length=entry.num_draft_tokens)
     depths = [tree.depth for policy in entry.policies for tree in policy.trees]
     lengths = {}
     for temperature in args.temperature:
@@ -387,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     card = environment_card()
     try:
         cells = run(args)
-    except (ValueError, EngineError) as error:
+    except (ValueError, EngineFailedError) as error:
         say(f"error: {error}")
         return 2 if isinstance(error, ValueError) else 1
     print(table(cells))

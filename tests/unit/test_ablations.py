@@ -57,10 +57,10 @@ def test_ours_is_the_best_of_the_kinds(rows: int) -> None:
 def test_acceptance_is_counted_from_the_output() -> None:
     sizes = [1, 3, 3, 3, 3, 3, 3, 1]
     steps = tuple((0.1 * i, (7,) * n) for i, n in enumerate(sizes))
-    requests = [engines.Generation(steps)] * 5
+    requests = [engines.generation(steps)] * 5
     # Steps that the end of the request may have cut short do not count.
     assert tree_ablation.acceptance_length(requests, 20, 4) == (3.0, 0.0)
-    mixed = [engines.Generation(steps[:1] + steps[-1:] * 9), *requests]
+    mixed = [engines.generation(steps[:1] + steps[-1:] * 9), *requests]
     length, half_width = tree_ablation.acceptance_length(mixed, 20, 4)
     assert 1 < length < 3 and 0 < half_width < 1
     with pytest.raises(ValueError, match="--max-tokens"):

@@ -71,7 +71,7 @@ class FakeDecoder:
         for number, size in enumerate(sizes, start=1):
             steps.append((number * self.step_s, tuple(range(at, at + size))))
             at += size
-        request = engines.Generation(tuple(steps))
+        request = engines.generation(steps)
         count = len(sizes) * -(-len(prompts) // at_once)
         wall = count * self.step_s
         requests = (request,) * len(prompts)

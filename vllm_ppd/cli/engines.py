@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -107,7 +107,8 @@ class EngineProcess:
         name: for messages and the log's name.
         settings: arguments of `vllm.LLM`.
         log_folder: where `<name>.log` is written.
-        engine_class: for tests.
+        engine_class: what the far end makes of the settings and calls.
+        environment: variables that win over the user's.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class EngineProcess:
         settings: Mapping[str, Any],
         log_folder: Path,
         engine_class: type[Any] = Engine,
+        environment: Mapping[str, str] | None = None,
     ):
         self.name = name
         self.log = log_folder / f"{name.replace(' ', '-')}.log"
@@ -130,7 +132,7 @@ class EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**_ENVIRONMENT, **os.environ},
+                env={**_ENVIRONMENT, **os.environ, **(environment or {})},
                 pass_fds=(descriptor,),
                 start_new_session=True,
             )
@@ -200,19 +202,21 @@ class EngineProcess:
 
 @contextlib.contextmanager
 def engine_processes(
-    settings: Mapping[str, Mapping[str, Any]], purpose: str
-) -> Iterator[dict[str, EngineProcess]]:
+    settings: Mapping[str, Mapping[str, Any]],
+    purpose: str,
+    process: Callable[..., EngineProcess] = EngineProcess,
+) -> Iterator[dict[str, Any]]:
     """Engines by name, not yet started; they end with the block.
 
     Their logs are kept only if an engine fails. `purpose` is part of their folder's
-    name.
+    name; `process` is called with a name, its settings and the folder.
     """
     folder = Path(tempfile.mkdtemp(prefix=f"vllm-ppd-{purpose}-"))
     engines: dict[str, EngineProcess] = {}
     keep = False
     try:
         for name, options in settings.items():
-            engines[name] = EngineProcess(name, options, folder)
+            engines[name] = process(name, options, folder)
         yield engines
     except EngineFailedError:
         keep = True
