@@ -90,6 +90,9 @@ def test_the_two_commands_work(workplace: Workplace, command: str) -> None:
         (b'{"text": "\xff\xfe"}', "line 1 is not UTF-8"),
         (b'{"text": "a"', "line 1 is not JSON"),
         (b'{"body": "a"}', 'line 1 has neither "text"'),
+        (b'{"text": "a"}\n{"text": 3}', "line 2 has neither"),
+        (b"[1]", "line 1 has neither"),
+        (b'{"messages": ["hi"]}', "line 1 has neither"),
     ],
 )
 def test_data(workplace, capsys, command: str, content, word: str) -> None:
