@@ -204,11 +204,7 @@ def test_prompts_of_chats_end_where_the_assistant_writes():
         prompt_starts(TokenStream(torch.arange(40), allowed), 35)
 
 
-def test_conditional_rates_and_intervals():
-    ranks = torch.tensor([[0, 0], [0, 3], [5, 0], [0, 0]])
-    own = Measurement(ranks, torch.arange(4))
-    assert own.given_earlier(1) == pytest.approx([3 / 4, 2 / 3])
-    assert own.given_earlier(4) == pytest.approx([3 / 4, 1.0])
+def test_intervals():
     # Wilson at 40 of 100, worked out by hand: centre .4038, [.3094, .4980].
     hits = torch.cat([torch.zeros(40), torch.ones(60)]).long()[:, None]
     apart = Measurement(hits, torch.arange(100))

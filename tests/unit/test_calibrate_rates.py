@@ -1,6 +1,6 @@
 """What a calibration counts, against lists and walks made one by one."""
 
-from dataclasses import fields
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,9 +20,7 @@ from vllm_ppd.calibrate.measure import _places  # noqa: E402
 from vllm_ppd.calibrate.rates import (  # noqa: E402
     StepPoints,
     Steps,
-    Texts,
-    WeightedPoints,
-    accepted_drafts,
+    max_advance,
     walk_steps,
 )
 from vllm_ppd.search.latency import LatencyCurve  # noqa: E402
@@ -60,9 +58,9 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
     counts = AcceptanceCounts(M, K, table)
     taken = {}
 
-    def settled(points, texts, *limits):
-        taken.update(points=points, texts=texts)
-        return rates_module.settled_acceptance(points, texts, *limits)
+    def settled(points, *limits):
+        taken.update(points=points)
+        return rates_module.settled_acceptance(points, *limits)
 
     monkeypatch.setattr(counts_module, "settled_acceptance", settled)
     matches = NgramMatches.of(Continuation(torch.from_numpy(tokens), written, None))
@@ -84,7 +82,7 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
     assert (acceptance.marginal == marginal).all()
     assert set(weights) <= set(WEIGHTS) and (with_table or weights == (0.0, 0.0))
     assert bool(acceptance.unprompted.any()) == with_table
-    points, texts = taken["points"], taken["texts"]
+    points = taken["points"]
     bigram = BigramTensors.of(table) if table else None
     matched = 0
     for index, (s, p) in enumerate(places):
@@ -125,9 +123,9 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
         if False in same:
             beside = place(None, root + right, 0.0, int(draft[right]))
         assert points.beside_unprompted[index] == beside
-        then = texts.after(points.text[[index]], points.root[[index]], np.array([3]))
-        next_root = root + 3 if root + 3 < end - M else 0
-        assert then == match_ngram(tokens[s, : next_root + 1])[0]
+        for advance, then in enumerate(points.next_class[index], 1):
+            next_root = root + advance if root + advance < end - M else 0
+            assert then == match_ngram(tokens[s, : next_root + 1])[0]
     assert matched > 5
 
 
@@ -155,6 +153,7 @@ def some_points(rng, runs=((0, 5, 30), (1, 1, 12), (1, 20, 1), (2, 1, 25))):
         beside=np.where(at_right & wrong[:, None], places(M).T, K),
         unprompted=places(),
         beside_unprompted=np.where(wrong, places(), K),
+        next_class=rng.integers(0, 3, (n, max_advance(M))),
     )
 
 
@@ -237,29 +236,26 @@ def test_steps_begin_where_walks_land(seed):
     points = some_points(np.random.default_rng(seed))
     begins, steps = walked(points, TREES)
     found = walk_steps(points, TREES, K)
-    np.testing.assert_allclose(found.begins, begins[None])
+    np.testing.assert_allclose(found[0], begins)
     for at, num_prompted, _, advance in steps:
-        assert found.advances[0, at, num_prompted] == advance
+        assert found[1][at, num_prompted] == advance
     assert (begins.sum(axis=0) > 0).all()
     # Without n-gram matches only the trees of class 0 are walked.
     without = points.without_ngrams()
     np.testing.assert_allclose(
-        walk_steps(without, TREES[:1], K).begins[0], walked(without, TREES[:1])[0]
+        walk_steps(without, TREES[:1], K)[0], walked(without, TREES[:1])[0]
     )
 
 
 def test_rates_are_those_of_the_steps(monkeypatch):
     rng = np.random.default_rng(3)
     points = some_points(rng, [(0, 5, 200), (1, 1, 200), (2, 1, 1), (2, 9, 150)])
-    values = {field.name: getattr(points, field.name) for field in fields(points)}
-    for name in ("prompted", "beside"):
-        # A second weight that is always worse.
-        values[name] = np.stack([np.full_like(values[name], K), values[name]])
-    tried = WeightedPoints(**values)
-    texts = Texts(M)
-    class_at, first = rng.integers(0, 3, (3, 240)), np.zeros(3, dtype=int)
-    assert texts.add(class_at, first, np.full(3, 200)) == 0
-
+    # A second weight that is always worse.
+    prompted, beside = (
+        np.stack([np.full_like(each, K), each])
+        for each in (points.prompted, points.beside)
+    )
+    tried = replace(points, prompted=prompted, beside=beside)
     policies = {1.0: TREES, 2.0: SMALL}
 
     def fixed(acceptance, curve, *_):
@@ -268,7 +264,7 @@ def test_rates_are_those_of_the_steps(monkeypatch):
     monkeypatch.setattr(rates_module, "best_policy", fixed)
     monkeypatch.setattr(rates_module, "ROW_PRICES", tuple(policies))
     monkeypatch.setattr(rates_module, "_ELSEWHERE", 0.0)
-    acceptance, best = rates_module.settled_acceptance(tried, texts, K, 1)
+    acceptance, best = rates_module.settled_acceptance(tried, K, 1)
     assert best == (1, 1)
     prompted, unprompted = np.zeros((M, K + 1)), np.zeros(K + 1)
 
@@ -291,9 +287,7 @@ def test_rates_are_those_of_the_steps(monkeypatch):
             tries[match_class - 1, : points.tried[at]] += weight
             if points.tried[at] > right and right < num_prompted:
                 beside[match_class - 1, right, points.beside[at, right]] += weight
-        then = points.root[at] + advance
-        # No point begins with the last tokens; another text does.
-        then = class_at[points.text[at], then if then < 200 - M else 0]
+        then = points.next_class[at, advance - 1]
         transitions[int(advance > 1), match_class, then] += weight
     for at, num_prompted, weight, advance in steps_of(points.without_ngrams()):
         for d in range(advance):
@@ -321,7 +315,7 @@ def test_what_is_promised_is_what_a_walk_gets(sources, monkeypatch):
     """Text in passages that are easy to predict, and others that are not: most of its
     tokens are in the former, most of its steps in the latter."""
     rng = np.random.default_rng(5)
-    length, texts = 400, Texts(M)
+    length = 400
     # Of two prompt tokens, and of the bigram table alone.
     weak = np.array(sources)[:, None]
     hard = np.zeros((20, length), dtype=bool)
@@ -331,7 +325,6 @@ def test_what_is_promised_is_what_a_walk_gets(sources, monkeypatch):
             some = rng.integers(10, 40)
             row[at : at + some] = rng.random() < 0.4
             at += some
-    texts.add(np.zeros(hard.shape, dtype=int), np.zeros(20, int), np.full(20, length))
     parts = []
     for text in range(20):
         n = length - 10
@@ -343,11 +336,12 @@ def test_what_is_promised_is_what_a_walk_gets(sources, monkeypatch):
         )
         nothing = np.zeros(n, dtype=int)
         parts.append(
-            WeightedPoints(
+            StepPoints(
                 text=np.full(n, text),
                 root=np.arange(1, n + 1),
                 fresh=np.arange(n) == 0,
                 match_class=nothing,
+                next_class=np.zeros((n, max_advance(M)), dtype=int),
                 right=nothing,
                 tried=nothing,
                 prompted=place[None, :M].swapaxes(1, 2),
@@ -356,30 +350,29 @@ def test_what_is_promised_is_what_a_walk_gets(sources, monkeypatch):
                 beside_unprompted=np.full(n, K),
             )
         )
-    points = WeightedPoints.joined(parts)
+    points = StepPoints.joined(parts)
     price = 0.03
     monkeypatch.setattr(rates_module, "ROW_PRICES", (price,))
-    acceptance, best = rates_module.settled_acceptance(points, texts, K, 1)
+    acceptance, best = rates_module.settled_acceptance(points, K, 1)
     known = points.with_weights(best)
 
     def promised_over_walked(acceptance) -> float:
         found = best_policy(acceptance, LatencyCurve.linear(1.0, price), 64, 1)
-        steps = walk_steps(known, found.trees, K)
-        return (
-            found.acceptance_length
-            * steps.begins.sum()
-            / (steps.begins * steps.advances).sum()
-        )
+        begins, advances = walk_steps(known, found.trees, K)
+        return found.acceptance_length * begins.sum() / (begins * advances).sum()
 
     assert promised_over_walked(acceptance) == pytest.approx(1, abs=0.02)
     if not sources[1]:
         # Counted over all tokens it is too much.
         everywhere = Steps.everywhere(known)
-        naive = rates_module._counted(known, everywhere, everywhere, texts, K)
+        naive = rates_module._counted(known, everywhere, everywhere, K)
         assert promised_over_walked(naive) > 1.05
 
 
 def test_a_medium_tree():
+    points = some_points(np.random.default_rng(0), [(0, 1, 4)])
     ranks = np.array([[3, 1, 0], [3, 2, 0], [4, 0, 0], [0, 0, 1]])
-    np.testing.assert_array_equal(accepted_drafts(ranks), [3, 1, 0, 2])
-    np.testing.assert_array_equal(accepted_drafts(ranks[:, :1]), [1, 1, 0, 1])
+    points = replace(points, prompted=ranks).without_ngrams()
+    np.testing.assert_array_equal(rates_module._medium_advances(points), [4, 2, 1, 3])
+    points = replace(points, prompted=ranks[:, :1], right=np.array([0, 7, 0, 0]))
+    np.testing.assert_array_equal(rates_module._medium_advances(points), [2, 8, 1, 2])

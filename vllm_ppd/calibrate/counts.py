@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vllm_ppd.calibrate.rates import Texts, WeightedPoints, settled_acceptance
+from vllm_ppd.calibrate.rates import StepPoints, max_advance, settled_acceptance
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.train.continuation import Continuation
 from vllm_ppd.train.data import TokenStream
@@ -102,9 +102,8 @@ class AcceptanceCounts:
         self.num_ranks, self._num_ept = num_ranks, num_ept
         self._bigram = None if table is None else BigramTensors.of(table)
         self._weights = WEIGHTS if table else (0.0,)
-        # A point has m true tokens after its root.
-        self._texts = Texts(num_prompt_tokens)
-        self._points: list[WeightedPoints] = []
+        self._num_prompt_tokens, self._num_texts = num_prompt_tokens, 0
+        self._points: list[StepPoints] = []
 
     def ranks(
         self, logits: torch.Tensor, parents: np.ndarray, truth: np.ndarray, *wrong: Any
@@ -145,20 +144,26 @@ class AcceptanceCounts:
             beside: [W, V, m] the same without the n-gram draft's wrong token; K where
                 that is not at this depth.
         """
-        first_text = self._texts.add(matches.match_class, matches.first, matches.end)
         roots = target[:, 0]
+        then = roots[:, None] + np.arange(1, max_advance(self._num_prompt_tokens) + 1)
+        # The last m tokens of a text are the root of no point: after it another text
+        # begins, where matches are rare.
+        last, first = matches.end - self._num_prompt_tokens, matches.first
+        inside = then < last[sequence, None]
+        then = np.where(inside, then, first[sequence, None])
         right = matches.right[sequence, roots]
         wrong = matches.wrong_token[sequence, roots]
         # The token before the wrong one is right; behind a text there is none.
         last_right = np.minimum(roots + right, matches.tokens.shape[1] - 2)
         unprompted = self._unprompted(matches.tokens, sequence, last_right, wrong)
         self._points.append(
-            WeightedPoints(
-                text=first_text + sequence,
+            StepPoints(
+                text=self._num_texts + sequence,
                 root=roots,
                 # The first point of a text has the second token of its own as root.
                 fresh=roots == matches.first[sequence] + 1,
                 match_class=matches.match_class[sequence, roots],
+                next_class=matches.match_class[sequence[:, None], then],
                 right=right,
                 tried=right + (wrong >= 0),
                 prompted=prompted,
@@ -169,6 +174,7 @@ class AcceptanceCounts:
                 beside_unprompted=np.where(wrong >= 0, unprompted, self.num_ranks),
             )
         )
+        self._num_texts += len(matches.tokens)
 
     def _unprompted(
         self, tokens: np.ndarray, rows: np.ndarray, parents: np.ndarray, wrong: Any
@@ -191,10 +197,8 @@ class AcceptanceCounts:
     ) -> tuple[AcceptanceModel, tuple[float, ...]]:
         """Acceptance probabilities where steps begin, and [m] the best weights of the
         table's gain. `marginal` [m, K] is taken over all positions."""
-        points = WeightedPoints.joined(self._points)
-        model, best = settled_acceptance(
-            points, self._texts, self.num_ranks, self._num_ept
-        )
+        points = StepPoints.joined(self._points)
+        model, best = settled_acceptance(points, self.num_ranks, self._num_ept)
         weights = tuple(self._weights[index] for index in best)
         return replace(model, marginal=marginal), weights
 

@@ -198,8 +198,6 @@ def _record(measured: Measurement, settings: CalibrationSettings) -> dict[str, A
         "prompts": measured.num_prompts,
         "effective_points": [round(n, 1) for n in measured.effective_points()],
         "top1_half_width_95": measured.half_widths(),
-        "top1_given_earlier_top1": measured.given_earlier(1),
-        "top10_given_earlier_top10": measured.given_earlier(10),
         "settings": dataclasses.asdict(settings),
         "versions": {
             **versions,

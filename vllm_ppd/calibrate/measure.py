@@ -8,7 +8,6 @@ predicts token p + 1 + d, which is the draft token at depth d of the next step's
 
 `Measurement` has marginal rates over all positions. Decoding steps start after a
 rejected draft, where text is harder; `vllm_ppd.calibrate.rates` corrects for that.
-`Measurement.given_earlier` says how far from independent the distances are.
 """
 
 from __future__ import annotations
@@ -86,16 +85,6 @@ class Measurement:
             _wilson_half_width(rate, points)
             for rate, points in zip(rates, self.effective_points(), strict=True)
         ]
-
-    def given_earlier(self, top: int) -> list[float]:
-        """Per distance: rate of rank < `top` where it held at all nearer distances.
-
-        Equals the marginal rate if distances are independent; 0 without such points.
-        """
-        inside = (self.ranks < top).long()
-        held = inside.cumprod(dim=1).sum(dim=0).double()
-        tried = torch.cat([torch.tensor([self.num_points]).double(), held[:-1]])
-        return (held / tried.clamp(min=1)).tolist()
 
 
 @torch.no_grad()

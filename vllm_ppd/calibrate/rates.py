@@ -12,7 +12,7 @@ rates are counted over all tokens first, then where steps of the best trees begi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -25,9 +25,7 @@ from vllm_ppd.trees.tree import SparseTree
 __all__ = [
     "StepPoints",
     "Steps",
-    "Texts",
-    "WeightedPoints",
-    "accepted_drafts",
+    "max_advance",
     "settled_acceptance",
     "walk_steps",
 ]
@@ -50,40 +48,6 @@ _WIDTHS = (4, 2, 1)
 _BURN_IN = 8
 
 
-class Texts:
-    """Match classes of all texts, numbered as they are added.
-
-    beyond: tokens at a text's end that are the root of no point.
-    """
-
-    def __init__(self, beyond: int) -> None:
-        self._beyond = beyond
-        self._classes: list[np.ndarray] = []
-        self._bounds: list[np.ndarray] = []
-        self._count = self._size = 0
-
-    def add(self, match_class: np.ndarray, first: np.ndarray, end: np.ndarray) -> int:
-        """Add texts [B, L], written from `first` [B] on to before `end`; returns the
-        number of the first one."""
-        number, (batch, length) = self._count, match_class.shape
-        offset = self._size + length * np.arange(batch)
-        self._classes.append(match_class.ravel())
-        self._bounds.append(np.stack([offset, first, end]))
-        self._count += batch
-        self._size += match_class.size
-        return number
-
-    def after(
-        self, text: np.ndarray, root: np.ndarray, advance: np.ndarray
-    ) -> np.ndarray:
-        """[N] match class of the step after one. After the end of a text another one
-        begins, where matches are rare."""
-        classes = np.concatenate(self._classes)
-        offset, first, end = np.concatenate(self._bounds, axis=1)[:, text]
-        then = root + advance
-        return classes[offset + np.where(then < end - self._beyond, then, first)]
-
-
 @dataclass(frozen=True, eq=False)
 class StepPoints:
     """N roots in texts, m prompt tokens, K ranks. Points of a run are neighbours.
@@ -93,6 +57,7 @@ class StepPoints:
         root: [N] position of the root in it.
         fresh: [N] whether that is where decoding begins.
         match_class: [N] of the root.
+        next_class: [N, A] of the next step's root, if the step has 1, 2, ... A tokens.
         right: [N] tokens of the n-gram draft that are right.
         tried: [N] those, and the wrong one after them if there is one.
         prompted: [N, m] rank of the true token by each prompt token; K without one.
@@ -101,12 +66,16 @@ class StepPoints:
         unprompted: [N] rank of the next token in the bigram table's list of the root.
         beside_unprompted: [N] rank of the token after the n-gram draft's right ones in
             the last one's list, the wrong token left out.
+
+    Until one of W weights of the bigram table is chosen, `prompted` and `beside` are
+    [W, N, m].
     """
 
     text: np.ndarray
     root: np.ndarray
     fresh: np.ndarray
     match_class: np.ndarray
+    next_class: np.ndarray
     right: np.ndarray
     tried: np.ndarray
     prompted: np.ndarray
@@ -114,36 +83,9 @@ class StepPoints:
     unprompted: np.ndarray
     beside_unprompted: np.ndarray
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        return self.prompted.shape[1]
-
-    @property
-    def left(self) -> np.ndarray:
-        """[N] points of the same run from each one on, itself included."""
-        apart = (np.diff(self.text) != 0) | (np.diff(self.root) != 1)
-        ends = np.append(np.flatnonzero(apart) + 1, len(self.root))
-        index = np.arange(len(self.root))
-        return ends[np.searchsorted(ends, index, side="right")] - index
-
-    def without_ngrams(self) -> StepPoints:
-        """The same where n-gram matches are not looked up."""
-        nothing = np.zeros_like(self.right)
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values.update(match_class=nothing, right=nothing, tried=nothing)
-        return StepPoints(**values)
-
-
-@dataclass(frozen=True, eq=False)
-class WeightedPoints(StepPoints):
-    """Points whose ranks were taken with W weights of the bigram table.
-
-    prompted, beside: [W, N, m].
-    """
-
     @classmethod
-    def joined(cls, parts: Sequence[WeightedPoints]) -> WeightedPoints:
-        """All of them, in the order of texts and positions."""
+    def joined(cls, parts: Sequence[StepPoints]) -> StepPoints:
+        """All of them with W weights, in the order of texts and positions."""
         text = np.concatenate([part.text for part in parts])
         order = np.lexsort((np.concatenate([part.root for part in parts]), text))
 
@@ -154,12 +96,29 @@ class WeightedPoints(StepPoints):
 
         return cls(**{field.name: all_of(field.name) for field in fields(cls)})
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.prompted.shape[-1]
+
+    @property
+    def left(self) -> np.ndarray:
+        """[N] points of the same run from each one on, itself included."""
+        apart = (np.diff(self.text) != 0) | (np.diff(self.root) != 1)
+        ends = np.append(np.flatnonzero(apart) + 1, len(self.root))
+        index = np.arange(len(self.root))
+        return ends[np.searchsorted(ends, index, side="right")] - index
+
     def with_weights(self, best: Sequence[int]) -> StepPoints:
         """The points with one weight for each prompt token, by index."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("prompted", "beside"):
-            values[name] = values[name][list(best), :, range(len(best))].T
-        return StepPoints(**values)
+        where = list(best), slice(None), range(len(best))
+        return replace(
+            self, prompted=self.prompted[where].T, beside=self.beside[where].T
+        )
+
+    def without_ngrams(self) -> StepPoints:
+        """The same where n-gram matches are not looked up."""
+        nothing = np.zeros_like(self.right)
+        return replace(self, match_class=nothing, right=nothing, tried=nothing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,36 +141,28 @@ class Steps:
         begins[..., [0, -1]] = 1.0
         return cls(begins, np.ones(shape, dtype=np.int64))
 
-    @classmethod
-    def joined(cls, parts: Sequence[Steps]) -> Steps:
-        """The steps of all policies."""
-        return cls(
-            np.concatenate([part.begins for part in parts]),
-            np.concatenate([part.advances for part in parts]),
-        )
-
 
 def settled_acceptance(
-    points: WeightedPoints, texts: Texts, num_ranks: int, num_ept: int
+    points: StepPoints, num_ranks: int, num_ept: int
 ) -> tuple[AcceptanceModel, tuple[int, ...]]:
     """Acceptance probabilities where steps of the best trees begin, and [m] the best
     bigram weights, by index.
 
     Args:
-        points, texts: the counts.
+        points: with W weights.
         num_ranks: K.
         num_ept: rows per prompt token.
     """
     best = _best_weights(points, np.ones(len(points.root)), num_ranks)
     chosen = points.with_weights(best)
     steps = without = Steps.everywhere(chosen)
-    model = _counted(chosen, steps, without, texts, num_ranks)
+    model = _counted(chosen, steps, without, num_ranks)
     for _ in range(_ROUNDS):
         plain = _walks(chosen.without_ngrams(), model.without_ngram(), num_ept)
         best = _best_weights(points, plain.begins.sum(axis=(0, 2)), num_ranks)
         chosen = points.with_weights(best)
         steps = _walks(chosen, model, num_ept)
-        model = _counted(chosen, steps, plain, texts, num_ranks)
+        model = _counted(chosen, steps, plain, num_ranks)
     return model, best
 
 
@@ -222,11 +173,12 @@ def _walks(points: StepPoints, model: AcceptanceModel, num_ept: int) -> Steps:
         curve = LatencyCurve.linear(1.0, price)
         policy = best_policy(model, curve, _MAX_ROWS, num_ept)
         walks.append(walk_steps(points, policy.trees, model.prompted.shape[1]))
-    return Steps.joined(walks)
+    begins, advances = zip(*walks, strict=True)
+    return Steps(np.stack(begins), np.stack(advances))
 
 
 def _best_weights(
-    points: WeightedPoints, weight: np.ndarray, num_ranks: int
+    points: StepPoints, weight: np.ndarray, num_ranks: int
 ) -> tuple[int, ...]:
     """[m] by how often the truth is among the first few of all points."""
     hits = (points.prompted < min(_CHOSEN_BY, num_ranks)) * weight[:, None]
@@ -234,7 +186,7 @@ def _best_weights(
 
 
 def _counted(
-    points: StepPoints, steps: Steps, without: Steps, texts: Texts, num_ranks: int
+    points: StepPoints, steps: Steps, without: Steps, num_ranks: int
 ) -> AcceptanceModel:
     """Rates, weighted by steps; `without` are those without n-gram matches."""
     m, classes = points.num_prompt_tokens, points.match_class
@@ -265,7 +217,7 @@ def _counted(
         unprompted=unprompted,
         ngram=ngram,
         beside=beside,
-        transitions=_transitions(points, steps, texts),
+        transitions=_transitions(points, steps),
         overall=np.concatenate([overall[0], overall[1][None]]),
         # Over all positions, which the measurement knows.
         marginal=np.zeros((m, num_ranks)),
@@ -295,12 +247,12 @@ def _rates_where(
     return prompted, unprompted[:-1] / max(float(unprompted.sum()), _NEVER)
 
 
-def _transitions(points: StepPoints, steps: Steps, texts: Texts) -> np.ndarray:
+def _transitions(points: StepPoints, steps: Steps) -> np.ndarray:
     """[2, C + 1, C + 1] of match classes, after steps that accepted nothing or more."""
     counts = np.full((2, len(LENGTHS) + 1, len(LENGTHS) + 1), 1e-3)
 
     def count(at: np.ndarray, begins: np.ndarray, advance: np.ndarray) -> None:
-        then = texts.after(points.text[at], points.root[at], advance)
+        then = points.next_class[at, advance - 1]
         where = (advance > 1).astype(int), points.match_class[at], then
         np.add.at(counts, where, begins)
 
@@ -311,19 +263,11 @@ def _transitions(points: StepPoints, steps: Steps, texts: Texts) -> np.ndarray:
     return counts / counts.sum(axis=2, keepdims=True)
 
 
-def accepted_drafts(ranks: np.ndarray) -> np.ndarray:
-    """[n] draft tokens of a medium tree that would be accepted.
-
-    ranks: [n, m] rank of the true token by each prompt token.
-    """
-    widths = np.ones(ranks.shape[1], dtype=int)
-    widths[: len(_WIDTHS)] = _WIDTHS[: len(widths)]
-    return (ranks < widths).cumprod(axis=1).sum(axis=1)
-
-
 def _medium_advances(points: StepPoints) -> np.ndarray:
     """[N] tokens of steps that try the whole n-gram draft, or a medium tree."""
-    accepted = accepted_drafts(points.prompted)
+    widths = np.ones(points.num_prompt_tokens, dtype=int)
+    widths[: len(_WIDTHS)] = _WIDTHS[: len(widths)]
+    accepted = (points.prompted < widths).cumprod(axis=1).sum(axis=1)
     return 1 + np.where(points.right > 0, points.right, accepted)
 
 
@@ -333,12 +277,17 @@ def _rates(ranks: np.ndarray, weights: np.ndarray, num_ranks: int) -> np.ndarray
     return counts[:-1] / max(float(counts.sum()), _NEVER)
 
 
+def max_advance(num_prompt_tokens: int) -> int:
+    """Most tokens of a step, whatever its tree."""
+    return 1 + max(num_prompt_tokens + BEYOND, MAX_NGRAM_DRAFTS)
+
+
 def walk_steps(
     points: StepPoints, trees: Sequence[Sequence[SparseTree]], num_ranks: int
-) -> Steps:
-    """Steps of one policy, walked from where decoding begins. In a run that does not
-    begin there they are the mean of walks from each of its first points, which are not
-    counted themselves.
+) -> tuple[np.ndarray, np.ndarray]:
+    """`begins` and `advances` of one policy's steps, walked from where decoding begins.
+    In a run that does not begin there they are the mean of walks from each of its first
+    points, which are not counted themselves.
 
     trees: [C + 1][m + 1] by match class and num_prompted.
     num_ranks: K.
@@ -348,7 +297,7 @@ def walk_steps(
     begins = np.zeros((count, values))
     advances = np.zeros((count, values), dtype=np.int64)
     left = points.left
-    lists = _TrueRanks(points, num_ranks, left.tolist())
+    ranks = _true_ranks(points, num_ranks).tolist()
     burning = np.zeros(count, dtype=bool)
     for at in range(count):
         if points.fresh[at]:
@@ -361,7 +310,7 @@ def walk_steps(
         for num_prompted in np.flatnonzero(begins[at]).tolist():
             node, depth = 0, 0
             below = children[match_class][num_prompted]
-            while (rank := lists.rank(at, depth, num_prompted)) is not None:
+            for rank in ranks[at][num_prompted]:
                 child = below.get((node, rank))
                 if child is None:
                     break
@@ -371,7 +320,7 @@ def walk_steps(
                 then = trees[match_class][num_prompted].prompts[node]
                 begins[at + depth + 1, then] += begins[at, num_prompted]
     begins[burning] = 0
-    return Steps(begins[None], advances[None])
+    return begins, advances
 
 
 def _children(tree: SparseTree) -> dict[tuple[int, int], int]:
@@ -380,34 +329,29 @@ def _children(tree: SparseTree) -> dict[tuple[int, int], int]:
     return {place: node for node, place in enumerate(places, 1)}
 
 
-class _TrueRanks:
-    """Ranks of the true tokens below the nodes of a true path."""
+def _true_ranks(points: StepPoints, num_ranks: int) -> np.ndarray:
+    """[N, m + 1, D] rank, as a tree counts them, of the true token at each depth below
+    the root, by num_prompted; -1 where no draft token is it, or the texts do not tell.
+    """
+    count, m = points.prompted.shape
+    depth = np.arange(max_advance(m) - 1)
+    at = np.arange(count)[:, None] + depth
+    known = depth < points.left[:, None]
+    unprompted = np.where(known, points.unprompted[at % count], num_ranks)
+    has_row = depth[:m] < np.arange(m + 1)[:, None]  # [m + 1, m]
 
-    def __init__(self, points: StepPoints, num_ranks: int, left: list[int]):
-        self._num_ranks, self._left = num_ranks, left
-        self._matched = (points.match_class > 0).tolist()
-        self._right = points.right.tolist()
-        self._prompted, self._beside = points.prompted.tolist(), points.beside.tolist()
-        self._unprompted = points.unprompted.tolist()
-        self._beside_unprompted = points.beside_unprompted.tolist()
+    def by_num_prompted(without: np.ndarray, prompted: np.ndarray) -> np.ndarray:
+        ranks = np.repeat(without[:, None], m + 1, axis=1)
+        ranks[..., :m] = np.where(has_row, prompted[:, None], ranks[..., :m])
+        return ranks
 
-    def rank(self, at: int, depth: int, num_prompted: int) -> int | None:
-        """Of the true token `depth` tokens after the root's next one, as a tree counts
-        ranks; None where no draft token is it, or the texts do not tell."""
-        right = self._right[at]
-        if self._matched[at] and depth < right:
-            return 0
-        first = 0
-        if self._matched[at] and depth == right:
-            # The n-gram draft's own token is rank 0.
-            first = 1
-            rank = self._beside_unprompted[at]
-            if depth < num_prompted:
-                rank = self._beside[at][depth]
-        elif depth < num_prompted:
-            rank = self._prompted[at][depth]
-        elif depth < self._left[at]:
-            rank = self._unprompted[at + depth]
-        else:
-            return None
-        return first + rank if rank < self._num_ranks else None
+    ranks = by_num_prompted(unprompted, points.prompted)
+    ranks[ranks == num_ranks] = -1
+    # The n-gram draft's own token is rank 0, and the others count from 1.
+    last = np.repeat(points.beside_unprompted[:, None], len(depth), axis=1)
+    beside = 1 + by_num_prompted(last, points.beside)
+    beside[beside > num_ranks] = -1
+    right = points.right[:, None, None]
+    matched = (points.match_class > 0)[:, None, None]
+    ranks = np.where(matched & (depth == right), beside, ranks)
+    return np.where(matched & (depth < right), 0, ranks)

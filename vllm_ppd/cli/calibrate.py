@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from typing import Any
 
 from vllm_ppd.calibrate.settings import CalibrationSettings
@@ -114,12 +113,3 @@ def _report(result: Any) -> None:
     print("draft length   expected acceptance length")
     for entry in result.variable_rows.entries:
         print(f"  {entry.num_draft_tokens:10}   {entry.acceptance_length:.2f}")
-
-
-if __name__ == "__main__":
-    _parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(_parser)
-    try:
-        sys.exit(run(_parser.parse_args()))
-    except ValueError as _error:
-        sys.exit(f"error: {_error}")
