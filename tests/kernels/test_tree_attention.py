@@ -347,6 +347,25 @@ def check_triton(step, splits=1, softcap=0.0, window=0):
     return got
 
 
+@pytest.mark.skipif(load_library() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("fault", ["block", "width", "context", "start"])
+def test_rows_and_blocks_outside_are_refused(fault):
+    """Compiled code would read whatever lies there."""
+    step = make_step([Request(70, 9)], 4, 2, 64, 16, torch.float32)
+    batch = step.batch
+    changed = {
+        "block": {"block_table": batch.block_table + len(step.cache)},
+        "width": {"block_table": batch.block_table[:, :4]},
+        "context": {"context_lens": batch.context_lens - 80},
+        "start": {"starts": batch.starts + len(batch.ancestors)},
+    }[fault]
+    plan = CpuTreeAttention(replace(batch, **changed))
+    output = torch.full_like(step.query, UNTOUCHED)
+    with pytest.raises(RuntimeError, match="outside the step or the KV cache"):
+        plan.run(step.query, step.cache, output, 0.125)
+    assert (output == UNTOUCHED).all()
+
+
 @needs_triton
 @pytest.mark.parametrize("splits", [1, 16])
 def test_eight_thousand_tokens(splits):
@@ -364,6 +383,14 @@ def test_large_scores_do_not_overflow():
     # FlashAttention does: from 1e9 on what is left of its rounding would overflow.
     step.keys.mul_(1000)
     check_triton(step)
+
+
+@needs_triton
+def test_a_cache_of_8_bit_values_is_refused():
+    step = make_step([Request(7, 9)], 4, 2, 64, 16, torch.bfloat16)
+    caches = (cache.to(torch.float8_e4m3fn) for cache in (step.keys, step.values))
+    with pytest.raises(ValueError, match="key cache torch.float8_e4m3fn"):
+        tree_attention(step.query, *caches, step.query, step.batch, 0.125)
 
 
 @needs_triton

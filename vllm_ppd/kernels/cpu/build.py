@@ -30,7 +30,7 @@ _TYPES: dict[str, Any] = {
 }
 # Result and argument types of the exported functions.
 _SIGNATURES = {
-    "ppd_tree_attention": ("c", "pppp" + 11 * "i" + "ddi"),
+    "ppd_tree_attention": ("c", "pppp" + 12 * "i" + "ddi"),
     "ppd_kv_compact": ("i", "pippi"),
     "ppd_fill_trees": ("v", "pipppippip"),
     "ppd_learn_bigrams": ("v", "pippiff"),

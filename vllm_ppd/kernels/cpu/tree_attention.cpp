@@ -149,6 +149,7 @@ struct Plan {  // mirrors vllm_ppd/kernels/cpu/tree_attention.py
   const uint64_t* ancestors;     // [T][mask_words]
   const int32_t* depths;         // [T]
   int64_t num_requests, mask_words, table_stride;
+  int64_t table_width, num_tokens;
 };
 
 // Rounds up to whole cache lines, in floats.
@@ -262,14 +263,25 @@ bool run_item(const Plan& plan, const Layer& layer, const T* query, const T* kv,
 
 template <typename T>
 int run_all(const Plan& plan, const Layer& layer, const void* query, const void* kv,
-            void* output) {
+            void* output, int64_t num_blocks) {
   const T* q = static_cast<const T*>(query);
   const T* cache = static_cast<const T*>(kv);
   T* out = static_cast<T*>(output);
   int64_t pairs = 0;  // (row, key) pairs
   for (int r = 0; r < plan.num_requests; ++r) {
-    const int64_t rows = plan.num_rows[r];
+    const int64_t rows = plan.num_rows[r], start = plan.starts[r];
     if (rows > kMaxRows || rows > 64 * plan.mask_words) return 2;
+    if (rows <= 0) continue;
+    const int64_t context = plan.context_lens[r];
+    const int64_t blocks = (context + rows - 1) / layer.block_size + 1;
+    if (context < 0 || start < 0 || start + rows > plan.num_tokens ||
+        blocks > plan.table_width)
+      return 4;
+    const int32_t* table = plan.block_table + r * plan.table_stride;
+    // Blocks that lie before every row's window may be gone.
+    const int64_t seen = layer.window > 0 ? context - layer.window + 1 : 0;
+    for (int64_t b = std::max<int64_t>(seen, 0) / layer.block_size; b < blocks; ++b)
+      if (table[b] < 0 || table[b] >= num_blocks) return 4;
     pairs += rows * (plan.context_lens[r] + rows);
   }
   // A parallel region costs a few microseconds; below this much work it does not pay.
@@ -298,11 +310,12 @@ int run_all(const Plan& plan, const Layer& layer, const void* query, const void*
 
 }  // namespace
 
-// Returns 0, 1 (out of memory), 2 (more rows than mask bits) or 3 (unknown dtype).
+// Returns 0, 1 (out of memory), 2 (more rows than mask bits), 3 (unknown dtype) or 4 (a
+// row or a block outside its tensor; then nothing is written).
 // dtype: 0 float32, 1 bfloat16, 2 float16. Strides are in elements.
 extern "C" int ppd_tree_attention(
     const void* plan, const void* query, const void* kv, void* output, int64_t dtype,
-    int64_t heads, int64_t kv_heads, int64_t dim, int64_t block_size,
+    int64_t num_blocks, int64_t heads, int64_t kv_heads, int64_t dim, int64_t block_size,
     int64_t query_token, int64_t query_head, int64_t block, int64_t kv_head,
     int64_t output_token, int64_t output_head, double scale, double softcap,
     int64_t window) {
@@ -311,9 +324,9 @@ extern "C" int ppd_tree_attention(
                        output_token, output_head,
                        (float)scale, (float)softcap, (int)window};
   const Plan& p = *static_cast<const Plan*>(plan);
-  if (dtype == 0) return run_all<float>(p, layer, query, kv, output);
-  if (dtype == 1) return run_all<bf16>(p, layer, query, kv, output);
-  if (dtype == 2) return run_all<f16>(p, layer, query, kv, output);
+  if (dtype == 0) return run_all<float>(p, layer, query, kv, output, num_blocks);
+  if (dtype == 1) return run_all<bf16>(p, layer, query, kv, output, num_blocks);
+  if (dtype == 2) return run_all<f16>(p, layer, query, kv, output, num_blocks);
   return 3;
 }
 

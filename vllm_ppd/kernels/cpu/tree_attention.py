@@ -17,12 +17,13 @@ _FAILURES = {
     1: "out of memory",
     2: "a request has more rows than 128, or than its ancestor masks have bits",
     3: "unknown element type",
+    4: "a request's rows or blocks lie outside the step or the KV cache",
 }
 
 
 _Plan = struct(  # as in tree_attention.cpp
     ["block_table", "starts", "num_rows", "context_lens", "ancestors", "depths"],
-    ["num_requests", "mask_words", "table_stride"],
+    ["num_requests", "mask_words", "table_stride", "table_width", "num_tokens"],
 )
 
 
@@ -50,7 +51,7 @@ class CpuTreeAttention:
             *(tensor.data_ptr() for tensor in self._tensors),
             table.shape[0],
             ancestors.shape[1],
-            table.stride(0),
+            *(table.stride(0), table.shape[1], len(ancestors)),
         )
         self._address = ctypes.addressof(self._plan)
         if self._library is not None:
@@ -77,11 +78,13 @@ class CpuTreeAttention:
             window: sliding window in tokens, <= 0 for none
         """
         _, heads, dim = query.shape
-        _, kv_heads, block_size, _ = kv_cache.shape
+        num_blocks, kv_heads, block_size, _ = kv_cache.shape
         query_token, query_head, query_one = query.stride()
         output_token, output_head, output_one = output.stride()
         block, kv_head, slot, one = kv_cache.stride()
         dtype = query.dtype
+        if kv_cache.dtype != dtype or output.dtype != dtype:
+            raise ValueError(_mismatch(query, kv_cache, output))
         if (
             self._library is None
             or dim % self._lanes
@@ -93,13 +96,7 @@ class CpuTreeAttention:
                 query, keys, values, output, self.batch, scale, softcap, window
             )
             return
-        if (
-            query_one * output_one * one != 1
-            or slot != 2 * dim
-            or kv_cache.dtype != dtype
-            or output.dtype != dtype
-            or heads % kv_heads
-        ):
+        if query_one * output_one * one != 1 or slot != 2 * dim or heads % kv_heads:
             raise ValueError(_mismatch(query, kv_cache, output))
         status = self._kernel(
             self._address,
@@ -107,7 +104,7 @@ class CpuTreeAttention:
             kv_cache.data_ptr(),
             output.data_ptr(),
             _DTYPES[dtype],
-            *(heads, kv_heads, dim, block_size),
+            *(num_blocks, heads, kv_heads, dim, block_size),
             *(query_token, query_head, block, kv_head, output_token, output_head),
             *(scale, softcap, window),
         )

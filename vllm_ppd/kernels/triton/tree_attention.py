@@ -178,6 +178,7 @@ def _check(
         query.stride(2) == output.stride(2) == batch.block_table.stride(1) == 1
         and output.shape == query.shape
         and output.dtype in _FLOATS
+        and key_cache.dtype == value_cache.dtype == query.dtype
         and key_cache.shape == value_cache.shape
         and key_cache.shape[3] == query.shape[2]
         and query.shape[1] % key_cache.shape[1] == 0
