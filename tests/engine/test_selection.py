@@ -151,12 +151,23 @@ def test_a_flag_and_a_key_for_the_same_thing_conflict():
         ({"worker_cls": "some.Worker"}, "--worker-cls some.Worker"),
         ({"scheduler_cls": "some.Scheduler"}, "--scheduler-cls some.Scheduler"),
         ({"logits_processors": ["some:Processor"]}, "custom logits processors"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 with a model of torch"),
+        ({"kv_cache_dtype": "float16", "dtype": "bfloat16"}, "set it to bfloat16"),
+        ({"kv_cache_dtype": "bfloat16", "dtype": "float32"}, "set it to float32"),
+        ({"async_scheduling": True}, "--async-scheduling on a CPU: leave it out"),
+        ({"hf_overrides": {"attention_chunk_size": 32}}, "chunked local attention"),
     ],
 )
 def test_settings_that_ppd_cannot_serve(args, message):
     with pytest.raises(ValueError, match=rf"'ppd' does not support.*{message}"):
         configure(PPD, **args)
+
+
+def test_a_cache_that_the_checkpoint_asks_for(monkeypatch):
+    resolve = "vllm_ppd.engine.refusals.resolve_kv_cache_dtype_string"
+    monkeypatch.setattr(resolve, lambda given, model: "fp8_e4m3")
+    with pytest.raises(ValueError, match="--kv-cache-dtype fp8_e4m3 with a model of"):
+        configure(PPD)
 
 
 def altered(tmp_path: Path, config: dict[str, Any] | None = None, tensor=None) -> str:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from typing import Any
+
+from vllm.utils.torch_utils import (
+    kv_cache_dtype_str_to_dtype,
+    resolve_kv_cache_dtype_string,
+)
+from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from vllm_ppd.config import PPDConfigError
 
@@ -49,6 +56,11 @@ def _model_refusals(model: Any) -> Iterator[tuple[bool, str, str]]:
         "a model with Mamba, linear or other recurrent layers",
         "tree rows need attention in every layer; serve it without PPD",
     )
+    yield (
+        bool(model.attention_chunk_size),
+        "a model with chunked local attention",
+        "serve it without PPD",
+    )
     yield model.uses_alibi, "a model with ALiBi positions", "serve it without PPD"
     yield model.uses_mrope, "a model with M-RoPE positions", "serve it without PPD"
     yield (
@@ -64,8 +76,15 @@ def _model_refusals(model: Any) -> Iterator[tuple[bool, str, str]]:
     yield model.enable_prompt_embeds, "--enable-prompt-embeds", "leave it out"
 
 
-def _engine_refusals(args: Any, parallel: Any) -> Iterator[tuple[bool, str, str]]:
+def _engine_refusals(
+    args: Any, model: Any, parallel: Any, on_v2: bool
+) -> Iterator[tuple[bool, str, str]]:
     """(refused, what, why or remedy) for vLLM's EngineArgs and ParallelConfig."""
+    yield (
+        bool(args.async_scheduling) and not on_v2,
+        "--async-scheduling on a CPU",
+        "leave it out",
+    )
     yield (
         parallel.pipeline_parallel_size > 1,
         f"--pipeline-parallel-size {parallel.pipeline_parallel_size}",
@@ -101,16 +120,18 @@ def _engine_refusals(args: Any, parallel: Any) -> Iterator[tuple[bool, str, str]
         "--enable-batch-sharded-sampling",
         "leave it out",
     )
+    plugins = [entry.name for entry in entry_points(group=LOGITSPROCS_GROUP)]
     yield (
-        bool(getattr(args, "logits_processors", None)),
-        "custom logits processors",
-        "leave them out",
+        bool(args.logits_processors or plugins),
+        f"custom logits processors ({args.logits_processors or plugins})",
+        "leave out --logits-processors, and uninstall packages that bring some",
     )
-    # "auto" follows the model's dtype; the rest are quantised caches.
+    # A checkpoint can ask for one, too.
+    cached = resolve_kv_cache_dtype_string(args.kv_cache_dtype, model)
     yield (
-        args.kv_cache_dtype not in ("auto", "bfloat16", "float16"),
-        f"--kv-cache-dtype {args.kv_cache_dtype}",
-        "leave it at auto",
+        kv_cache_dtype_str_to_dtype(cached, model) != model.dtype,
+        f"--kv-cache-dtype {cached} with a model of {model.dtype}",
+        f"set it to {str(model.dtype).removeprefix('torch.')}",
     )
     yield (
         parallel.worker_cls != "auto",
@@ -124,9 +145,9 @@ def _engine_refusals(args: Any, parallel: Any) -> Iterator[tuple[bool, str, str]
     )
 
 
-def refuse_unsupported(args: Any, model: Any, parallel: Any) -> None:
+def refuse_unsupported(args: Any, model: Any, parallel: Any, on_v2: bool) -> None:
     """Raise PPDConfigError naming the first setting that PPD cannot serve."""
-    checks = [*_model_refusals(model), *_engine_refusals(args, parallel)]
+    checks = [*_model_refusals(model), *_engine_refusals(args, model, parallel, on_v2)]
     for refused, what, remedy in checks:
         if refused:
             raise PPDConfigError(

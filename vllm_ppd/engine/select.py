@@ -110,7 +110,7 @@ def create_ppd_config(
             "VLLM_USE_V2_MODEL_RUNNER=0 or a missing Triton selects V1: unset the "
             "variable and install triton"
         )
-    refuse_unsupported(args, model, parallel)
+    refuse_unsupported(args, model, parallel, on_v2)
     settings = _serving_settings(config, args, model, parallel, device, on_v2)
     parallel.worker_cls = V2_WORKERS[device] if on_v2 else V1_WORKER
     args.additional_config = {
