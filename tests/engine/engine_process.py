@@ -239,6 +239,41 @@ def kv_of_context(llm: Any, prompt: Any, params: Any, tokens: int) -> dict[str, 
     return {"ids": ids, "layers": layers}
 
 
+def stream_sessions(
+    llm: Any, sessions: list[list[list[int]]], params: Any
+) -> dict[str, list[int]]:
+    """Tokens of sessions whose input comes in chunks, each answered before the next."""
+    engine = llm.llm_engine
+    core = engine.engine_core
+    for index, chunks in enumerate(sessions):
+        for chunk in (*chunks, None):
+            request = engine.input_processor.process_inputs(
+                f"session-{index}",
+                {"prompt_token_ids": chunk or [0]},
+                _sampling_params(params),
+                supported_tasks=("generate",),
+                resumable=chunk is not None,
+            )
+            core.add_request(request)
+    tokens: dict[str, list[int]] = {}
+    while core.engine_core.scheduler.requests:
+        for output in core.get_output().outputs:
+            tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+    return tokens
+
+
+def keep_stock_backend(llm: Any) -> None:
+    """Let PPD's later engines have what vLLM chose for an engine without PPD."""
+    import vllm.v1.attention.selector as selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_ppd.engine import workers
+
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    selector._cached_get_attn_backend.cache_clear()
+    workers.register_tree_backend = lambda replaced, path: None
+
+
 def preemptions(llm: Any) -> int:
     """How often the scheduler threw a running request out."""
     return next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")

@@ -347,7 +347,7 @@ def check_triton(step, splits=1, softcap=0.0, window=0):
     return got
 
 
-@pytest.mark.skipif(load_library() is None, reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("fault", ["block", "width", "context", "start"])
 def test_rows_and_blocks_outside_are_refused(fault):
     """Compiled code would read whatever lies there."""
@@ -389,7 +389,7 @@ def test_large_scores_do_not_overflow():
 def test_a_cache_of_8_bit_values_is_refused():
     step = make_step([Request(7, 9)], 4, 2, 64, 16, torch.bfloat16)
     caches = (cache.to(torch.float8_e4m3fn) for cache in (step.keys, step.values))
-    with pytest.raises(ValueError, match="key cache torch.float8_e4m3fn"):
+    with pytest.raises(ValueError, match=r"key cache torch\.float8_e4m3fn"):
         tree_attention(step.query, *caches, step.query, step.batch, 0.125)
 
 

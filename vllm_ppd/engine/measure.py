@@ -64,11 +64,15 @@ class MeasuredRunner(Protocol):
 
 
 def measured_profile(
-    settings: ServingSettings, runner: MeasuredRunner
+    settings: ServingSettings, runner: MeasuredRunner, keep: bool = True
 ) -> LatencyProfile | None:
     """Measure and keep the profile; None where this start does not have to.
 
-    All ranks take part, and all go by rank 0's decisions and figures.
+    All ranks take part, and all go by rank 0's decisions and figures. Of data-parallel
+    engines that share nothing each measures for itself, and one keeps its profile.
+
+    Args:
+        keep: whether this engine writes the file.
     """
     if not _agreed(settings.measure):
         return None
@@ -78,7 +82,7 @@ def measured_profile(
     finally:
         runner.finish()
     profile = LatencyProfile.from_dict(_agreed(profile.to_dict()))
-    if get_tp_group().is_first_rank:
+    if keep and get_tp_group().is_first_rank:
         path = cache_file(profile.key)
         try:
             profile.save(path)

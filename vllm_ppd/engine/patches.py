@@ -19,12 +19,19 @@ Patched, in every process:
   becomes the schedule of PPD's controller. A scheduler class of one's own changes how
   vLLM schedules, and its configured schedule is dropped with data parallelism, and for
   unknown methods on V1 by 0.33. 0.32, 0.33.
+- ``SamplingParams._validate_spec_decode``: refuses min_p and logit_bias, which PPD
+  serves, wherever the configuration speculates. 0.32, 0.33.
 - ``Scheduler.update_from_output``: tells the controller each step's tokens and time,
   and vLLM how many scheduled rows are draft tokens. 0.32, 0.33.
+- ``Scheduler._handle_stopped_request``: a session that goes on with its next input
+  keeps ``num_computed_tokens`` tokens, from which accepted tokens past an end are not
+  taken back (unless vLLM schedules ahead). 0.32, 0.33.
 
 Patched where PPD is selected:
 - attention backends ``CPU_ATTN`` and ``CUSTOM`` (in workers that run PPD only, through
-  vLLM's ``register_backend``): tree rows need their own mask. 0.32, 0.33.
+  vLLM's ``register_backend``): tree rows need their own mask. The cache of
+  ``vllm.v1.attention.selector`` is cleared then: it may hold the stock choice of an
+  engine before. 0.32, 0.33.
 - ``vllm.v1.worker.cpu_worker.CPUModelRunner`` (while PPD's worker builds its runner):
   the CPU worker names the class inline, without the GPU worker's
   ``_make_model_runner`` seam. 0.32, 0.33.
@@ -150,6 +157,27 @@ def _with_observation(original: Callable[..., Any]) -> Callable[..., Any]:
     return update_from_output
 
 
+def _with_right_frontier(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _handle_stopped_request(self: Any, request: Any) -> bool:
+        if self.ppd_observer is not None:
+            # All tokens but the last are in the KV cache, and what is in flight.
+            kept = request.num_tokens - 1 + request.num_output_placeholders
+            request.num_computed_tokens = min(request.num_computed_tokens, kept)
+        return original(self, request)
+
+    return _handle_stopped_request
+
+
+def _with_all_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if getattr(speculative_config, "ppd", None) is None:
+            original(self, speculative_config)
+
+    return _validate_spec_decode
+
+
 def _runs_ppd(vllm_config: Any) -> bool:
     # Only PPD's own configuration class has it.
     return getattr(vllm_config.speculative_config, "ppd", None) is not None
@@ -158,11 +186,14 @@ def _runs_ppd(vllm_config: Any) -> bool:
 def apply_patches() -> None:
     """Patch what every process needs; safe to call again."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
 
     wrap(EngineArgs, "create_speculative_config", _with_ppd_method)
     wrap(EngineArgs, "add_cli_args", _with_speculative_model_flag)
     wrap(EngineCore, "_initialize_kv_caches", _with_measured_profile)
+    wrap(SamplingParams, "_validate_spec_decode", _with_all_parameters)
     wrap(Scheduler, "__init__", _with_controller)
+    wrap(Scheduler, "_handle_stopped_request", _with_right_frontier)
     wrap(Scheduler, "update_from_output", _with_observation)

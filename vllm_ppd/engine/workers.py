@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import vllm.v1.worker.cpu_worker as cpu_worker
 from vllm.utils.torch_utils import set_random_seed
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_ppd.engine.attention import register_tree_backend
 from vllm_ppd.engine.settings import PPDSpeculativeConfig, serving_settings
 from vllm_ppd.engine.v1.executor import attach_drafts
 
@@ -62,7 +63,7 @@ class PPDCPUWorker(_ReportingWorker, CPUWorker):
     def init_device(self) -> None:
         from vllm_ppd.engine.v1.runner import PPDCPUModelRunner
 
-        register_backend(
+        register_tree_backend(
             AttentionBackendEnum.CPU_ATTN,
             "vllm_ppd.engine.v1.attention.PPDCPUAttentionBackend",
         )
@@ -99,7 +100,7 @@ class PPDCPUWorkerV2(_ReportingWorker, CPUWorker):
 
         from vllm_ppd.engine.v2.runner import runner_class
 
-        register_backend(
+        register_tree_backend(
             AttentionBackendEnum.CPU_ATTN,
             "vllm_ppd.engine.v2.attention.PPDCPUAttentionBackendV2",
         )
@@ -127,7 +128,7 @@ class PPDWorker(_ReportingWorker, Worker):
         # It needs Triton, which V1 does not.
         from vllm_ppd.engine.v2.attention import gpu_backend_path
 
-        register_backend(
+        register_tree_backend(
             AttentionBackendEnum.CUSTOM,
             gpu_backend_path(vllm_config.model_config.dtype),
         )

@@ -240,11 +240,22 @@ def _runner(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
+def keep_stock_builder(llm: Any) -> None:
+    """Take the metadata mixin out of the backend of PPD's later engines."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    from vllm_ppd.engine.v2.attention import PPDCPUAttentionBackendV2
+
+    builder = CPUAttentionBackend.get_builder_cls()
+    PPDCPUAttentionBackendV2.get_builder_cls = staticmethod(lambda: builder)
+
+
 # Functions that tests may call by name in the engine's process.
 OURS = (
     async_scheduling,
     generate_and_watch,
     draft_within,
+    keep_stock_builder,
     count_every_step,
     host_reads,
     generate_and_learn,

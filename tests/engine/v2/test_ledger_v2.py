@@ -17,7 +17,14 @@ import pytest
 import torch
 import vllm
 import vllm.config.vllm as vllm_config
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.chunked_local_attention import (
+    ChunkedLocalAttention,
+)
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -257,19 +264,49 @@ def test_ngram_matches_are_looked_up_in_device_memory():
     ]
 
 
-def test_attention_backends_that_would_mask_causally():
+def test_attention_that_would_mask_causally():
+    from vllm_ppd.engine.attention import TreeImplMixin, require_tree_attention
     from vllm_ppd.engine.v2 import attention
 
-    def groups(*backends: Any) -> Any:
-        return [
-            [SimpleNamespace(backend=backend, layer_names=["layers.0"])]
-            for backend in backends
-        ]
+    ours = attention.PPDCPUAttentionBackendV2.get_builder_cls()
 
-    ours = attention.PPDCPUAttentionBackendV2
-    attention.require_tree_backends(groups(ours))
-    with pytest.raises(PPDConfigError, match=r"layers\.0 runs CPUAttentionBackend"):
-        attention.require_tree_backends(groups(ours, CPUAttentionBackend))
+    def require(
+        kind: type = Attention,
+        impl: type = TreeImplMixin,
+        builder: type = ours,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        layer = object.__new__(kind)
+        layer.__dict__ |= {
+            "impl": object.__new__(impl),
+            "kv_cache_torch_dtype": dtype,
+        }
+        group = SimpleNamespace(
+            metadata_builders=[object.__new__(builder)], layer_names=["layers.0"]
+        )
+        runner = SimpleNamespace(
+            vllm_config=SimpleNamespace(
+                model_config=SimpleNamespace(dtype=torch.float32)
+            ),
+            compilation_config=SimpleNamespace(
+                static_forward_context={"layers.0": layer, "experts": object()}
+            ),
+            attn_groups=[[group]],
+        )
+        require_tree_attention(runner, attention.DeviceTreeMetadataMixin)
+
+    require()
+    for bad, message in (
+        ({"kind": ChunkedLocalAttention}, r"layers\.0 is ChunkedLocalAttention"),
+        ({"impl": CPUAttentionBackendImpl}, r"layers\.0 runs CPUAttentionBackendImpl"),
+        (
+            {"builder": CPUAttentionMetadataBuilder},
+            r"layers\.0 runs CPUAttentionMetadataBuilder",
+        ),
+        ({"dtype": torch.uint8}, r"layers\.0 has one of torch\.uint8"),
+    ):
+        with pytest.raises(PPDConfigError, match=message):
+            require(**bad)
 
 
 def test_caches_that_cannot_be_moved():

@@ -27,14 +27,15 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_ppd.engine.attention import set_current_step
+from vllm_ppd.engine.attention import require_tree_attention, set_current_step
 from vllm_ppd.engine.counters import StepCounts, counts_of
 from vllm_ppd.engine.measure import measured_profile
 from vllm_ppd.engine.refusals import opts_out
+from vllm_ppd.engine.v1.attention import PPDCPUAttentionMetadataBuilder
 from vllm_ppd.engine.v1.bigram_learner import BigramLearner
 from vllm_ppd.engine.v1.kv_move import KVMover
 from vllm_ppd.engine.v1.measure import MeasuredSteps
-from vllm_ppd.engine.v1.sampling import walk_trees
+from vllm_ppd.engine.v1.sampling import sample_as_without_drafts, walk_trees
 from vllm_ppd.engine.v1.served_trees import PPDProposer
 from vllm_ppd.engine.v1.step_trees import StepTrees
 from vllm_ppd.kernels.cpu import match_ngrams_cpu
@@ -88,11 +89,18 @@ class PPDRunnerMixin:
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        require_tree_attention(self, PPDCPUAttentionMetadataBuilder)
+        sample_as_without_drafts(self)
         self._ppd_mover = KVMover(self)
 
     def measure_machine(self) -> None:
         """Time steps, if this start has to; the engine core asks for the profile."""
-        self.ppd_measured = measured_profile(self.drafter.settings, MeasuredSteps(self))
+        config: Any = self.vllm_config  # type: ignore[attr-defined]
+        self.ppd_measured = measured_profile(
+            self.drafter.settings,
+            MeasuredSteps(self),
+            keep=not config.parallel_config.data_parallel_index,
+        )
 
     def start_serving(self) -> None:
         """Count and learn from now on; what ran before was no traffic."""

@@ -8,12 +8,14 @@ bad words, minimum lengths, seeds and logprobs need no rules of their own.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
     MinPLogitsProcessor,
@@ -24,6 +26,21 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm_ppd.kernels.cpu import walk_greedy_cpu
 from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
+
+
+def sample_as_without_drafts(runner: Any) -> None:
+    """Give a V1 runner's input batch the sampling state of an engine without drafts.
+
+    Where the configuration speculates, vLLM leaves out min_p and logit_bias, and its
+    thinking budgets expect a row of logits for every draft token. Walks and plain steps
+    sample one row per request.
+    """
+    batch = runner.input_batch
+    config = copy(runner.vllm_config)
+    config.speculative_config = None
+    batch.logitsprocs = build_logitsprocs(config, runner.device, False, False)
+    if batch.thinking_budget_state_holder is not None:
+        batch.thinking_budget_state_holder.in_spec_mode = False
 
 
 def walk_trees(

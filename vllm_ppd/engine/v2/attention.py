@@ -26,7 +26,6 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from vllm_ppd.config import PPDConfigError
 from vllm_ppd.engine.attention import TreeImplMixin, current_step
 from vllm_ppd.kernels.cpu.layout import key_view, value_view
 from vllm_ppd.kernels.tree_attention import TreeBatch
@@ -36,7 +35,6 @@ __all__ = [
     "DeviceTreeMetadataMixin",
     "PPDCPUAttentionBackendV2",
     "gpu_backend_path",
-    "require_tree_backends",
 ]
 
 
@@ -88,24 +86,6 @@ class DeviceTreeMetadataMixin:
             metadata.ppd_plan = DeviceTreeAttention(batch)
             metadata.ppd_only_trees = step.only_trees
         return metadata
-
-
-def require_tree_backends(attention_groups: list[list[Any]]) -> None:
-    """Refuse layers with a backend of their own, which would mask tree rows causally.
-
-    Args:
-        attention_groups: vLLM's AttentionGroups, for each KV cache group.
-
-    Raises:
-        PPDConfigError: a backend that is none of this module's.
-    """
-    for group in (group for groups in attention_groups for group in groups):
-        if not issubclass(group.backend.get_builder_cls(), DeviceTreeMetadataMixin):
-            raise PPDConfigError(
-                "speculative method 'ppd' needs its own attention backend, and "
-                f"{group.layer_names[0]} runs {group.backend.__name__}: leave out "
-                "--attention-backend, or serve this model without PPD"
-            )
 
 
 def _with_trees(

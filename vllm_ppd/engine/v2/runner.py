@@ -22,12 +22,13 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.worker.gpu.async_utils import async_copy_to_np
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_ppd.engine.attention import require_tree_attention
 from vllm_ppd.engine.counters import counts_of
 from vllm_ppd.engine.measure import measured_profile
 from vllm_ppd.engine.scheduling import attach_draft_counts
 from vllm_ppd.engine.settings import serving_settings
 from vllm_ppd.engine.soft_tokens import add_soft_tokens
-from vllm_ppd.engine.v2.attention import require_tree_backends
+from vllm_ppd.engine.v2.attention import DeviceTreeMetadataMixin
 from vllm_ppd.engine.v2.bigram_learner import BigramLearner
 from vllm_ppd.engine.v2.counters import DeviceStepLog
 from vllm_ppd.engine.v2.drafting import PPDSpeculator, WordDraftsHandler
@@ -88,7 +89,7 @@ class TreeRunnerMixin:
         rows = self.speculator.requests.row_bounds
         with graphs_of(served_graphs(rows, runner.max_num_reqs)):
             super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
-        require_tree_backends(runner.attn_groups)
+        require_tree_attention(runner, DeviceTreeMetadataMixin)
         self._ppd_mover = PathMover(self)
 
     def sample(
@@ -119,7 +120,11 @@ class TreeRunnerMixin:
         """Time steps, if this start has to; the engine core asks for the profile."""
         settings = serving_settings(self.vllm_config)
         assert settings is not None
-        self.ppd_measured = measured_profile(settings, MeasuredSteps(self))
+        self.ppd_measured = measured_profile(
+            settings,
+            MeasuredSteps(self),
+            keep=not self.vllm_config.parallel_config.data_parallel_index,
+        )
 
     def start_serving(self) -> None:
         """Count and learn from now on; what ran before was no traffic."""
