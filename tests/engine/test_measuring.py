@@ -194,6 +194,14 @@ def test_all_ranks_go_by_the_first(clock, monkeypatch):
     assert not cache_file({"of": "clockwork"}).exists()
 
 
+def test_one_of_several_data_parallel_engines_keeps_its_profile(clock):
+    for keep in (False, True):
+        profile = measure.measured_profile(
+            settings(1e9), Clockwork(2, 64, clock), keep=keep
+        )
+        assert cache_file(profile.key).exists() == keep
+
+
 def test_runners_are_left_as_they_were_if_measuring_fails(clock):
     machine = Clockwork(4, 64, clock)
     machine.seconds = None  # type: ignore[assignment]

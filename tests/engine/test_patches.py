@@ -6,11 +6,16 @@ import inspect
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import pytest
+import torch
+import vllm.v1.attention.selector as selector
 import vllm.v1.worker.cpu_worker as cpu_worker
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -21,6 +26,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ppd.engine import patches
+from vllm_ppd.engine.soft_tokens import SoftTokenEmbedding
 from vllm_ppd.engine.v1.runner import (
     OVERRIDDEN,
     PPDCPUModelRunner,
@@ -229,3 +235,32 @@ def test_register_survives_a_vllm_it_does_not_know():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert "could not hook into this version of vLLM" in done.stderr
+
+
+def test_what_samples_and_resumes_is_where_the_ledger_says():
+    register()
+    assert parameters(SamplingParams._validate_spec_decode) == [
+        *("self", "speculative_config")
+    ]
+    assert parameters(Scheduler._handle_stopped_request) == ["self", "request"]
+    selector._cached_get_attn_backend.cache_clear()
+    with pytest.raises(VLLMValidationError, match="min_p"):
+        SamplingParams(min_p=0.5)._validate_spec_decode(SimpleNamespace())
+    SamplingParams(min_p=0.5)._validate_spec_decode(SimpleNamespace(ppd={}))
+
+
+def test_padding_and_soft_tokens_are_looked_up_within_their_tables(monkeypatch):
+    words, soft = torch.arange(5.0)[:, None], torch.tensor([[10.0], [11.0]])
+    monkeypatch.setattr(
+        VocabParallelEmbedding, "forward", lambda self, ids: words[_within(ids, 5)]
+    )
+    embedding = object.__new__(SoftTokenEmbedding)
+    embedding.__dict__ |= {"first_soft_id": 5, "soft_table": soft}
+    ids = torch.tensor([-1, 5, 6, 0, 4])
+    assert embedding.forward(ids)[:, 0].tolist() == [0, 10, 11, 0, 4]
+    assert ids.tolist() == [-1, 5, 6, 0, 4]
+
+
+def _within(ids: torch.Tensor, size: int) -> torch.Tensor:
+    assert ((ids >= 0) & (ids < size)).all()
+    return ids
