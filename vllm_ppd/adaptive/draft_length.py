@@ -2,42 +2,39 @@
 
 Whether drafts pay depends on the machine, the load and the text, and predictions of all
 three err. So the controller keeps one draft length per *load bucket*. In short *probes*
-it compares it with others: its neighbours in the menu, plain decoding, and far ones.
-A probe alternates blocks of steps with both draft lengths. What counts is
+it compares it with others, the most promising first. What counts is
 
-    speed = mean acceptance length / seconds per request and step.
+    speed = mean acceptance length / seconds of a step.
 
-The acceptance length of a draft length is taken from all its steps, because tokens per
-step are very noisy. The ratio of step times is taken from the probe's pairs of blocks,
-because a machine's own speed drifts.
+The acceptance length of a draft length is averaged over many steps, because tokens per
+step are very noisy. Step times are split into a level, which follows the machine's
+own drift and is known from the draft length in force, and a ratio of each draft length
+to it, which hardly changes and becomes more exact with each probe.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from statistics import fmean, median, variance
+from collections.abc import Sequence
+from statistics import fmean, median
 from typing import Any
 
 __all__ = ["DraftLengthController", "load_buckets"]
 
-# Steps of a block that count. The step before them has no prompt rows to draft from.
-BLOCK = 8
-# A probe ends when its answer is clear, or after so many pairs of blocks.
-MAX_PAIRS = 12
-# A step of so many medians waited for something else than its rows.
-OUTLIER = 4.0
+# Steps of a probe.
+PROBE = 10
 # Standard errors that make an answer clear.
 CLEAR = 2.0
-# What a draft length must gain over the one in force, where the answer is not clear.
-LEAST_GAIN = 0.03
-# Steps between probes: doubled while nothing changes, between these limits.
-FIRST_WAIT, LAST_WAIT = 16, 1500
-# Share of the time that probes of one slower draft length may cost in the long run.
+# Relative variance of a step's time, and of a ratio that was never measured.
+NOISE, UNKNOWN = 0.05, 0.1
+# A step of so many typical times waited for something else than its rows.
+OUTLIER = 4.0
+# Steps, or request-steps, after which an average counts half.
+MEMORY = 4096
+# Share of the time that probes of one draft length may cost in the long run.
 BUDGET = 0.005
-# Request-steps of an average that follows the traffic; if it leaves the long average of
-# the draft length in force by a fifth, the traffic has changed.
-RECENT, CHANGED = 512, 0.2
+# Longest wait between probes, in steps.
+LAST_WAIT = 250
 
 
 def load_buckets(max_num_running: int) -> list[int]:
@@ -77,6 +74,8 @@ class DraftLengthController:
         self._buckets: list[_Bucket] = []
         # By number of running requests; index 0 is not used.
         self._bucket_of: list[_Bucket] = []
+        # Draft length of the last step, whatever its load.
+        self._last_length = -1
         lengths = (0, *draft_lengths)
         for index, end in enumerate(ends):
             first = self._buckets[-1].end + 1 if self._buckets else 1
@@ -97,14 +96,18 @@ class DraftLengthController:
             num_tokens: that all its requests emitted.
             seconds: from the end of the step before to its own.
         """
-        bucket = self._bucket_of[num_running]
-        if not self._adapts or draft_length != bucket.length or seconds <= 0:
+        # The first step of a draft length has no prompt rows to draft from.
+        settled = draft_length == self._last_length
+        self._last_length = draft_length
+        if not self._adapts or seconds <= 0:
             return
-        before = bucket.current
-        if bucket.count(num_running, num_tokens, seconds):
+        bucket = self._bucket_of[num_running]
+        length, current = bucket.length, bucket.current
+        bucket.count(draft_length, num_running, num_tokens, seconds, settled)
+        if bucket.length != length:
             self._write(bucket)
-        if bucket.current != before:
-            self._changes.append(bucket.describe(before))
+        if bucket.current != current:
+            self._changes.append(bucket.describe(current))
 
     def take_changes(self) -> list[str]:
         """What has changed since the last call, a line for each."""
@@ -127,224 +130,240 @@ class DraftLengthController:
             self.schedule[num_running] = bucket.length
 
 
+class _Arm:
+    """What is known of one draft length at one load.
+
+    Attributes:
+        accepted, requests: draft tokens accepted, and request-steps; fading.
+        late_accepted, late_requests: the part of them that was not yet compared with
+            what came before.
+        ratio: its step time over the level.
+        variance: of the ratio, relative; 0 for the arm in force.
+        is_known: it was measured.
+        not_before: step from which on it may be probed again.
+    """
+
+    def __init__(self, length: int):
+        self.length = length
+        self.accepted = self.requests = 0.0
+        self.late_accepted = self.late_requests = 0.0
+        self.ratio, self.variance = 1.0, UNKNOWN
+        self.is_known = False
+        self.not_before = 0.0
+        self._aged_at = 0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per request and step."""
+        if not self.length:
+            return 1.0
+        return 1.0 + self.accepted / max(self.requests, 1.0)
+
+    @property
+    def speed(self) -> float:
+        """Tokens per request and time, in units of the level."""
+        return self.acceptance_length / self.ratio
+
+    @property
+    def speed_variance(self) -> float:
+        """Relative variance of the speed.
+
+        The number of tokens is taken for geometric, with three times the variance,
+        because the steps of one text are alike.
+        """
+        if not self.length:
+            return self.variance
+        length, requests = self.acceptance_length, max(self.requests, 1.0)
+        accepted = 3 * (length * (length - 1) + 1 / requests) / requests
+        return self.variance + min(accepted / length**2, 2 * UNKNOWN)
+
+    def add(self, requests: int, tokens: int) -> None:
+        """Count a step."""
+        self.requests += requests
+        self.accepted += tokens - requests
+        self.late_requests += requests
+        self.late_accepted += tokens - requests
+
+    def age(self, step: int) -> None:
+        """Trust less what was seen at an earlier step."""
+        kept = 0.5 ** ((step - self._aged_at) / MEMORY)
+        self.scale(kept, kept)
+        self.variance += 2 * (1 - kept) * NOISE / PROBE
+        self._aged_at = step
+
+    def scale(self, requests: float, accepted: float) -> None:
+        self.requests *= requests
+        self.accepted *= accepted
+
+    def resemble(self, other: _Arm) -> None:
+        """Expect of an arm that was never measured what its neighbour showed."""
+        self.ratio, self.variance = other.ratio, UNKNOWN + other.variance
+        self.requests, self.accepted = 1.0, other.acceptance_length - 1
+
+    def learn_ratio(self, ratio: float, variance: float) -> None:
+        """Take in a measured ratio of so much relative variance."""
+        kept = variance / (self.variance + variance)
+        self.ratio *= (ratio / self.ratio) ** (1 - kept)
+        self.variance *= kept
+
+
 class _Bucket:
     """One load bucket: what is in force, what is known, and the probe under way.
 
-    An *arm* is an index into the draft lengths; arm 0 is plain decoding.
+    An *arm* is a draft length; arm 0 is plain decoding.
     """
 
     def __init__(self, lengths: tuple[int, ...], first: int, end: int, current: int):
-        self._lengths, self.first, self.end = lengths, first, end
-        self.current = current
-        # Steps so far, and those until the arm in force last changed.
-        self.steps = self._changed_at = 0
-        # Tokens and request-steps of each arm; a plain step emits one per request.
-        self._tokens = [0.0] * len(lengths)
-        self._requests = [0.0] * len(lengths)
-        # The same of the arm in force, of late.
-        self._recent_tokens = self._recent_requests = 0.0
-        # Step from which on each arm may be probed again.
-        self._not_before = [0.0] * len(lengths)
-        self._rivals = self._rivals_in_turn()
-        self._wait = self._left = FIRST_WAIT
-        self._start(current)
-        # The rival of the probe under way; None between probes.
+        self.first, self.end, self.current = first, end, current
+        self.steps = 0
+        self._arms = [_Arm(length) for length in lengths]
+        self._arm_of = {arm.length: arm for arm in self._arms}
+        self._arms[current].is_known, self._arms[current].variance = True, 0.0
+        # Seconds of a step with ratio 1, and the number of steps it is known from.
+        self._level, self._level_steps = 0.0, 0
+        # The arm that is probed; None between probes.
         self._rival: int | None = None
-        # Seconds per request of each counted step of the block.
-        self._block: list[float] = []
-        # Of the arm in force in the pair's first block, and log ratios of all pairs.
-        self._own_speed = 1.0
-        self._ratios: list[float] = []
-        # Seconds that the probe has cost.
+        # Steps until the probe begins or ends; the first begins at once.
+        self._left = 3
+        # What the probe has cost, in steps of the arm in force, and its step times.
         self._lost = 0.0
+        self._block: list[float] = []
+        # Step at which the answer or the traffic last changed.
+        self._changed_at = 0
 
     @property
     def length(self) -> int:
         """The draft length to schedule now."""
-        return self._lengths[self._arm]
+        return self._arms[self.current if self._rival is None else self._rival].length
 
     def to_dict(self) -> dict[str, Any]:
+        arm = self._arms[self.current]
         return {
             "max_num_running": self.end,
-            "draft_length": self._lengths[self.current],
-            "acceptance_length": round(self._acceptance_length(self.current), 3),
+            "draft_length": arm.length,
+            "acceptance_length": round(arm.acceptance_length, 3),
             "observed_steps": self.steps,
         }
 
     def describe(self, before: int) -> str:
+        arm = self._arms[self.current]
         requests = f"{self.end} request{'s' * (self.end > 1)}"
-        old, new = self._lengths[before], self._lengths[self.current]
         return (
-            f"draft length {old} -> {new} for up to {requests} (acceptance length "
-            f"{self._acceptance_length(self.current):.2f})"
+            f"draft length {self._arms[before].length} -> {arm.length} for up to "
+            f"{requests} (acceptance length {arm.acceptance_length:.2f})"
         )
 
-    def count(self, num_running: int, num_tokens: int, seconds: float) -> bool:
-        """Note a step with `length`; True if another length is now to be scheduled."""
+    def count(
+        self, length: int, requests: int, tokens: int, seconds: float, settled: bool
+    ) -> None:
+        """Note a step; settled: the step before had the same draft length."""
         self.steps += 1
-        if self._unsettled:
-            self._unsettled -= 1
-            return False
-        self._tokens[self._arm] += num_tokens
-        self._requests[self._arm] += num_running
+        self._left -= 1
+        arm = self._arm_of[length]
+        if settled:
+            arm.add(requests, tokens)
         if self._rival is None:
-            self._left -= 1
-            self._follow(num_running, num_tokens)
+            if settled and length == self.length:
+                self._follow_level(seconds / arm.ratio)
             if self._left <= 0:
                 self._begin_probe()
-            return False
-        self._block.append(seconds / num_running)
-        if self._arm != self.current:
-            # In seconds, what is lost against steps with the arm in force.
-            own = self._own_speed * self._acceptance_length(self.current)
-            self._lost += seconds - num_tokens / own
-            if self._is_hopeless(own):
-                self._ratios.append(math.log(self._block_speed() / self._own_speed))
-                self._end_probe(wins=False)
-                return True
-        return len(self._block) == BLOCK and self._end_block()
+        elif length == self.length:
+            own = self._arms[self.current]
+            self._block.append(seconds)
+            self._lost += seconds / (self._level * own.ratio)
+            self._lost -= tokens / requests / own.acceptance_length
+            if self._left <= 0 or self._lost >= PROBE:
+                self._end_probe(self._rival)
+
+    def _follow_level(self, seconds: float) -> None:
+        """Let the level follow a step with the arm in force."""
+        self._level_steps = min(self._level_steps + 1, 2 * PROBE)
+        level = self._level or seconds
+        self._level = (
+            level + (min(seconds, OUTLIER * level) - level) / self._level_steps
+        )
 
     def _begin_probe(self) -> None:
-        """The first block of a pair is the arm's in force, which runs already."""
-        for _ in range(2 * len(self._lengths)):
-            rival = next(self._rivals)
-            if self._not_before[rival] <= self.steps:
-                break
-        else:
-            self._left = self._wait
+        """Probe the arm that may be fastest; plain decoding comes first."""
+        self._notice_change(self._arms[self.current])
+        for arm in self._arms:
+            arm.age(self.steps)
+        self._arms[self.current].variance = 0.0
+        self._left = self._wait()
+        if not self._level:
             return
-        self._rival = rival
-        # Its acceptance length is of a while ago.
-        self._forget(rival, 0.5)
-        self._block, self._ratios, self._lost = [], [], 0.0
+        known = [index for index, arm in enumerate(self._arms) if arm.is_known]
+        best_score = 0.0
+        for index, arm in enumerate(self._arms):
+            if index == self.current or arm.not_before > self.steps:
+                continue
+            near = min(known, key=lambda other: abs(other - index))
+            if not arm.is_known:
+                arm.resemble(self._arms[near])
+            gain, error = self._gain(arm)
+            # Of arms that were never measured, those near to what is known come first.
+            score = gain + CLEAR * error - 0.001 * abs(index - near)
+            if index == 0:
+                score += 1.0
+            if score > best_score:
+                self._rival, best_score = index, score
+        if self._rival is not None:
+            self._arms[self._rival].is_known = True
+            self._left, self._lost, self._block = PROBE, 0.0, []
 
-    def _is_hopeless(self, own: float) -> bool:
-        """Whether the rival is slower even if it accepts far more than it seems to.
-
-        own: tokens per second of the arm in force.
-        """
-        requests = self._requests[self._arm]
-        accepted = self._tokens[self._arm] - requests
-        # Three standard errors of a Poisson count, and some for the first few.
-        bound = 1 + (accepted + 3 * math.sqrt(max(accepted, 0)) + 4) / requests
-        bound = min(bound, 1.0 + self._lengths[self._arm])
-        return bound * self._block_speed() < 0.9 * own
-
-    def _start(self, arm: int) -> None:
-        """Schedule an arm; its first step is drafted for without prompt rows."""
-        self._arm, self._unsettled = arm, 1
-
-    def _follow(self, num_running: int, num_tokens: int) -> None:
-        """Watch the acceptance length of the arm in force between probes."""
-        self._recent_tokens += num_tokens
-        self._recent_requests += num_running
-        if self._recent_requests < RECENT:
-            return
-        recent = self._recent_tokens / self._recent_requests
-        if abs(recent / self._acceptance_length(self.current) - 1) > CHANGED:
-            for arm in range(len(self._lengths)):
-                self._forget(arm, RECENT / max(self._requests[arm], RECENT))
-            self._tokens[self.current] = self._recent_tokens
-            self._requests[self.current] = self._recent_requests
-            self._not_before = [0.0] * len(self._lengths)
-            self._wait = FIRST_WAIT
-            self._left = min(self._left, FIRST_WAIT)
-        elif self._requests[self.current] > 8 * RECENT:
-            self._forget(self.current, 0.5)
-        self._recent_tokens = self._recent_requests = 0.0
-
-    def _forget(self, arm: int, kept: float) -> None:
-        self._tokens[arm] *= kept
-        self._requests[arm] *= kept
-
-    def _block_speed(self) -> float:
-        """Requests per second of the block's steps, by their mean time: where few steps
-        have drafts, the median step has none."""
+    def _end_probe(self, rival: int) -> None:
+        """Decide between the arm in force and its rival."""
+        arm = self._arms[rival]
         limit = OUTLIER * median(self._block)
-        return 1 / fmean(time for time in self._block if time <= limit)
-
-    def _end_block(self) -> bool:
-        speed = self._block_speed()
-        self._block = []
-        assert self._rival is not None
-        if self._arm == self.current:
-            self._own_speed = speed
-            self._start(self._rival)
-            return True
-        self._ratios.append(math.log(speed / self._own_speed))
-        gain, error = self._gain()
-        if abs(gain) > CLEAR * error or len(self._ratios) == MAX_PAIRS:
-            # Between equals plain decoding is the simpler.
-            self._end_probe(wins=gain > (LEAST_GAIN if self._rival else 0.0))
-        else:
-            self._start(self.current)
-        return True
-
-    def _end_probe(self, wins: bool) -> None:
-        rival = self._rival
-        assert rival is not None
+        block = [seconds for seconds in self._block if seconds <= limit]
+        variance = NOISE / len(block) + NOISE / self._level_steps
+        arm.learn_ratio(fmean(block) / self._level, variance)
         self._rival = None
-        self._recent_tokens = self._recent_requests = 0.0
-        if wins:
-            if self.steps - self._changed_at > 2 * RECENT:
-                # The traffic has changed: what others accepted before says little.
-                for arm in range(len(self._lengths)):
-                    self._forget(arm, 1.0 if arm == rival else 0.0)
-                self._not_before = [0.0] * len(self._lengths)
+        self._notice_change(arm)
+        gain, error = self._gain(arm)
+        # In the long run small gains count too, and an error is soon undone.
+        is_early = self.steps < self._changed_at + 4 * LAST_WAIT
+        if gain > (CLEAR if is_early else CLEAR / 2) * error:
             self.current, self._changed_at = rival, self.steps
-            self._rivals = self._rivals_in_turn()
-            self._wait = FIRST_WAIT
-        else:
-            self._wait = min(2 * self._wait, LAST_WAIT)
-            # In steps of the arm in force, which take num_running / own speed seconds.
-            steps = self._lost * self._own_speed / max(self.first, 1)
-            again = self.steps + max(0.0, steps) / BUDGET
-            # More rows do not take less time.
-            arms = range(rival, len(self._lengths)) if rival > self.current else [rival]
-            for arm in arms:
-                self._not_before[arm] = max(self._not_before[arm], again)
-        self._left = self._wait
-        self._start(self.current)
+            # From now on the level is measured with this arm.
+            for other in self._arms:
+                other.variance += arm.variance
+            arm.variance = 0.0
+        # A rival that seems to be faster is probed again at once.
+        self._left = PROBE if gain > error / 2 else self._wait()
+        arm.not_before = self.steps + self._lost / BUDGET
 
-    def _gain(self) -> tuple[float, float]:
-        """Log of the rival's speed over that of the arm in force; standard error."""
-        rival, current = self._rival, self.current
-        assert rival is not None
-        gain = (
-            fmean(self._ratios)
-            + math.log(self._acceptance_length(rival))
-            - math.log(self._acceptance_length(current))
-        )
-        # A block's median has an error of some per cent, however alike few ratios are;
-        # of a single pair nothing is known of it.
-        spread = 0.25**2
-        if len(self._ratios) > 1:
-            spread = max(variance(self._ratios), 0.05**2)
-        error = spread / len(self._ratios)
-        error += self._relative_variance(rival) + self._relative_variance(current)
-        return gain, math.sqrt(error)
+    def _wait(self) -> int:
+        """Steps until the next probe: more while nothing changes."""
+        return min(max((self.steps - self._changed_at) // 16, PROBE), LAST_WAIT)
 
-    def _acceptance_length(self, arm: int) -> float:
-        requests = self._requests[arm]
-        return max(1.0, self._tokens[arm] / requests) if arm and requests else 1.0
+    def _gain(self, arm: _Arm) -> tuple[float, float]:
+        """Log of an arm's speed over that of the arm in force; standard error."""
+        own = self._arms[self.current]
+        error = math.sqrt(arm.speed_variance + own.speed_variance)
+        return math.log(arm.speed / own.speed), error
 
-    def _relative_variance(self, arm: int) -> float:
-        """Of the acceptance length: as of a geometric distribution, twice, because one
-        text's steps are alike."""
-        length = self._acceptance_length(arm)
-        return 2 * (length - 1) / length / max(self._requests[arm], 1.0)
-
-    def _rivals_in_turn(self) -> Iterator[int]:
-        """Arms to compare the one in force with: plain decoding and its neighbours
-        again and again, and between them all others, one at a time."""
-        arms, current = len(self._lengths), self.current
-        far = 0
-        near = [0, current + 1, current - 1] if current else [1, arms // 2, arms - 1]
-        near = [
-            arm for arm in dict.fromkeys(near) if 0 <= arm < arms and arm != current
-        ]
-        while True:
-            yield from near
-            far = (far + max(1, arms // 3)) % arms
-            if far != current and far not in near:
-                yield far
+    def _notice_change(self, arm: _Arm) -> None:
+        """Compare an arm's late steps with those before: has the traffic changed?"""
+        accepted, requests = arm.late_accepted, arm.late_requests
+        before = arm.requests - requests
+        if not arm.length or requests < 32:
+            return
+        arm.late_accepted = arm.late_requests = 0.0
+        if before < 32:
+            return
+        old, new = max(arm.accepted - accepted, 0.0) / before, accepted / requests
+        variance = 4 * (old * (1 + old) + 1 / requests)
+        error = math.sqrt(variance / requests + variance / before)
+        if arm.requests > MEMORY:
+            arm.scale(0.5, 0.5)
+        if abs(new - old) < max(3 * error, 0.1 * (1 + old)):
+            return
+        # What one arm accepts changes for all, roughly in proportion.
+        change = max(new, 0.02) / max(old, 0.02)
+        for other in self._arms:
+            kept = min(1.0, 16 / max(other.requests, 1.0))
+            other.scale(kept, kept * change)
+            other.late_accepted = other.late_requests = 0.0
+        arm.requests, arm.accepted = requests, accepted
+        self._changed_at = self.steps
