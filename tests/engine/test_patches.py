@@ -1,12 +1,18 @@
-"""The ledger's contract: everything patched or overridden is where we expect it."""
+"""The ledger's contract: everything patched or overridden is where we expect it.
+
+Signatures, fields and the order of calls, of the vLLM that is installed.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,206 +22,157 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.sampling_params import SamplingParams
-from vllm.v1.attention.backends import cpu_attn
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine.core import EngineCore
-from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ppd.engine import patches
 from vllm_ppd.engine.soft_tokens import SoftTokenEmbedding
-from vllm_ppd.engine.v1.runner import (
-    OVERRIDDEN,
-    PPDCPUModelRunner,
-    PPDRunnerMixin,
-)
+from vllm_ppd.engine.v1.runner import OVERRIDDEN, PPDCPUModelRunner, PPDRunnerMixin
 from vllm_ppd.plugin import register
 
+# Functions and classes below vllm; indented lines are of methods of the class above.
+# A function `takes` these parameters (after "..." others may stand, too) and `calls`,
+# or names, these in this order; a class `has` fields, or attributes that __init__ sets.
+SEAMS = """
+engine.arg_utils:EngineArgs has speculative_config spec_method spec_model spec_tokens \
+    additional_config attention_backend compilation_config
+    create_speculative_config takes target_model_config target_parallel_config
+    add_cli_args takes parser
+sampling_params:SamplingParams._validate_spec_decode takes speculative_config
+v1.engine.core:EngineCore
+    _initialize_kv_caches takes vllm_config
+    # Plugins are loaded, workers warm up, then the scheduler is built.
+    __init__ calls load_general_plugins() self._initialize_kv_caches( \
+    get_scheduler_cls()
+    # An output that comes without asking for samples is taken for the step's.
+    step calls self.model_executor.execute_model( model_output is None: sample_tokens(
+    # Drafts are asked for after the step whose output brought them.
+    post_step calls take_draft_token_ids
+v1.core.sched.output:SchedulerOutput has num_spec_tokens_to_schedule \
+    num_invalid_spec_tokens
+v1.core.sched.scheduler:Scheduler has dynamic_sd_lookup
+    update_from_output takes scheduler_output model_runner_output
+    _handle_stopped_request takes request
+    # The table is read at each step, and its answer sent to the workers.
+    schedule calls self.dynamic_sd_lookup[ num_spec_tokens_to_schedule= \
+    self._update_after_schedule(
+    # Whether there is a grammar is known before the model is executed.
+    _update_after_schedule calls scheduler_output.has_structured_output_requests
+    make_spec_decoding_stats calls num_draft_tokens -= num_invalid_spec_tokens.get(
+v1.executor.multiproc_executor:MultiprocExecutor
+    execute_model takes scheduler_output non_block
+    sample_tokens takes grammar_output non_block
+    take_draft_token_ids takes
+v1.worker.cpu_worker:CPUWorker
+    init_device calls CPUModelRunner(self.vllm_config
+    execute_model takes scheduler_output
+    sample_tokens takes grammar_output
+v1.worker.gpu_worker:Worker._make_model_runner takes
+v1.worker.gpu_model_runner:GPUModelRunner
+    _prepare_inputs takes scheduler_output num_scheduled_tokens
+    _calc_spec_decode_metadata takes num_draft_tokens cu_num_scheduled_tokens
+    _sample takes logits spec_decode_metadata
+    _input_fits_in_drafter takes common_attn_metadata
+    _update_states takes scheduler_output
+    propose_draft_token_ids takes scheduler_output sampled_token_ids \
+    sampling_metadata hidden_states ...
+    # PPD's runner takes the speculative configuration away for steps without draft
+    # rows, before they begin: such a runner is a plain one.
+    execute_model calls self._update_states( self._prepare_inputs(
+    _prepare_inputs calls self.discard_request_mask.np[:num_reqs] use_spec_decode \
+    self.speculative_config
+    _build_attention_metadata calls self.speculative_config spec_decode_common
+    sample_tokens calls self._sample(logits self.speculative_config
+    # And so there are no drafts to take.
+    sample_tokens calls self._sample(logits self._draft_token_req_ids
+    take_draft_token_ids calls self._draft_token_req_ids
+    # What vLLM drops of the sampled tokens, counted before it does.
+    _bookkeeping_sync calls self.discard_request_mask.np[:num_reqs]
+v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward takes ... layer
+v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder
+    build takes common_prefix_len common_attn_metadata ...
+    _set_isa_to_layers takes layer_names
+model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward takes \
+    input_
+"""
 
-def original(function):
+
+def seams(table: str) -> list[Any]:
+    """The table's lines as parameters of a test: place, verb and words."""
+    found, owner = [], ""
+    for line in table.strip().splitlines():
+        place, *words = line.split()
+        if place == "#":
+            continue
+        if line[0] == " ":
+            place = f"{owner}.{place}"
+        else:
+            owner = place
+        if words:
+            found.append(pytest.param(place, words[0], words[1:], id=place))
+    return found
+
+
+def original(function: Any) -> Any:
     return getattr(function, patches._MARK, function)
 
 
-def parameters(function) -> list[str]:
-    return list(inspect.signature(original(function)).parameters)
+def parameters(function: Any) -> list[str]:
+    names = inspect.signature(original(function)).parameters
+    return [name for name in names if name != "self"]
 
 
-def test_create_speculative_config():
+def check_seam(place: str, verb: str, words: list[str]) -> None:
+    subject = resolve_name(f"vllm.{place}")
+    if verb == "takes":
+        found = parameters(subject)
+        if "..." in words:
+            first = words.index("...")
+            assert set(words[first:]) <= {*found, "..."}
+            found, words = found[:first], words[:first]
+        assert found == words
+    elif verb == "calls":
+        source, position = inspect.getsource(original(subject)), 0
+        for word in words:
+            position = source.find(word, position)
+            assert position >= 0, word
+    elif dataclasses.is_dataclass(subject):
+        assert set(words) <= {field.name for field in dataclasses.fields(subject)}
+    else:
+        init = inspect.unwrap(original(subject.__init__))
+        assert set(words) <= set(init.__code__.co_names)
+
+
+def check_overrides(mixin: type, listed: tuple[str, ...], stock: type) -> None:
+    """Every method that overrides one is listed, and the listed ones do."""
+    ours = [n for n in vars(mixin) if hasattr(stock, n) and not n.startswith("__")]
+    assert sorted(ours) == sorted(listed)
+    assert all(callable(getattr(stock, name)) for name in listed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
     register()
-    assert parameters(EngineArgs.create_speculative_config) == [
-        "self",
-        "target_model_config",
-        "target_parallel_config",
-    ]
-    fields = EngineArgs.__dataclass_fields__
-    for name in (
-        *("speculative_config", "spec_method", "spec_model", "spec_tokens"),
-        *("additional_config", "attention_backend", "compilation_config"),
-    ):
-        assert name in fields
 
 
-def test_add_cli_args():
-    assert isinstance(vars(EngineArgs)["add_cli_args"], staticmethod)
-    assert parameters(EngineArgs.add_cli_args) == ["parser"]
+@pytest.mark.parametrize(("place", "verb", "words"), seams(SEAMS))
+def test_seams(place, verb, words):
+    check_seam(place, verb, words)
 
 
-def test_scheduler_seams():
-    """The draft length controller is the scheduler's own look-up table."""
-    register()
-    assert parameters(EngineCore._initialize_kv_caches) == ["self", "vllm_config"]
-    assert parameters(Scheduler.update_from_output) == [
-        "self",
-        "scheduler_output",
-        "model_runner_output",
-    ]
-    # Plugins are loaded, workers warm up, then the scheduler is built.
-    source = inspect.getsource(EngineCore.__init__)
-    order = [
-        source.index(call)
-        for call in (
-            "load_general_plugins()",
-            "self._initialize_kv_caches(",
-            "get_scheduler_cls()",
-        )
-    ]
-    assert order == sorted(order)
-    source = inspect.getsource(original(Scheduler.__init__))
-    assert "self.dynamic_sd_lookup" in source
-    # The table is read at each step, and its answer sent to the workers.
-    source = inspect.getsource(Scheduler.schedule)
-    assert "self.dynamic_sd_lookup[" in source
-    assert "num_spec_tokens_to_schedule" in SchedulerOutput.__dataclass_fields__
-
-
-def test_the_executor_sees_every_step():
-    assert parameters(MultiprocExecutor.execute_model) == [
-        "self",
-        "scheduler_output",
-        "non_block",
-    ]
-    assert parameters(MultiprocExecutor.sample_tokens) == [
-        "self",
-        "grammar_output",
-        "non_block",
-    ]
-    assert parameters(MultiprocExecutor.take_draft_token_ids) == ["self"]
-    # The engine core asks for drafts after the step whose output brought them.
-    assert "take_draft_token_ids" in inspect.getsource(EngineCore.post_step)
-    assert "num_invalid_spec_tokens" in SchedulerOutput.__dataclass_fields__
-    source = inspect.getsource(Scheduler.make_spec_decoding_stats)
-    assert "num_draft_tokens -= num_invalid_spec_tokens" in source
-    assert parameters(cpu_worker.CPUWorker.sample_tokens) == ["self", "grammar_output"]
-    # An output that comes without asking for samples is taken for the step's.
-    assert parameters(cpu_worker.CPUWorker.execute_model) == [
-        "self",
-        "scheduler_output",
-    ]
-    source = " ".join(inspect.getsource(EngineCore.step).split())
-    assert "if model_output is None: model_output = self.model_exec" in source
-    # Whether there is a grammar is known before the model is executed.
-    source = inspect.getsource(Scheduler._update_after_schedule)
-    assert "scheduler_output.has_structured_output_requests |=" in source
-    assert "_update_after_schedule" in inspect.getsource(Scheduler.schedule)
+def test_overridden_runner_methods_are_listed():
+    check_overrides(PPDRunnerMixin, OVERRIDDEN, GPUModelRunner)
+    assert issubclass(PPDCPUModelRunner, CPUModelRunner)
+    # The CPU worker names its runner's class in its module.
+    assert cpu_worker.CPUModelRunner is CPUModelRunner
 
 
 def test_patching_twice_changes_nothing():
-    register()
     before = EngineArgs.create_speculative_config, EngineArgs.add_cli_args
     register()
     assert before == (EngineArgs.create_speculative_config, EngineArgs.add_cli_args)
     assert not hasattr(original(before[0]), patches._MARK)
-
-
-def test_the_cpu_worker_names_its_runner_class_in_its_module():
-    assert cpu_worker.CPUModelRunner is CPUModelRunner
-    source = inspect.getsource(cpu_worker.CPUWorker.init_device)
-    assert "CPUModelRunner(self.vllm_config" in source
-
-
-def test_gpu_worker_seam():
-    assert parameters(Worker._make_model_runner) == ["self"]
-
-
-@pytest.mark.parametrize("name", OVERRIDDEN)
-def test_overridden_runner_methods_exist(name):
-    assert name in vars(PPDRunnerMixin)
-    assert callable(getattr(GPUModelRunner, name))
-
-
-def test_every_override_is_listed():
-    stock = dir(GPUModelRunner)
-    ours = [n for n in vars(PPDRunnerMixin) if n in stock and not n.startswith("__")]
-    assert sorted(ours) == sorted(OVERRIDDEN)
-    assert issubclass(PPDCPUModelRunner, CPUModelRunner)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("_prepare_inputs", ["scheduler_output", "num_scheduled_tokens"]),
-        (
-            "_calc_spec_decode_metadata",
-            ["num_draft_tokens", "cu_num_scheduled_tokens"],
-        ),
-        ("_sample", ["logits", "spec_decode_metadata"]),
-        ("_input_fits_in_drafter", ["common_attn_metadata"]),
-        ("_update_states", ["scheduler_output"]),
-    ],
-)
-def test_signatures(name, expected):
-    assert parameters(getattr(GPUModelRunner, name)) == ["self", *expected]
-
-
-def test_a_runner_without_speculative_config_is_a_plain_one():
-    """PPD's runner takes it away for steps without guesses, before they begin."""
-    runner = GPUModelRunner
-    source = inspect.getsource(runner.execute_model)
-    assert source.index("self._update_states(") < source.index("self._prepare_inputs(")
-    source = inspect.getsource(runner._prepare_inputs)
-    assert "use_spec_decode = self.speculative_config is not None" in source
-    assert "self.discard_request_mask.np[:num_reqs] = (" in source
-    source = inspect.getsource(runner._build_attention_metadata)
-    assert "if self.speculative_config and spec_decode_common" in source
-    source = inspect.getsource(runner.sample_tokens)
-    sampled = source.index("self._sample(logits")
-    assert sampled < source.index("spec_config = self.speculative_config")
-    assert sampled < source.index("self._draft_token_req_ids = None")
-    # And so there are no drafts to take.
-    source = inspect.getsource(runner.take_draft_token_ids)
-    assert "or not self._draft_token_req_ids" in source
-    # What vLLM drops of the sampled tokens, counted before it does.
-    source = inspect.getsource(runner._bookkeeping_sync)
-    assert "self.discard_request_mask.np[:num_reqs]" in source
-
-
-def test_proposal_gets_the_hidden_states():
-    names = parameters(GPUModelRunner.propose_draft_token_ids)
-    assert names[1:5] == [
-        "scheduler_output",
-        "sampled_token_ids",
-        "sampling_metadata",
-        "hidden_states",
-    ]
-
-
-def test_attention_seams():
-    assert "layer" in parameters(cpu_attn.CPUAttentionBackendImpl.forward)
-    assert parameters(cpu_attn.CPUAttentionMetadataBuilder.build)[1:3] == [
-        "common_prefix_len",
-        "common_attn_metadata",
-    ]
-    assert parameters(cpu_attn.CPUAttentionMetadataBuilder._set_isa_to_layers) == [
-        "self",
-        "layer_names",
-    ]
-
-
-def test_embedding_forward():
-    assert parameters(VocabParallelEmbedding.forward) == ["self", "input_"]
+    assert isinstance(vars(EngineArgs)["add_cli_args"], staticmethod)
 
 
 def test_the_entry_point_is_installed():
@@ -237,30 +194,26 @@ def test_register_survives_a_vllm_it_does_not_know():
     assert "could not hook into this version of vLLM" in done.stderr
 
 
-def test_what_samples_and_resumes_is_where_the_ledger_says():
-    register()
-    assert parameters(SamplingParams._validate_spec_decode) == [
-        *("self", "speculative_config")
-    ]
-    assert parameters(Scheduler._handle_stopped_request) == ["self", "request"]
-    selector._cached_get_attn_backend.cache_clear()
+def test_min_p_is_refused_without_ppd_alone():
     with pytest.raises(VLLMValidationError, match="min_p"):
         SamplingParams(min_p=0.5)._validate_spec_decode(SimpleNamespace())
     SamplingParams(min_p=0.5)._validate_spec_decode(SimpleNamespace(ppd={}))
 
 
+def test_the_chosen_backend_can_be_forgotten():
+    selector._cached_get_attn_backend.cache_clear()
+
+
 def test_padding_and_soft_tokens_are_looked_up_within_their_tables(monkeypatch):
     words, soft = torch.arange(5.0)[:, None], torch.tensor([[10.0], [11.0]])
-    monkeypatch.setattr(
-        VocabParallelEmbedding, "forward", lambda self, ids: words[_within(ids, 5)]
-    )
+
+    def within(self: Any, ids: torch.Tensor) -> torch.Tensor:
+        assert ((ids >= 0) & (ids < 5)).all()
+        return words[ids]
+
+    monkeypatch.setattr(VocabParallelEmbedding, "forward", within)
     embedding = object.__new__(SoftTokenEmbedding)
     embedding.__dict__ |= {"first_soft_id": 5, "soft_table": soft}
     ids = torch.tensor([-1, 5, 6, 0, 4])
     assert embedding.forward(ids)[:, 0].tolist() == [0, 10, 11, 0, 4]
     assert ids.tolist() == [-1, 5, 6, 0, 4]
-
-
-def _within(ids: torch.Tensor, size: int) -> torch.Tensor:
-    assert ((ids >= 0) & (ids < size)).all()
-    return ids
