@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, median
+from statistics import fmean, median, pvariance
 from typing import Any
 
 __all__ = ["DraftLengthController", "load_buckets"]
@@ -221,6 +221,7 @@ class _Bucket:
         self._arms[current].is_known, self._arms[current].variance = True, 0.0
         # Seconds of a step with ratio 1, and the number of steps it is known from.
         self._level, self._level_steps = 0.0, 0
+        self._noise = NOISE
         # The arm that is probed; None between probes.
         self._rival: int | None = None
         # Steps until the probe begins or ends; the first begins at once.
@@ -265,6 +266,8 @@ class _Bucket:
         if self._rival is None:
             if settled and length == self.length:
                 self._follow_level(seconds / arm.ratio)
+            if self.steps % 32 == 0 and self._notice_change(arm):
+                self._left = 0
             if self._left <= 0:
                 self._begin_probe()
         elif length == self.length:
@@ -316,8 +319,10 @@ class _Bucket:
         arm = self._arms[rival]
         limit = OUTLIER * median(self._block)
         block = [seconds for seconds in self._block if seconds <= limit]
-        variance = NOISE / len(block) + NOISE / self._level_steps
-        arm.learn_ratio(fmean(block) / self._level, variance)
+        mean = fmean(block)
+        noise = max(self._noise, pvariance(block) / mean**2)
+        noise *= 1 / len(block) + 1 / self._level_steps
+        arm.learn_ratio(mean / self._level, noise)
         self._rival = None
         self._notice_change(arm)
         gain, error = self._gain(arm)
@@ -343,27 +348,30 @@ class _Bucket:
         error = math.sqrt(arm.speed_variance + own.speed_variance)
         return math.log(arm.speed / own.speed), error
 
-    def _notice_change(self, arm: _Arm) -> None:
+    def _notice_change(self, arm: _Arm) -> bool:
         """Compare an arm's late steps with those before: has the traffic changed?"""
         accepted, requests = arm.late_accepted, arm.late_requests
         before = arm.requests - requests
         if not arm.length or requests < 32:
-            return
-        arm.late_accepted = arm.late_requests = 0.0
+            return False
+        if requests > MEMORY / 8 or before < 32:
+            arm.late_accepted = arm.late_requests = 0.0
         if before < 32:
-            return
+            return False
         old, new = max(arm.accepted - accepted, 0.0) / before, accepted / requests
         variance = 4 * (old * (1 + old) + 1 / requests)
         error = math.sqrt(variance / requests + variance / before)
         if arm.requests > MEMORY:
             arm.scale(0.5, 0.5)
         if abs(new - old) < max(3 * error, 0.1 * (1 + old)):
-            return
+            return False
         # What one arm accepts changes for all, roughly in proportion.
         change = max(new, 0.02) / max(old, 0.02)
         for other in self._arms:
             kept = min(1.0, 16 / max(other.requests, 1.0))
             other.scale(kept, kept * change)
             other.late_accepted = other.late_requests = 0.0
+            other.not_before = 0.0
         arm.requests, arm.accepted = requests, accepted
         self._changed_at = self.steps
+        return True
