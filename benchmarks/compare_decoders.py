@@ -40,6 +40,8 @@ from harness import (
 )
 from results import (
     ROOT,
+    add_model_arguments,
+    add_text_arguments,
     environment_card,
     finish,
     markdown,
@@ -47,7 +49,6 @@ from results import (
     parser_of,
     results_document,
     say,
-    shown_path,
 )
 
 from vllm_ppd.cli.engines import EngineFailedError
@@ -57,10 +58,9 @@ from vllm_ppd.files import write_json
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
+    add_model_arguments(parser)
+    add_text_arguments(parser)
     # What is compared
-    add("--model", default=str(ROOT / "demo_model" / "model"), help="folder or hub id")
-    prompts = ROOT / "trained_prompts" / "demo"
-    add("--prompts", default=str(prompts), help="prompt tokens: folder or hub id")
     usual = ["plain", "ppd", "ngram"]
     add("--decoders", type=numbers(str), default=usual, help=",".join(DECODERS))
     add("--ppd-config", type=json.loads, default={}, metavar="JSON", help="more keys")
@@ -68,24 +68,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--other", type=Path, metavar="CHECKOUT", help="add the PPD of this checkout")
     add("--other-prompts", metavar="FOLDER", help="its prompt tokens (default: ours)")
     # The work
-    add(
-        "--data",
-        type=Path,
-        default=ROOT / "demo_model" / "held_out.jsonl",
-        metavar="JSONL",
-        help='lines {"text": ...} to cut prompts from, or {"prompt": ...}',
-    )
     add("--num-prompts", type=int, default=16, help="requests per round, at least")
     add("--waves", type=int, default=3, help="at least so many times the batch")
-    add("--prompt-tokens", type=int, default=64, help="length of each prompt")
-    add("--max-tokens", type=int, default=128, help="tokens written per request")
     add("--range-ratio", type=float, default=0.5, help="spread of --max-tokens")
     add("--batch", type=numbers(int), default=[1, 4, 16], help="requests at a time")
-    add("--temperature", type=numbers(float), default=[0.0, 0.7, 1.0])
     add("--rounds", type=int, default=5, help="alternating rounds of each start")
     add("--starts", type=int, default=1, help="times that the engines are started")
     # The engines
-    add("--dtype", default="auto", help="as in vllm serve; auto: what the CPU can do")
     add("--max-model-len", type=int, help="as in vllm serve")
     add("--eager", action="store_true", help="do not compile the model")
     add("--in-process", action="store_true", help="engine core in the front end")
@@ -189,15 +178,6 @@ def table(cells: list[dict[str, Any]]) -> str:
     return markdown(rows)
 
 
-def shown_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments for the results file, without this machine's folders."""
-    settings = dict(vars(args))
-    for name in ("model", "prompts", "other_prompts"):
-        if settings[name]:
-            settings[name] = shown_path(settings[name])
-    return settings
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
@@ -228,7 +208,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 results = results_document(
                     "compare_decoders",
                     card,
-                    {**shown_settings(args), "starts": start},
+                    {**vars(args), "starts": start},
                     [
                         report_cell(c, starts)
                         for c, starts in measured.items()

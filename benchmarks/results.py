@@ -28,6 +28,8 @@ _VARIABLES = (
     "VLLM_CPU_OMP_THREADS_BIND",
     "VLLM_USE_V2_MODEL_RUNNER",
 )
+# Arguments that are hub ids or paths.
+_PATHS = ("model", "prompts", "other_prompts")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,25 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What an engine is made from: by default the demo model and its prompt tokens."""
+    add, model = parser.add_argument, ROOT / "demo_model" / "model"
+    add("--model", default=str(model), help="folder or hub id")
+    prompts = ROOT / "trained_prompts" / "demo"
+    add("--prompts", default=str(prompts), help="prompt tokens: folder or hub id")
+    add("--dtype", default="auto", help="as in vllm serve; auto: what the CPU can do")
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is written, and at which temperatures."""
+    add, held_out = parser.add_argument, ROOT / "demo_model" / "held_out.jsonl"
+    texts = 'lines {"text": ...} to cut prompts from, or {"prompt": ...}'
+    add("--data", type=Path, default=held_out, metavar="JSONL", help=texts)
+    add("--prompt-tokens", type=int, default=64, help="length of each prompt")
+    add("--max-tokens", type=int, default=128, help="tokens written per request")
+    add("--temperature", type=numbers(float), default=[0.0, 0.7, 1.0])
+
+
 def numbers(kind: type) -> Any:
     """An argparse type: comma-separated numbers."""
 
@@ -201,11 +222,10 @@ def results_document(
     Settings that are paths are shortened, so that no folder of this machine is
     published.
     """
-    shown = {
-        name: shown_path(value) if isinstance(value, Path) else value
-        for name, value in settings.items()
-        if name != "out"
-    }
+    shown = {name: value for name, value in settings.items() if name != "out"}
+    for name, value in shown.items():
+        if isinstance(value, Path) or (value and name in _PATHS):
+            shown[name] = shown_path(value)
     return {
         "format": "ppd_benchmark",
         "format_version": 1,

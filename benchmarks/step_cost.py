@@ -35,14 +35,13 @@ from engines import running
 from harness import engine_dtype
 from published import save_trees
 from results import (
-    ROOT,
     Spread,
+    add_model_arguments,
     environment_card,
     finish,
     parser_of,
     results_document,
     say,
-    shown_path,
 )
 
 # Method of the runner (or of what hangs on it) -> the part of a step it is.
@@ -174,10 +173,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     rows, cells = args.rows, []
     with tempfile.TemporaryDirectory() as folder:
-        model, prompts = str(args.model), str(args.prompts)
         length = max(args.context) + 8 * args.steps + 512
         base = {
-            "model": model,
+            "model": args.model,
             "dtype": engine_dtype(args.dtype),
             "max_model_len": length,
             # Longer than the model was trained for: time is what counts here.
@@ -185,11 +183,11 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             "enforce_eager": args.eager,
             "enable_prefix_caching": False,
         }
-        trees = AcceptanceModel.of_folder(Path(prompts), 3).marginal
+        trees = AcceptanceModel.of_folder(Path(args.prompts), 3).marginal
         file, draft_length = save_trees(trees, rows, Path(folder))
         ppd = {
             "method": "ppd",
-            "model": prompts,
+            "model": args.prompts,
             "tree": file,
             "profile": "none",
             "online": False,
@@ -233,13 +231,11 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--model", type=Path, default=ROOT / "demo_model" / "model")
-    add("--prompts", type=Path, default=ROOT / "trained_prompts" / "demo")
+    add_model_arguments(parser)
     add("--context", type=int, nargs="+", default=[128, 1024, 4096])
     add("--rows", type=int, default=4, help="rows of a PPD step")
     add("--steps", type=int, default=40, help="per turn")
     add("--rounds", type=int, default=15, help="turns of each engine")
-    add("--dtype", default="auto", help="as in vllm serve")
     add("--eager", action="store_true", help="do not compile")
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -250,8 +246,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     card = environment_card()
-    settings = {**vars(args), "model": shown_path(args.model)}
-    finish(results_document("step_cost", card, settings, run(args)), args.out)
+    finish(results_document("step_cost", card, vars(args), run(args)), args.out)
 
 
 if __name__ == "__main__":

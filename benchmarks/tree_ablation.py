@@ -37,6 +37,8 @@ from harness import encode_prompts, engine_dtype
 from published import load_table
 from results import (
     ROOT,
+    add_model_arguments,
+    add_text_arguments,
     environment_card,
     finish,
     markdown,
@@ -359,20 +361,14 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--model", default=str(ROOT / "demo_model" / "model"), help="folder or hub id")
-    prompts = ROOT / "trained_prompts" / "demo"
-    add("--prompts", default=str(prompts), metavar="FOLDER", help="calibrated ones")
+    add_model_arguments(parser)
+    add_text_arguments(parser)
     add("--rows", type=numbers(int), default=[8, 16, 32], help="most of a tree")
     add("--kinds", type=numbers(str), default=list(KINDS), help=",".join(KINDS))
-    add("--temperature", type=numbers(float), default=[0.0, 0.7, 1.0])
-    held_out = ROOT / "demo_model" / "held_out.jsonl"
-    add("--data", type=Path, default=held_out, metavar="JSONL", help="text to continue")
     add("--num-prompts", type=int, default=64)
-    add("--prompt-tokens", type=int, default=64, help="length of a prompt")
-    add("--max-tokens", type=int, default=160, help="tokens written per request")
     add("--batch", type=int, default=16, help="requests at a time")
-    add("--dtype", default="auto", help="as in vllm serve")
     add("--predict-only", action="store_true", help="start no engine")
+    parser.set_defaults(max_tokens=160)
     args = parser.parse_args(argv)
     args.sources = SOURCES
     if args.dry_run:
@@ -394,8 +390,7 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: {error}")
         return 2 if isinstance(error, ValueError) else 1
     print(table(cells))
-    settings = {**vars(args), "model": Path(args.model), "prompts": Path(args.prompts)}
-    finish(results_document("tree_ablation", card, settings, cells), args.out)
+    finish(results_document("tree_ablation", card, vars(args), cells), args.out)
     return 0
 
 
