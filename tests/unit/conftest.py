@@ -1,13 +1,18 @@
-"""A random chat model, a text and a training job that the tests of training share."""
+"""A random chat model, a text, a training job and a full disk, for many tests."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.unit.tiny_base import write_texts, write_tiny_model
+from tests.unit.tiny_base import SETTINGS, write_texts, write_tiny_model
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -18,7 +23,6 @@ TEMPLATE = (
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer LLaMA of bytes with a chat template and 64 positions."""
-    pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("base") / "tiny"
     write_tiny_model(folder, TEMPLATE)
     return folder
@@ -40,20 +44,35 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def prompts_folder(model_folder: Path, tmp_path: Path) -> Path:
+    """Two random prompt tokens for the model."""
+    table = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(2))
+    base = BaseModelFingerprint.of_folder(model_folder)
+    PromptTokens(table, base).save(tmp_path / "prompts")
+    return tmp_path / "prompts"
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it, and from then on nothing can be written."""
+
+    def fsync(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    return lambda: monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.fixture
 def job(model_folder: Path, data: Path, tmp_path: Path) -> Any:
     """A TrainJob of eight small steps."""
-    pytest.importorskip("accelerate")
     from vllm_ppd.train.job import TrainJob
-    from vllm_ppd.train.settings import TrainSettings
     from vllm_ppd.train.trainer import Schedule
 
     return TrainJob(
         model=str(model_folder),
         data=[str(data)],
         out=str(tmp_path / "out"),
-        settings=TrainSettings(
-            steps=8, length=24, batch_size=2, points=6, updates=2, learning_rate=0.01
-        ),
+        settings=SETTINGS,
         schedule=Schedule(evaluations=2, evaluation_sequences=4, checkpoint_every=3),
         cpu=True,
         quiet=True,

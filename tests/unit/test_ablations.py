@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import engines
 import numpy as np
 import pytest
+import train_ablation
+import tree_ablation
 
+from tests.unit.models import DEMO, published_model
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.policy_iteration import policy_value
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-engines: Any = importlib.import_module("engines")
-published_models: Any = importlib.import_module("published")
-tree_ablation: Any = importlib.import_module("tree_ablation")
-train_ablation: Any = importlib.import_module("train_ablation")
-DEMO = ROOT / "trained_prompts" / "demo"
 
-
-def published() -> AcceptanceModel:
-    file = ROOT / "benchmarks" / "data" / "vicuna-7b-v1.3.json"
-    return AcceptanceModel.of(published_models.load_table(file))
-
-
-def test_the_papers_trees_are_worth_what_is_published() -> None:
-    trees = tree_ablation.paper_trees(published(), 64, 1)
+def test_the_papers_trees_are_worth_what_is_published_model() -> None:
+    trees = tree_ablation.paper_trees(published_model(), 64, 1)
     assert max(tree.num_rows for tree in trees) <= 64
-    length = policy_value([trees], published(), LatencyCurve.constant())[0]
+    length = policy_value([trees], published_model(), LatencyCurve.constant())[0]
     assert length == pytest.approx(2.245, abs=0.002)
     # One prompt token stays on every node that there is room for.
     assert all(min(tree.prompts) >= 1 for tree in trees)
@@ -42,7 +31,7 @@ def test_the_papers_trees_are_worth_what_is_published() -> None:
 
 @pytest.mark.parametrize("rows", [8, 12])
 def test_ours_is_the_best_of_the_kinds(rows: int) -> None:
-    for model in (published(), AcceptanceModel.load(DEMO / "acceptance.json")):
+    for model in (published_model(), AcceptanceModel.load(DEMO / "acceptance.json")):
         lengths = {}
         for kind in tree_ablation.KINDS:
             entry = tree_ablation.entry_of(kind, model, rows)
@@ -79,9 +68,7 @@ def test_predictions_alone_start_no_engine(tmp_path: Path, capsys: Any) -> None:
         tree_ablation.parse_arguments(["--kinds", "best"])
 
 
-def test_trainings_run_once_and_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_trainings_run_once_and_in_order(tmp_path: Path, monkeypatch, capsys) -> None:
     commands: list[list[str]] = []
 
     def fake(command: list[str], **options: Any) -> Any:

@@ -9,21 +9,17 @@ import numpy as np
 import pytest
 
 from tests.unit.models import random_model
-from vllm_ppd import files
+from tests.unit.refusals import refused
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import MeasurementError
 
 TABLE = [[0.5, 0.2, 0.1], [0.3, 0.1, 0.15]]
 MODEL = random_model(3, m=2, ranks=3, classes=2)
-TABLES = (
-    *("marginal", "prompted", "unprompted", "ngram", "beside"),
-    *("transitions", "overall"),
-)
 
 
 def assert_same(first: AcceptanceModel, second: AcceptanceModel) -> None:
-    for name in TABLES:
-        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    tables, others = ({**vars(model), "source": 0} for model in (first, second))
+    np.testing.assert_equal(tables, others)
 
 
 def test_round_trip(tmp_path):
@@ -33,19 +29,6 @@ def test_round_trip(tmp_path):
         model.save(path)
         assert_same(AcceptanceModel.load(path), model)
     assert AcceptanceModel.load(path).source == {"text": ["a"]}
-    assert os.listdir(tmp_path) == ["acceptance.json"]
-
-
-def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
-    def full_disk(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "acceptance.json"
-    MODEL.save(path)
-    monkeypatch.setattr(files.os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        MODEL.without_ngram().save(path)
-    assert_same(AcceptanceModel.load(path), MODEL)
     assert os.listdir(tmp_path) == ["acceptance.json"]
 
 
@@ -107,27 +90,26 @@ def test_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([0.5, 0.2], r"shape \[2\]; expected \[prompt tokens, ranks\]"),
-        ([[[0.5]]], r"shape \[1, 1, 1\]"),
-        ([[]], r"shape \[1, 0\]"),
-        ([], r"shape \[0\]"),
-        (0.5, r"shape \[\]"),
+        ([0.5, 0.2], "shape [2]; expected [prompt tokens, ranks]"),
+        ([[[0.5]]], "shape [1, 1, 1]"),
+        ([[]], "shape [1, 0]"),
+        ([], "shape [0]"),
+        (0.5, "shape []"),
         ([[0.5, 0.2], [0.5]], "not a table of numbers"),
         ([["0.5"]], "not a table of numbers"),
         ([[True]], "not a table of numbers"),
         ([[None]], "not a table of numbers"),
         ({"1": [0.5]}, "not a table of numbers"),
         ([[10**400]], "not a table of numbers"),
-        ([[0.5, 1.2]], r"outside \[0, 1\]"),
-        ([[0.5, 0.2], [0.1, -0.25]], r"outside \[0, 1\]"),
-        ([[float("nan")]], r"outside \[0, 1\]"),
-        ([[0.5, 0.4], [0.5, 0.7]], r"marginal\[1\] sums to 1.2; .* at most 1"),
+        ([[0.5, 1.2]], "outside [0, 1]"),
+        ([[0.5, 0.2], [0.1, -0.25]], "outside [0, 1]"),
+        ([[float("nan")]], "outside [0, 1]"),
+        ([[0.5, 0.4], [0.5, 0.7]], "marginal[1] sums to 1.2"),
     ],
 )
 def test_bad_tables(values, message):
-    with pytest.raises(MeasurementError, match=message) as caught:
+    with refused(MeasurementError, message):
         AcceptanceModel.of(values)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +129,5 @@ def test_bad_tables(values, message):
 def test_bad_files(tmp_path, name, value, message):
     path = tmp_path / "acceptance.json"
     path.write_text(json.dumps({**MODEL.to_dict(), name: value}))
-    with pytest.raises(MeasurementError, match=message) as caught:
+    with refused(MeasurementError, path, message):
         AcceptanceModel.load(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)

@@ -14,16 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-from vllm_ppd import files as atomic  # noqa: E402
-from vllm_ppd.calibrate import measure as calibrate_module  # noqa: E402
-from vllm_ppd.cli import main  # noqa: E402
-from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint  # noqa: E402
-from vllm_ppd.prompt_tokens.tokens import PromptTokens  # noqa: E402
-from vllm_ppd.train.model import FrozenModel  # noqa: E402
+from tests.unit.tiny_base import SIZES
+from vllm_ppd.calibrate import measure as calibrate_module
+from vllm_ppd.cli import main
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.train.model import FrozenModel
 
 TRAIN = "--steps 4 --length 24 --batch-size 2 --points 4 --checkpoint-every 2"
 CALIBRATE = "--points 40 --prompt-length 8 --continue 12 --ranks 9"
@@ -32,15 +30,10 @@ CALIBRATE = "--points 40 --prompt-length 8 --continue 12 --ranks 9"
 class Workplace:
     """A model, a text, prompt tokens for the model, and the two commands."""
 
-    def __init__(self, folder: Path, model: Path, data: Path) -> None:
-        self.folder = folder
-        self.model, self.data = folder / "model", folder / "text.jsonl"
-        self.prompts, self.out = folder / "prompts", folder / "out"
-        shutil.copytree(model, self.model)
-        shutil.copy(data, self.data)
-        table = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(0))
-        base = BaseModelFingerprint.of_folder(self.model)
-        PromptTokens(table, base).save(self.prompts)
+    def __init__(self, folder: Path, model: Path, data: Path, prompts: Path) -> None:
+        self.folder, self.prompts, self.out = folder, prompts, folder / "out"
+        self.model = shutil.copytree(model, folder / "model")
+        self.data = shutil.copy(data, folder / "text.jsonl")
 
     def run(self, command: str, *more: str, **changed: Any) -> int:
         paths = {"model": self.model, "data": self.data, "out": self.out, **changed}
@@ -56,8 +49,8 @@ class Workplace:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, model_folder: Path, data: Path) -> Workplace:
-    return Workplace(tmp_path, model_folder, data)
+def workplace(tmp_path, model_folder, data, prompts_folder) -> Workplace:
+    return Workplace(tmp_path, model_folder, data, prompts_folder)
 
 
 @pytest.fixture(params=["train", "calibrate"])
@@ -130,32 +123,25 @@ def test_chats_for_a_tokenizer_without_template(workplace, capsys, command) -> N
 
 
 def test_answers_shorter_than_an_insertion(workplace, capsys) -> None:
-    data = chats(workplace, "")
-    assert workplace.run("train", data=data) == 2
-    message = capsys.readouterr().err
-    assert "4 tokens of the assistant in a row" in message
-    assert message.count("\n") == 1
+    word = "4 tokens of the assistant in a row"
+    refused(workplace, capsys, "train", word, data=chats(workplace, ""))
 
 
 def test_models_that_are_no_causal_ones(workplace, capsys, command, tmp_path) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.BertConfig(
-        vocab_size=257, intermediate_size=48, initializer_range=0.3, **sizes
-    )
+    config = transformers.BertConfig(vocab_size=257, initializer_range=0.3, **SIZES)
     encoder = workplace.folder / "encoder"
     shutil.copytree(workplace.model, encoder)
     (encoder / "model.safetensors").unlink()
     torch.manual_seed(0)
     transformers.BertForMaskedLM(config).save_pretrained(encoder)
-    base = BaseModelFingerprint.of_folder(encoder)
-    table = PromptTokens.load(workplace.prompts).embeddings
-    PromptTokens(table, base).save(workplace.prompts, overwrite=True)
-    refused(workplace, capsys, command, "causal language model", model=encoder)
     config = {"architectures": ["T5Model"], "model_type": "t5", "hidden_size": 32}
-    (encoder / "config.json").write_text(json.dumps({**config, "vocab_size": 257}))
-    base = BaseModelFingerprint.of_folder(encoder)
-    PromptTokens(table, base).save(workplace.prompts, overwrite=True)
-    refused(workplace, capsys, command, "causal language model", model=encoder)
+    t5 = json.dumps({**config, "vocab_size": 257})
+    for content in ((encoder / "config.json").read_text(), t5):
+        (encoder / "config.json").write_text(content)
+        base = BaseModelFingerprint.of_folder(encoder)
+        table = PromptTokens.load(workplace.prompts).embeddings
+        PromptTokens(table, base).save(workplace.prompts, overwrite=True)
+        refused(workplace, capsys, command, "causal language model", model=encoder)
 
 
 def test_folders_that_are_no_models(workplace, capsys, command) -> None:
@@ -183,36 +169,26 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def no_space(*_: Any) -> None:
-    raise OSError(28, "No space left on device")
+def test_a_disk_that_is_full_from_the_start(workplace, capsys, command, full_disk):
+    full_disk()
+    refused(workplace, capsys, command, "No space left on device")
 
 
-def test_a_disk_that_is_full_from_the_start(workplace, capsys, command, monkeypatch):
-    monkeypatch.setattr(atomic.os, "fsync", no_space)
-    original = workplace.files()
-    assert workplace.run(command) == 2
-    message = capsys.readouterr().err
-    assert "No space left on device" in message and message.count("\n") == 1
-    assert workplace.files() == original
-
-
-def test_a_disk_that_fills_up_while_training(workplace, capsys, monkeypatch) -> None:
+def test_a_disk_that_fills_up_while_training(workplace, capsys, monkeypatch, full_disk):
     """The checkpoint before is whole, and the run goes on from it."""
     assert workplace.run("train") == 0
     expected = PromptTokens.load(workplace.out).embeddings
     shutil.rmtree(workplace.out)
-    sync, calls = os.fsync, []
+    sync = os.fsync
 
     def fills_up(handle: int) -> None:
-        calls.append(handle)
-        if len(calls) > 1:
-            no_space()
         sync(handle)
+        full_disk()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(atomic.os, "fsync", fills_up)
-        # The first write is the checkpoint of step 2, the next the prompt tokens.
-        assert workplace.run("train") == 2
+    # The first write is the checkpoint of step 2, the next the prompt tokens.
+    monkeypatch.setattr(os, "fsync", fills_up)
+    assert workplace.run("train") == 2
+    monkeypatch.setattr(os, "fsync", sync)
     assert "No space left" in capsys.readouterr().err
     assert os.listdir(workplace.out) == ["checkpoint.safetensors"]
     assert workplace.run("train", "--resume") == 0
@@ -236,17 +212,18 @@ def test_a_checkpoint_of_another_run(workplace, capsys, monkeypatch) -> None:
     assert workplace.run("train", "--overwrite") == 0
 
 
-def test_ctrl_c_while_loading(workplace, capsys, command, monkeypatch) -> None:
-    monkeypatch.setattr(FrozenModel, "load", interrupt)
+@pytest.mark.parametrize(
+    ("command", "owner", "name"),
+    [
+        ("train", FrozenModel, "load"),
+        ("calibrate", FrozenModel, "load"),
+        ("calibrate", calibrate_module, "continue_prompts"),
+    ],
+)
+def test_ctrl_c(workplace, capsys, monkeypatch, command, owner, name) -> None:
+    monkeypatch.setattr(owner, name, interrupt)
     original = workplace.files()
     assert workplace.run(command) == 130
     assert capsys.readouterr().err.strip() == ""
     assert workplace.files() == original
     assert not workplace.out.exists()
-
-
-def test_ctrl_c_while_measuring(workplace, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(calibrate_module, "continue_prompts", interrupt)
-    original = workplace.files()
-    assert workplace.run("calibrate") == 130
-    assert workplace.files() == original

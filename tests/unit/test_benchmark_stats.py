@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import compare_decoders as compare
+import engines
+import harness
 import pytest
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-# The scripts import each other as siblings, as they do when run.
-sys.path.insert(0, str(BENCHMARKS))
-engines: Any = importlib.import_module("engines")
-results: Any = importlib.import_module("results")
-harness: Any = importlib.import_module("harness")
-compare: Any = importlib.import_module("compare_decoders")
+import results
 
 
 def test_spread() -> None:
@@ -63,16 +58,12 @@ class FakeDecoder:
     def generate(self, prompts, params, *, at_once=None, lengths=None) -> Any:
         self.log.append(f"{self.name}{len(prompts)}/{at_once}")
         assert params["ignore_eos"] and len(lengths) == len(prompts)
-        sizes, left = [1], lengths[0] - 1
-        while left > 0:
-            sizes.append(min(self.per_step, left))
-            left -= sizes[-1]
-        steps, at = [], 0
-        for number, size in enumerate(sizes, start=1):
-            steps.append((number * self.step_s, tuple(range(at, at + size))))
-            at += size
-        request = engines.generation(steps)
-        count = len(sizes) * -(-len(prompts) // at_once)
+        ends = [0, *range(1, lengths[0], self.per_step), lengths[0]]
+        request = engines.generation(
+            (number * self.step_s, range(*step))
+            for number, step in enumerate(pairwise(ends), start=1)
+        )
+        count = len(request.steps) * -(-len(prompts) // at_once)
         wall = count * self.step_s
         requests = (request,) * len(prompts)
         full = wall, sum(len(r.ids) for r in requests)
@@ -136,22 +127,19 @@ class FakeEngine:
 
     def step(self) -> list[Any]:
         self.together.append(len(self.left))
-        outputs = []
-        for name, left in list(self.left.items()):
-            size = min(2, left)
-            self.left[name] -= size
-            if not self.left[name]:
-                del self.left[name]
-            tokens = SimpleNamespace(token_ids=[7] * size)
-            finished = name not in self.left
-            outputs.append(
-                SimpleNamespace(request_id=name, outputs=[tokens], finished=finished)
+        outputs = [
+            SimpleNamespace(
+                request_id=name,
+                outputs=[SimpleNamespace(token_ids=[7] * min(2, left))],
+                finished=left <= 2,
             )
+            for name, left in self.left.items()
+        ]
+        self.left = {name: left - 2 for name, left in self.left.items() if left > 2}
         return outputs
 
 
 def test_tokens_are_counted_from_vllms_outputs() -> None:
-    pytest.importorskip("vllm")
     llm = SimpleNamespace(llm_engine=FakeEngine())
     for _ in range(2):
         batch = engines.Batch.of(
@@ -181,7 +169,7 @@ def test_results_file(tmp_path: Path) -> None:
     content = results.results_document(
         "compare_decoders",
         results.environment_card(),
-        compare.shown_settings(args),
+        vars(args),
         [cell(b, t)[0] for t in (0.0, 0.7) for b in (1, 2)],
         engines={},
     )
@@ -192,7 +180,7 @@ def test_results_file(tmp_path: Path) -> None:
     )
     # Results are published; folders of the machine that made them are not.
     assert str(tmp_path) not in json.dumps(content)
-    assert str(BENCHMARKS.parent) not in json.dumps(content)
+    assert str(results.ROOT) not in json.dumps(content)
     with pytest.raises(ValueError, match="no results file of step_cost"):
         results.read_results(file, "step_cost")
     (tmp_path / "other.json").write_text("{}")

@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-
-from vllm_ppd.calibrate.measure import Measurement, measure  # noqa: E402
-from vllm_ppd.calibrate.settings import CalibrationSettings  # noqa: E402
-from vllm_ppd.train.continuation import continue_prompts, end_tokens  # noqa: E402
-from vllm_ppd.train.data import TokenStream, prompt_starts  # noqa: E402
-from vllm_ppd.train.model import FrozenModel  # noqa: E402
-from vllm_ppd.train.settings import TrainingError  # noqa: E402
-from vllm_ppd.trees.drafting import DraftInputs, fill_trees  # noqa: E402
-from vllm_ppd.trees.layout import TreeTables  # noqa: E402
-from vllm_ppd.trees.tree import SparseTree, TreePolicy  # noqa: E402
+from tests.unit.tiny_base import tiny_llama
+from vllm_ppd.calibrate.measure import Measurement, measure
+from vllm_ppd.calibrate.settings import CalibrationSettings
+from vllm_ppd.train.continuation import continue_prompts, end_tokens
+from vllm_ppd.train.data import TokenStream, prompt_starts
+from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.train.settings import TrainingError
+from vllm_ppd.trees.drafting import DraftInputs, fill_trees
+from vllm_ppd.trees.layout import TreeTables
+from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
 # END is a token that some greedy continuations below meet halfway.
 VOCAB, HIDDEN, END = 53, 32, 25
@@ -35,26 +34,9 @@ SETTINGS = CalibrationSettings(
 )
 
 
-def tiny_llama(vocabulary: int = VOCAB) -> transformers.PreTrainedModel:
-    torch.manual_seed(1)
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        eos_token_id=END,
-        bos_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config).float()
-
-
 @pytest.fixture(scope="module")
 def model() -> FrozenModel:
-    return FrozenModel(tiny_llama())
+    return FrozenModel(tiny_llama(VOCAB, seed=1, eos_token_id=END, bos_token_id=None))
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +61,7 @@ def written_by(model: FrozenModel, prompt: list[int]) -> list[int]:
 
 
 @torch.no_grad()
-def prompt_logits(
-    model: FrozenModel, prompts: torch.Tensor, context: list[int]
-) -> torch.Tensor:
+def prompt_logits(model, prompts, context: list[int]) -> torch.Tensor:
     """[m, vocabulary]: prompt rows after a context, by a pass of their own."""
     m, e, _ = prompts.shape
     embedded = model.embed(torch.tensor(context))
@@ -218,7 +198,7 @@ def test_intervals():
 
 
 def test_a_model_that_ends_at_once(stream):
-    silent = FrozenModel(tiny_llama())
+    silent = FrozenModel(tiny_llama(VOCAB))
     silent.model.generation_config.eos_token_id = list(range(VOCAB))
     with pytest.raises(TrainingError, match="after none of 8 prompts"):
         measure(silent, table(2, 1), stream, SETTINGS)

@@ -4,66 +4,40 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import random
 from pathlib import Path
 
 import pytest
 
-transformers = pytest.importorskip("transformers")
-
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-
-from tests.unit.test_calibrate import table, tiny_llama  # noqa: E402
-from vllm_ppd.calibrate import job as calibration_job  # noqa: E402
-from vllm_ppd.cli import calibrate as command  # noqa: E402
-from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint  # noqa: E402
-from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError  # noqa: E402
-from vllm_ppd.search.acceptance import AcceptanceModel  # noqa: E402
-from vllm_ppd.search.menu_search import build_menu  # noqa: E402
-from vllm_ppd.train.settings import TrainingError  # noqa: E402
-from vllm_ppd.trees.bigram import BigramTable  # noqa: E402
-from vllm_ppd.trees.menu import load_menus  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model's folder and a text file."""
-    folder = tmp_path_factory.mktemp("calibrate")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<end>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>"
-    ).save_pretrained(folder / "tiny")
-    tiny_llama(len(vocabulary)).save_pretrained(folder / "tiny")
-    words = random.Random(0).choices(["alpha", "beta", "(x)", "= 1"], k=120)
-    (folder / "text.txt").write_text(" ".join(words))
-    return folder / "tiny", folder / "text.txt"
+from vllm_ppd.calibrate import job as calibration_job
+from vllm_ppd.cli import calibrate as command
+from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError
+from vllm_ppd.search.acceptance import AcceptanceModel
+from vllm_ppd.search.menu_search import build_menu
+from vllm_ppd.train.settings import TrainingError
+from vllm_ppd.trees.bigram import BigramTable
+from vllm_ppd.trees.menu import load_menus
 
 
 @pytest.fixture
-def prompts_folder(folders, tmp_path: Path) -> Path:
-    path = tmp_path / "prompts"
-    base = BaseModelFingerprint.of_folder(folders[0])
-    PromptTokens(table(2, 1), base).save(path)
-    return path
+def calibrate(model_folder: Path, data: Path, prompts_folder: Path):
+    """Run the command."""
 
+    def run(*more: str, path: Path = prompts_folder) -> int:
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        small = "--points 60 --prompt-length 8 --continue 12 --ranks 9 --cpu --quiet"
+        paths = [str(path), "--model", str(model_folder), "--data", str(data)]
+        return command.run(parser.parse_args([*paths, *small.split(), *more]))
 
-def calibrate(folders, path: Path, *more: str, data: Path | None = None) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    small = "--points 60 --prompt-length 8 --continue 12 --ranks 9 --cpu --quiet"
-    paths = [str(path), "--model", str(folders[0]), "--data", str(data or folders[1])]
-    return command.run(parser.parse_args([*paths, *small.split(), *more]))
+    return run
 
 
 FILES = {"acceptance.json", "bigram.safetensors", "trees.json"}
 
 
-def test_writes_acceptance_bigrams_and_menus(folders, prompts_folder, capsys):
+def test_writes_acceptance_bigrams_and_menus(calibrate, prompts_folder, capsys):
     before = {p.name for p in prompts_folder.iterdir()}
-    assert calibrate(folders, prompts_folder) == 0
+    assert calibrate() == 0
     assert {p.name for p in prompts_folder.iterdir()} - before == FILES
     model = AcceptanceModel.load(prompts_folder / "acceptance.json", 2)
     assert model.prompted.shape == model.marginal.shape == (2, 9)
@@ -71,7 +45,7 @@ def test_writes_acceptance_bigrams_and_menus(folders, prompts_folder, capsys):
     source = model.source
     assert source["points"] >= 60 and source["settings"]["temperature"] == 0
     assert source["base_model"]["name"] == "tiny"
-    assert list(source["data_sha256"]) == ["text.txt"]
+    assert list(source["data_sha256"]) == ["train.jsonl"]
     assert {"torch", "transformers", "vllm_ppd"} <= set(source["versions"])
     assert len(source["top1_half_width_95"]) == 2
     bigram = BigramTable.load(prompts_folder / "bigram.safetensors", 257, 2)
@@ -87,17 +61,17 @@ def test_writes_acceptance_bigrams_and_menus(folders, prompts_folder, capsys):
     PromptTokens.load(prompts_folder)
 
 
-def test_rows_of_the_menus(folders, prompts_folder):
+def test_rows_of_the_menus(calibrate, prompts_folder):
     rows = ["--variable-rows", "6", "--fixed-rows", "9"]
-    assert calibrate(folders, prompts_folder, *rows) == 0
+    assert calibrate(*rows) == 0
     variable, fixed = load_menus(prompts_folder / "trees.json")
     assert variable.max_rows <= 6 and fixed.max_rows <= 9
 
 
-def test_without_a_bigram_table_the_prompt_rows_are_alone(folders, prompts_folder):
+def test_without_a_bigram_table_the_prompt_rows_are_alone(calibrate, prompts_folder):
     (prompts_folder / "bigram.safetensors").write_bytes(b"of before")
     flags = ["--overwrite", "--bigram-entries", "0"]
-    assert calibrate(folders, prompts_folder, *flags) == 0
+    assert calibrate(*flags) == 0
     assert not (prompts_folder / "bigram.safetensors").exists()
     model = AcceptanceModel.load(prompts_folder / "acceptance.json")
     # Of the same points, those at which steps begin.
@@ -108,27 +82,25 @@ def test_without_a_bigram_table_the_prompt_rows_are_alone(folders, prompts_folde
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_keeps_and_replaces_an_earlier_calibration(
-    folders, prompts_folder, tmp_path, name
-):
+def test_keeps_and_replaces_an_earlier_one(calibrate, prompts_folder, tmp_path, name):
     file = prompts_folder / name
     file.write_text("precious")
     with pytest.raises(TrainingError, match=r"exists already.*--overwrite"):
-        calibrate(folders, prompts_folder)
+        calibrate()
     assert file.read_text() == "precious"
     other = tmp_path / "other"
     other.mkdir()
-    assert calibrate(folders, prompts_folder, "--out", str(other)) == 0
+    assert calibrate("--out", str(other)) == 0
     assert {p.name for p in other.iterdir()} == FILES
     assert file.read_text() == "precious"
-    assert calibrate(folders, prompts_folder, "--overwrite") == 0
+    assert calibrate("--overwrite") == 0
     one, two = (
         AcceptanceModel.load(f / "acceptance.json") for f in (other, file.parent)
     )
     assert (one.marginal == two.marginal).all() and (one.ngram == two.ngram).all()
 
 
-def test_a_failed_write_leaves_the_earlier_files(folders, prompts_folder, monkeypatch):
+def test_a_failed_write_leaves_earlier_files(calibrate, prompts_folder, monkeypatch):
     for name in FILES:
         (prompts_folder / name).write_text("precious")
     before = sorted(p.name for p in prompts_folder.iterdir())
@@ -139,7 +111,7 @@ def test_a_failed_write_leaves_the_earlier_files(folders, prompts_folder, monkey
     # The last of the three files is not written.
     monkeypatch.setattr(calibration_job, "save_menus", full)
     with pytest.raises(TrainingError, match="No space left"):
-        calibrate(folders, prompts_folder, "--overwrite")
+        calibrate("--overwrite")
     assert {(prompts_folder / name).read_text() for name in FILES} == {"precious"}
     assert sorted(p.name for p in prompts_folder.iterdir()) == before
 
@@ -160,23 +132,17 @@ def test_a_failed_write_leaves_the_earlier_files(folders, prompts_folder, monkey
         ("--out nowhere", "nowhere is no folder"),
     ],
 )
-def test_bad_settings(folders, prompts_folder, flags, message):
+def test_bad_settings(calibrate, prompts_folder, flags, message):
     with pytest.raises(TrainingError, match=message):
-        calibrate(folders, prompts_folder, *flags.split())
+        calibrate(*flags.split())
     assert not FILES & {p.name for p in prompts_folder.iterdir()}
 
 
-def test_bad_data_model_and_prompt_tokens(folders, prompts_folder, tmp_path):
-    empty = tmp_path / "empty.jsonl"
-    empty.touch()
-    with pytest.raises(TrainingError, match="holds no text"):
-        calibrate(folders, prompts_folder, data=empty)
-    with pytest.raises(TrainingError, match="cannot be read"):
-        calibrate(folders, prompts_folder, data=tmp_path / "missing.txt")
+def test_bad_prompt_tokens(calibrate, prompts_folder, tmp_path):
     with pytest.raises(ValueError, match="missing"):
-        calibrate(folders, tmp_path / "missing")
-    base = BaseModelFingerprint.of_folder(folders[0])
-    other = dataclasses.replace(base, embedding_sha256="0" * 64)
-    PromptTokens(table(2, 1), other).save(tmp_path / "other")
+        calibrate(path=tmp_path / "missing")
+    prompts = PromptTokens.load(prompts_folder)
+    other = dataclasses.replace(prompts.base, embedding_sha256="0" * 64)
+    PromptTokens(prompts.embeddings, other).save(tmp_path / "other")
     with pytest.raises(PromptTokensError, match="trained for 'tiny'"):
-        calibrate(folders, tmp_path / "other")
+        calibrate(path=tmp_path / "other")

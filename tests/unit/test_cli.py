@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from tests.unit.tiny_base import write_weights
 from vllm_ppd.cli import main
 from vllm_ppd.cli.engines import EngineFailedError
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
@@ -25,17 +25,8 @@ HIDDEN, VOCAB = 8, 50
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": HIDDEN,
-        "vocab_size": VOCAB,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
     weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(0))
-    save_file({"model.embed_tokens.weight": weight}, folder / "model.safetensors")
-    return folder
+    return write_weights(tmp_path / "model", weight)
 
 
 @pytest.fixture
@@ -48,8 +39,12 @@ def prompts(tmp_path: Path, model: Path) -> Path:
     return folder
 
 
-def command(monkeypatch: pytest.MonkeyPatch, run) -> None:
-    """Make `vllm-ppd probe` run the given function."""
+def command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Make `vllm-ppd probe` raise this."""
+
+    def run(args) -> int:
+        raise error
+
     module = types.ModuleType("probe_command")
     module.add_arguments = lambda parser: None  # type: ignore[attr-defined]
     module.run = run  # type: ignore[attr-defined]
@@ -99,10 +94,7 @@ def test_module_is_the_command() -> None:
     ("error", "status"), [(ValueError("no such x"), 2), (EngineFailedError("dead"), 1)]
 )
 def test_errors_are_sentences(monkeypatch, capsys, error, status) -> None:
-    def run(args) -> int:
-        raise error
-
-    command(monkeypatch, run)
+    command(monkeypatch, error)
     assert main.main(["probe"]) == status
     assert capsys.readouterr().err == f"vllm-ppd probe: {error}\n"
     for argv in (["probe", "--debug"], ["--debug", "probe"]):
@@ -111,19 +103,13 @@ def test_errors_are_sentences(monkeypatch, capsys, error, status) -> None:
 
 
 def test_other_errors_keep_their_traceback(monkeypatch) -> None:
-    def run(args) -> int:
-        raise KeyError("a bug")
-
-    command(monkeypatch, run)
+    command(monkeypatch, KeyError("a bug"))
     with pytest.raises(KeyError):
         main.main(["probe"])
 
 
 def test_interrupt_is_quiet(monkeypatch, capsys) -> None:
-    def run(args) -> int:
-        raise KeyboardInterrupt
-
-    command(monkeypatch, run)
+    command(monkeypatch, KeyboardInterrupt())
     assert main.main(["probe"]) == 130
     assert capsys.readouterr().err.strip() == ""
 

@@ -9,33 +9,32 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.authors_checkpoint import write_authors_checkpoint
-from vllm_ppd import files as atomic
+from tests.unit.refusals import refused
+from tests.unit.tiny_base import tiny_llama
 from vllm_ppd.cli import main
 from vllm_ppd.cli.convert import convert
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError, tensor_file
 
 HIDDEN, VOCAB = 16, 40
+# The authors' subclass of PEFT's configuration adds these.
+OF_THE_AUTHORS = {
+    "num_special_tokens": 3,
+    "virtual_tokens_per_special_token": 2,
+    "vt_attention_type": "ensemble",
+    "aggregation_type": "mean",
+}
 TABLE = torch.randn(3, 2, HIDDEN, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LLaMA, as transformers saves it."""
-    transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("base") / "llama"
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(VOCAB, hidden_size=HIDDEN).save_pretrained(folder)
     return folder
 
 
@@ -73,7 +72,7 @@ def test_what_is_known_of_the_base_model_is_checked(theirs: Path, model: Path) -
     base = BaseModelFingerprint.of_folder(model)
     prompts.check_against(base)
     other = BaseModelFingerprint("x", None, "LlamaForCausalLM", 32, VOCAB, None)
-    with pytest.raises(PromptTokensError, match="hidden size 32 instead of 16"):
+    with refused(PromptTokensError, "hidden size 32 instead of 16"):
         prompts.check_against(other)
     with pytest.raises(PromptTokensError, match=r"unknown.*vllm-ppd convert --model"):
         prompts.save(theirs.parent / "new")
@@ -91,18 +90,10 @@ def test_round_trip(tmp_path: Path, model: Path, pickled: bool) -> None:
     convert(str(tmp_path / "ours"), tmp_path / "back", model=str(model))
     config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
     original = json.loads((theirs / "adapter_config.json").read_text())
-    for key in (
-        "num_special_tokens",
-        "virtual_tokens_per_special_token",
-        "num_virtual_tokens",
-        "token_dim",
-        "peft_type",
-        "vt_attention_type",
-        "aggregation_type",
-    ):
-        assert config[key] == original[key]
     # What the authors' code loads the base model from.
     assert config["base_model_name_or_path"] == str(model)
+    for key in ("num_virtual_tokens", "token_dim", "peft_type", *OF_THE_AUTHORS):
+        assert config[key] == original[key]
     tensors = load_file(tmp_path / "back" / "adapter_model.safetensors")
     assert torch.equal(tensors.pop("prompt_embeddings"), TABLE.reshape(6, HIDDEN))
     assert not tensors
@@ -118,7 +109,6 @@ def test_the_recorded_name_is_written_without_a_model(ours: Path, tmp_path) -> N
 def test_peft_agrees(tmp_path: Path, model: Path) -> None:
     """The real library writes what is read here, and reads what is written."""
     peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
     base = transformers.AutoModelForCausalLM.from_pretrained(model)
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
     wrapped = peft.get_peft_model(base, config)
@@ -127,11 +117,8 @@ def test_peft_agrees(tmp_path: Path, model: Path) -> None:
     wrapped.save_pretrained(tmp_path / "theirs")
     with pytest.raises(PromptTokensError, match="ordinary prompt tuning"):
         PromptTokens.load(tmp_path / "theirs")
-    # The authors' subclass of the config adds these fields.
     path = tmp_path / "theirs" / "adapter_config.json"
-    added = {"num_special_tokens": 3, "virtual_tokens_per_special_token": 2}
-    added |= {"vt_attention_type": "ensemble"}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **added}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **OF_THE_AUTHORS}))
     assert torch.equal(PromptTokens.load(tmp_path / "theirs").embeddings, TABLE)
 
     convert(str(tmp_path / "theirs"), tmp_path / "ours", model=str(model))
@@ -164,12 +151,8 @@ def test_peft_agrees(tmp_path: Path, model: Path) -> None:
 )
 def test_other_adapters_are_refused(tmp_path: Path, changes, words) -> None:
     folder = write_authors_checkpoint(tmp_path / "theirs", TABLE, **changes)
-    with pytest.raises(PromptTokensError) as caught:
+    with refused(PromptTokensError, folder, *words):
         PromptTokens.load(folder)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in (str(folder), *words):
-        assert word in message
 
 
 @pytest.mark.parametrize("missing", ["peft_type", "num_virtual_tokens", "num_exits"])
@@ -187,7 +170,7 @@ def test_one_ept_has_one_mask(tmp_path: Path) -> None:
     folder = write_authors_checkpoint(
         tmp_path / "encoder", TABLE[:, :1], vt_attention_type="encoder", base=None
     )
-    with pytest.raises(PromptTokensError, match="expected decoder or ensemble"):
+    with refused(PromptTokensError, "expected decoder or ensemble"):
         PromptTokens.load(folder)
 
 
@@ -206,11 +189,10 @@ def test_pickles_are_not_executed(tmp_path: Path) -> None:
     harm = str(tmp_path / "harm")
     bad = {"prompt_embeddings": TABLE.reshape(6, HIDDEN), "more": Harmful(harm)}
     torch.save(bad, folder / "adapter_model.bin")
-    with pytest.raises(PromptTokensError, match="could run code") as caught:
+    with refused(PromptTokensError, "could run code"):
         PromptTokens.load(folder)
-    assert "\n" not in str(caught.value)
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(bad))
-    with pytest.raises(PromptTokensError, match="could run code"):
+    with refused(PromptTokensError, "could run code"):
         PromptTokens.load(folder)
     assert not Path(harm).exists()
 
@@ -218,35 +200,33 @@ def test_pickles_are_not_executed(tmp_path: Path) -> None:
 def test_damaged_files(theirs: Path, tmp_path: Path) -> None:
     path = theirs / "adapter_model.safetensors"
 
-    def refused(word: str, folder: Path = theirs) -> None:
-        with pytest.raises(PromptTokensError, match=word) as caught:
+    def damaged(*words: str, folder: Path = theirs) -> None:
+        with refused(PromptTokensError, folder, *words):
             PromptTokens.load(folder)
-        assert "\n" not in str(caught.value)
-        assert str(folder) in str(caught.value)
 
     save_file({"prompt_embeddings": TABLE}, path)
-    refused(r"\[3, 2, 16\]")
+    damaged("[3, 2, 16]")
     rows = TABLE.reshape(6, HIDDEN)
     save_file({"prompt_embeddings": rows, "base.weight": rows.clone()}, path)
-    refused("expected the tensor 'prompt_embeddings' alone")
+    damaged("expected the tensor 'prompt_embeddings' alone")
     save_file({"prompt_embeddings": torch.full((6, HIDDEN), torch.nan)}, path)
-    refused("NaN")
+    damaged("NaN")
     path.write_bytes(b"\xff" * 50)
-    refused("not a readable checkpoint")
+    damaged("not a readable checkpoint")
     path.unlink()
-    refused("neither adapter_model.safetensors nor adapter_model.bin")
+    damaged("neither adapter_model.safetensors nor adapter_model.bin")
     pickled = write_authors_checkpoint(tmp_path / "pickled", TABLE, pickled=True)
     file = pickled / "adapter_model.bin"
     file.write_bytes(file.read_bytes()[:-40])
-    refused("not a readable checkpoint|damaged", pickled)
+    damaged(folder=pickled)
     torch.save([rows], file)
-    refused("holds list", pickled)
+    damaged("holds list", folder=pickled)
     file.write_bytes(b"")
-    refused("not a readable checkpoint", pickled)
+    damaged("not a readable checkpoint", folder=pickled)
     (theirs / "adapter_config.json").write_text("{")
-    refused("cannot be read as JSON")
+    damaged("cannot be read as JSON")
     (theirs / "adapter_config.json").write_text("[]")
-    refused("no JSON object")
+    damaged("no JSON object")
 
 
 def test_a_folder_with_both_layouts_is_refused(ours: Path) -> None:
@@ -265,9 +245,9 @@ def test_conversion_needs_the_model_it_fits(theirs: Path, model: Path, tmp_path)
     with pytest.raises(PromptTokensError, match=r"'lmsys/vicuna-tiny'.*--model"):
         convert(str(theirs), out)
     wide = write_authors_checkpoint(tmp_path / "wide", torch.randn(3, 1, 24))
-    with pytest.raises(PromptTokensError, match="hidden size 16 instead of 24"):
+    with refused(PromptTokensError, "hidden size 16 instead of 24"):
         convert(str(wide), out, model=str(model))
-    with pytest.raises(ValueError, match="no folder"):
+    with refused(ValueError, "no folder"):
         convert(str(theirs), out, model=str(tmp_path / "no model"))
     assert not out.exists()
 
@@ -279,44 +259,38 @@ def test_nothing_is_lost(theirs: Path, ours: Path, model: Path, tmp_path: Path) 
 
     original = contents()
 
-    def refused(source: Path, target: Path, word: str, overwrite: bool) -> None:
-        with pytest.raises(ValueError, match=word):
+    def kept(source: Path, target: Path, word: str, overwrite: bool) -> None:
+        with refused(ValueError, word):
             convert(str(source), target, model=str(model), overwrite=overwrite)
 
     for overwrite in (False, True):
-        refused(theirs, theirs, "is a PEFT checkpoint", overwrite)
-        refused(ours, ours, "already has config.json", overwrite)
-    refused(theirs, ours, "already has", False)
-    refused(ours, theirs, "already has adapter_config.json and", False)
+        kept(theirs, theirs, "is a PEFT checkpoint", overwrite)
+        kept(ours, ours, "already has config.json", overwrite)
+    kept(theirs, ours, "already has", False)
+    kept(ours, theirs, "already has adapter_config.json and", False)
     lora = tmp_path / "lora"
     lora.mkdir()
     (lora / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    refused(ours, lora, "LORA", True)
-    refused(ours, lora / "adapter_config.json", "is a file", True)
+    kept(ours, lora, "LORA", True)
+    kept(ours, lora / "adapter_config.json", "is a file", True)
     (lora / "adapter_config.json").unlink()
     lora.rmdir()
     assert contents() == original
 
 
 def test_overwriting_replaces_the_whole_checkpoint(ours: Path, tmp_path: Path) -> None:
-    old = write_authors_checkpoint(
-        tmp_path / "old", torch.zeros(2, 1, HIDDEN), pickled=True
-    )
+    table = torch.zeros(2, 1, HIDDEN)
+    old = write_authors_checkpoint(tmp_path / "old", table, pickled=True)
     convert(str(ours), old, overwrite=True)
     assert torch.equal(PromptTokens.load(old).embeddings, TABLE)
-    assert sorted(os.listdir(old)) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(old)) == files
 
 
-def test_a_full_disk_leaves_no_trace(theirs, ours, model, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(atomic.os, "fsync", full)
+def test_a_full_disk_leaves_no_trace(theirs, ours, model, tmp_path, full_disk):
+    full_disk()
     for source in (theirs, ours):
-        with pytest.raises(ValueError, match="No space left"):
+        with refused(ValueError, "No space left"):
             convert(str(source), tmp_path / "new", model=str(model))
         assert os.listdir(tmp_path / "new") == []
 
@@ -345,9 +319,7 @@ def test_inspect_knows_the_layout(theirs: Path, model: Path, capsys) -> None:
     assert described["bytes"] > 6 * HIDDEN * 4
 
 
-def test_without_safetensors_the_model_is_known_by_its_sizes(
-    theirs: Path, model: Path, tmp_path: Path, capsys
-) -> None:
+def test_models_known_by_their_sizes_alone(theirs: Path, model: Path, tmp_path, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((model / "config.json").read_bytes())

@@ -76,19 +76,6 @@ def test_batches_against_one_node_at_a_time(has_bigram):
             assert (ids[b, nodes - 1 :] == tables.soft_ids[tree, nodes:]).all()
 
 
-def test_matches():
-    # 7 8 came before, followed by 1 2 3 ...
-    match_class, draft = match_ngram(np.array([7, 8, 1, 2, 3, 9, 7, 8]))
-    assert (match_class, draft.tolist()) == (1, [1, 2, 3, 9, 7, 8])
-    match_class, draft = match_ngram(np.array([5, 6, 7, 8, 1, 5, 6, 7, 8]))
-    assert (match_class, draft.tolist()) == (2, [1, 5, 6, 7, 8])
-    assert match_ngram(np.array([1, 2, 3]))[0] == 0
-    assert match_ngram(np.array([4]))[0] == 0
-    # One token is no match; the draft has a limit.
-    assert match_ngram(np.array([1, 2, 1]))[0] == 0
-    assert len(match_ngram(np.tile([1, 2, 3], 20))[1]) == MAX_NGRAM_DRAFTS
-
-
 def brute_force(context):
     n = len(context)
     for length in range(min(8, n - 1), 1, -1):

@@ -7,15 +7,16 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-from vllm_ppd.train.forward import insertion_loss  # noqa: E402
-from vllm_ppd.train.insertion import Insertion, sample_insertion  # noqa: E402
-from vllm_ppd.train.loss import NO_TOKEN, Targets, prompt_loss  # noqa: E402
-from vllm_ppd.train.model import FrozenModel  # noqa: E402
-from vllm_ppd.train.scores import token_rank  # noqa: E402
-from vllm_ppd.train.settings import TrainingError  # noqa: E402
+from tests.unit.refusals import refused
+from tests.unit.tiny_base import SIZES, tiny_llama
+from vllm_ppd.train.forward import insertion_loss
+from vllm_ppd.train.insertion import Insertion, sample_insertion
+from vllm_ppd.train.loss import NO_TOKEN, Targets, prompt_loss
+from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.train.scores import token_rank
+from vllm_ppd.train.settings import TrainingError
 
 VOCAB, HIDDEN, LENGTH, BATCH = 61, 32, 20, 3
 ALPHA = 0.8
@@ -26,26 +27,9 @@ TOLERANCE = {"rtol": 2e-4, "atol": 2e-6}
 ALLOWED = torch.arange(LENGTH) >= torch.tensor([0, 5, 14])[:, None]
 
 
-def tiny_llama(**changes) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        # Large weights make distributions peaked, so that errors show.
-        initializer_range=0.3,
-        **changes,
-    )
-    return transformers.LlamaForCausalLM(config).float()
-
-
 @pytest.fixture(scope="module")
 def model() -> FrozenModel:
-    return FrozenModel(tiny_llama())
+    return FrozenModel(tiny_llama(VOCAB))
 
 
 def make_batch(m: int, e: int, points: int = 5):
@@ -109,41 +93,6 @@ def test_one_pass_equals_naive_loop(model, e: int, kind) -> None:
     compare_with_naive_loop(model, table, ids, insertion, kind, **TOLERANCE)
 
 
-def test_eager_attention_agrees_with_sdpa(model) -> None:
-    ids, insertion, table = make_batch(m=2, e=2)
-    eager = FrozenModel(tiny_llama(attn_implementation="eager"))
-    losses = [
-        insertion_loss(each, table, ids, insertion, alpha=ALPHA)[0]
-        for each in (model, eager)
-    ]
-    torch.testing.assert_close(*losses, **TOLERANCE)
-
-
-def test_mask_against_a_literal() -> None:
-    insertion = Insertion(
-        points=torch.tensor([[1, 2]]),
-        valid=torch.tensor([[True, True]]),
-        length=4,
-        num_prompt_tokens=2,
-        num_ept=2,
-    )
-    # Columns: 4 ordinary rows, then tokens 1 1 2 2 with EPT 0 1 0 1 of each point.
-    expected = """
-        1100 1000 0000
-        1100 0100 0000
-        1100 1010 0000
-        1100 0101 0000
-        1110 0000 1000
-        1110 0000 0100
-        1110 0000 1010
-        1110 0000 0101
-    """
-    rows = ["".join(line.split()) for line in expected.split("\n") if line.strip()]
-    literal = torch.tensor([[c == "1" for c in row] for row in rows])
-    assert torch.equal(insertion.mask()[0, 0], literal)
-    assert insertion.position_ids().tolist() == [[2, 2, 3, 3, 3, 3, 4, 4]]
-
-
 def test_mask_against_nested_loops() -> None:
     m, e = 3, 2
     _, insertion, _ = make_batch(m, e, points=3)
@@ -163,13 +112,16 @@ def test_mask_against_nested_loops() -> None:
 
 def test_sampled_points() -> None:
     m = 3
-    insertion = sample_insertion(ALLOWED, 12, m, 1, torch.Generator().manual_seed(0))
-    for b in range(BATCH):
-        points = insertion.points[b, insertion.valid[b]].tolist()
-        room = int(ALLOWED[b].sum()) - m
+    middle = (torch.arange(LENGTH) >= 4) & (torch.arange(LENGTH) < 10)
+    allowed = torch.cat([ALLOWED, middle[None]])
+    insertion = sample_insertion(allowed, 12, m, 1, torch.Generator().manual_seed(0))
+    for places, drawn, valid in zip(
+        allowed, insertion.points, insertion.valid, strict=True
+    ):
+        points = drawn[valid].tolist()
         assert points == sorted(set(points))
-        assert len(points) == min(12, room)
-        assert all(ALLOWED[b, p : p + m + 1].all() for p in points)
+        assert len(points) == min(12, int(places.sum()) - m)
+        assert all(places[p : p + m + 1].all() for p in points)
 
 
 def test_sampling_is_seeded_and_uniform() -> None:
@@ -186,16 +138,12 @@ def test_sampling_is_seeded_and_uniform() -> None:
     assert (counts - 120).abs().max() < 50
 
 
-def test_allowed_restricts_the_whole_window() -> None:
-    allowed = torch.zeros(1, 10).bool()
-    allowed[0, 4:8] = True
-    drawn = sample_insertion(allowed, 5, 2, 1, torch.Generator().manual_seed(0))
-    assert drawn.points[drawn.valid].tolist() == [4, 5]
-
-
-def test_too_short_a_sequence_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 tokens are too short"):
+def test_no_room_and_no_points_are_refused() -> None:
+    with refused(ValueError, "3 tokens are too short"):
         sample_insertion(torch.ones(1, 3).bool(), 1, 3, 1, torch.Generator())
+    empty = Targets(torch.zeros(0, 2, 4), torch.zeros(0, 2).long())
+    with refused(ValueError, "no insertion points"):
+        prompt_loss(torch.zeros(0, 2, 1, 4), empty, lambda h: h, alpha=ALPHA)
 
 
 @pytest.mark.parametrize("kind", ["kl", "labels"])
@@ -204,16 +152,9 @@ def test_chunks_change_nothing(model, kind) -> None:
     results = []
     for elements in (1, VOCAB * 2 * 7, 1 << 30):
         leaf = table.clone().requires_grad_()
+        options = {"alpha": ALPHA, "kind": kind, "chunk_elements": elements}
         loss, scores = insertion_loss(
-            model,
-            leaf,
-            ids,
-            insertion,
-            alpha=ALPHA,
-            kind=kind,
-            chunk_elements=elements,
-            with_scores=True,
-            with_greedy=True,
+            model, leaf, ids, insertion, **options, with_scores=True, with_greedy=True
         )
         loss.backward()
         results.append((loss.detach(), leaf.grad, scores))
@@ -289,12 +230,6 @@ def test_rank_breaks_ties_like_argmax() -> None:
     assert token_rank(logits, torch.arange(4)).tolist() == [3, 0, 1, 2]
 
 
-def test_no_points_are_refused() -> None:
-    empty = Targets(torch.zeros(0, 2, 4), torch.zeros(0, 2).long())
-    with pytest.raises(ValueError, match="no insertion points"):
-        prompt_loss(torch.zeros(0, 2, 1, 4), empty, lambda h: h, alpha=ALPHA)
-
-
 def test_unknown_ways_to_compute_logits_are_refused() -> None:
     class Strange(transformers.LlamaForCausalLM):
         def forward(self, *args, **kwargs):
@@ -303,19 +238,12 @@ def test_unknown_ways_to_compute_logits_are_refused() -> None:
             return output
 
     with pytest.raises(TrainingError, match="computes its logits"):
-        FrozenModel(Strange(tiny_llama().config))
+        FrozenModel(Strange(tiny_llama(VOCAB).config))
 
 
 def test_models_that_look_ahead_are_refused() -> None:
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-    )
+    config = transformers.BertConfig(vocab_size=VOCAB, initializer_range=0.3, **SIZES)
     with pytest.raises(TrainingError, match="see later ones"):
         FrozenModel(transformers.BertLMHeadModel(config))
 
@@ -328,26 +256,19 @@ def test_models_that_look_ahead_are_refused() -> None:
     ],
 )
 def test_too_long_for_the_model(limits: dict, word: str) -> None:
-    base = tiny_llama()
+    base = tiny_llama(VOCAB)
     for key, value in limits.items():
         setattr(base.config, key, value)
     with pytest.raises(TrainingError, match=word):
         FrozenModel(base, max_length=20)
 
 
-LIKE_LLAMA = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 FAMILIES = {
-    "qwen2": {**LIKE_LLAMA, "use_sliding_window": False, "sliding_window": 4},
+    "llama": {**SIZES, "attn_implementation": "eager"},
+    "qwen2": {**SIZES, "use_sliding_window": False, "sliding_window": 4},
     # A window as long as the sequence is full attention.
-    "gemma2": {**LIKE_LLAMA, "final_logit_softcapping": 5.0, "sliding_window": 64},
-    "granite": {**LIKE_LLAMA, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "gemma2": {**SIZES, "final_logit_softcapping": 5.0, "sliding_window": 64},
+    "granite": {**SIZES, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
     "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64},
 }
 

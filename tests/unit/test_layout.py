@@ -5,7 +5,7 @@ import pytest
 
 from tests.kernels.trees import random_policy
 from tests.unit.test_tree import prefix
-from vllm_ppd.trees.layout import TreeStep, TreeTables, pack_mask, ranges, spread
+from vllm_ppd.trees.layout import TreeStep, TreeTables, pack_mask, spread
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
@@ -15,11 +15,6 @@ VOCABULARY = 100
 SMALL = SparseTree((0, 0, 1), (0, 1, 0), (2, 1, 1, 1))
 POLICY = TreePolicy((chain_tree(0, (2,)), chain_tree(1, (1, 1)), SMALL))
 TABLES = TreeTables(POLICY, VOCABULARY)
-
-
-def test_ranges():
-    found = ranges(np.array([5, 20, 9]), np.array([2, 0, 3]))
-    assert found.tolist() == [5, 6, 9, 10, 11]
 
 
 def test_spread():

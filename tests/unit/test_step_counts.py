@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -27,32 +29,18 @@ def step_and_walk(paths: list[list[int]]) -> tuple[TreeStep, TreeWalk]:
     counts = TABLES.num_rows[tree_ids]
     step = TreeStep(TABLES, tree_ids, np.cumsum(counts) - counts, counts)
     tokens = np.arange(len(step.node_rows))
-    walk = TreeWalk(step, tokens)
-    level, going_on = 1, True
-    while going_on:
-        picked = np.array(
-            [
-                tokens[step.first_nodes[b] + path[level - 1]]
-                if level <= len(path)
-                else -5
-                for b, path in enumerate(paths)
-            ]
-        )
-        going_on = walk.descend(picked)
-        level += 1
+    walk, picked = TreeWalk(step, tokens), np.full(len(tokens), -5)
+    for first, path in zip(step.first_nodes, paths, strict=True):
+        for parent, child in pairwise([0, *path]):
+            picked[first + parent] = tokens[first + child]
+    walk.run_greedy(picked)
     return step, walk
 
 
 def add(counts: StepCounts, paths: list[list[int]]) -> None:
     step, walk = step_and_walk(paths)
-    counts.add(
-        TABLES,
-        step.tree_ids,
-        step.num_rows,
-        walk.lengths,
-        walk.paths,
-        np.ones(len(paths), dtype=int),
-    )
+    ones = np.ones(len(paths), dtype=int)
+    counts.add(TABLES, step.tree_ids, step.num_rows, walk.lengths, walk.paths, ones)
 
 
 def values(folder) -> dict[str, float]:

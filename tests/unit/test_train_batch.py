@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
 from vllm_ppd.train.data import Batch
 from vllm_ppd.train.forward import insertion_loss
 from vllm_ppd.train.job import TrainJob

@@ -1,0 +1,20 @@
+"""What every refusal must be: one line that names what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def refused(error: Any, *words: object) -> Iterator[None]:
+    """The block raises this error, or one of these, with all words in one line."""
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert str(word) in message, message
