@@ -5,31 +5,29 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from vllm_ppd.calibrate import counts as counts_module  # noqa: E402
-from vllm_ppd.calibrate import rates as rates_module  # noqa: E402
-from vllm_ppd.calibrate.counts import (  # noqa: E402
+from vllm_ppd.calibrate import counts as counts_module
+from vllm_ppd.calibrate import rates as rates_module
+from vllm_ppd.calibrate.counts import (
     WEIGHTS,
     AcceptanceCounts,
     NgramMatches,
 )
-from vllm_ppd.calibrate.measure import _places  # noqa: E402
-from vllm_ppd.calibrate.rates import (  # noqa: E402
+from vllm_ppd.calibrate.measure import _places
+from vllm_ppd.calibrate.rates import (
     StepPoints,
     Steps,
     max_advance,
     walk_steps,
 )
-from vllm_ppd.search.latency import LatencyCurve  # noqa: E402
-from vllm_ppd.search.policy_iteration import best_policy  # noqa: E402
-from vllm_ppd.train.continuation import Continuation  # noqa: E402
-from vllm_ppd.trees.bigram import BigramTable, BigramTensors  # noqa: E402
-from vllm_ppd.trees.drafting import rank_children  # noqa: E402
-from vllm_ppd.trees.ngram import match_ngram  # noqa: E402
-from vllm_ppd.trees.tree import SparseTree  # noqa: E402
+from vllm_ppd.search.latency import LatencyCurve
+from vllm_ppd.search.policy_iteration import best_policy
+from vllm_ppd.train.continuation import Continuation
+from vllm_ppd.trees.bigram import BigramTable, BigramTensors
+from vllm_ppd.trees.drafting import rank_children
+from vllm_ppd.trees.ngram import match_ngram
+from vllm_ppd.trees.tree import SparseTree
 
 VOCABULARY, M, K, LENGTH = 12, 2, 5, 40
 
@@ -325,32 +323,24 @@ def test_what_is_promised_is_what_a_walk_gets(sources, monkeypatch):
             some = rng.integers(10, 40)
             row[at : at + some] = rng.random() < 0.4
             at += some
-    parts = []
-    for text in range(20):
-        n = length - 10
-        easy = ~hard[text, 1 : n + 1]
-        place = np.where(
-            rng.random((M + 1, n)) < weak * np.where(easy, 0.85, 0.15),
-            0,
-            K,
-        )
-        nothing = np.zeros(n, dtype=int)
-        parts.append(
-            StepPoints(
-                text=np.full(n, text),
-                root=np.arange(1, n + 1),
-                fresh=np.arange(n) == 0,
-                match_class=nothing,
-                next_class=np.zeros((n, max_advance(M)), dtype=int),
-                right=nothing,
-                tried=nothing,
-                prompted=place[None, :M].swapaxes(1, 2),
-                beside=np.full((1, n, M), K),
-                unprompted=place[M],
-                beside_unprompted=np.full(n, K),
-            )
-        )
-    points = StepPoints.joined(parts)
+    roots = np.arange(1, length - 9)
+    root, n = np.tile(roots, 20), 20 * len(roots)
+    chance = np.where(hard[:, roots].ravel(), 0.15, 0.85)
+    place = np.where(rng.random((M + 1, n)) < weak * chance, 0, K)
+    nothing = np.zeros(n, dtype=int)
+    points = StepPoints(
+        text=np.repeat(np.arange(20), len(roots)),
+        root=root,
+        fresh=root == 1,
+        match_class=nothing,
+        next_class=np.zeros((n, max_advance(M)), dtype=int),
+        right=nothing,
+        tried=nothing,
+        prompted=place[None, :M].swapaxes(1, 2),
+        beside=np.full((1, n, M), K),
+        unprompted=place[M],
+        beside_unprompted=np.full(n, K),
+    )
     price = 0.03
     monkeypatch.setattr(rates_module, "ROW_PRICES", (price,))
     acceptance, best = rates_module.settled_acceptance(points, K, 1)

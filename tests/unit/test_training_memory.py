@@ -7,16 +7,15 @@ is unfused and in float32, the most that any kernel keeps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-from vllm_ppd.train.insertion import Insertion  # noqa: E402
-from vllm_ppd.train.loss import Targets, prompt_loss  # noqa: E402
-from vllm_ppd.train.model import FrozenModel, OrdinaryRows  # noqa: E402
+from vllm_ppd.train.insertion import Insertion
+from vllm_ppd.train.loss import Targets, prompt_loss
+from vllm_ppd.train.model import FrozenModel, OrdinaryRows
 
 GB = 10**9
 BATCH, LENGTH, POINTS, TOKENS = 8, 1024, 32, 3
@@ -24,18 +23,10 @@ VOCAB, HIDDEN, LAYERS, INNER = 128_256, 4096, 32, 11_008
 ROWS = BATCH * POINTS * TOKENS
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes."""
-
-    weights: int
-    cache: int
-    saved: dict[tuple, int]
-    """Kept for the backward pass, by (shape, dtype)."""
-
-
 @pytest.fixture(scope="module")
-def footprint() -> Footprint:
+def footprint() -> SimpleNamespace:
+    """Bytes of weights, of the cache and, by (shape, dtype), of what the backward pass
+    needs."""
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
@@ -80,14 +71,14 @@ def footprint() -> Footprint:
         key = (tuple(tensor.shape), tensor.dtype)
         saved[key] = saved.get(key, 0) + tensor.untyped_storage().nbytes()
     keys = [layer.keys for layer in cache.layers]
-    return Footprint(
+    return SimpleNamespace(
         weights=sum(p.numel() * p.element_size() for p in llama.parameters()),
         cache=2 * sum(k.numel() * k.element_size() for k in keys),
         saved=saved,
     )
 
 
-def test_it_fits_with_any_attention(footprint: Footprint) -> None:
+def test_it_fits_with_any_attention(footprint) -> None:
     saved = sum(footprint.saved.values())
     assert footprint.weights == pytest.approx(15.06 * GB, rel=0.01)
     assert footprint.cache == pytest.approx(4.70 * GB, rel=0.01)
@@ -97,7 +88,7 @@ def test_it_fits_with_any_attention(footprint: Footprint) -> None:
     assert footprint.weights + footprint.cache + saved + ordinary < 38 * GB
 
 
-def test_a_prompt_row_outside_attention(footprint: Footprint) -> None:
+def test_a_prompt_row_outside_attention(footprint) -> None:
     """What the documentation counts: two norms in float32, three inner activations."""
     norms = footprint.saved[((BATCH, POINTS * TOKENS, HIDDEN), torch.float32)]
     inner = footprint.saved[((BATCH, POINTS * TOKENS, INNER), torch.bfloat16)]
@@ -105,7 +96,7 @@ def test_a_prompt_row_outside_attention(footprint: Footprint) -> None:
     assert inner == 3 * LAYERS * ROWS * INNER * 2
 
 
-def test_only_prompt_rows_are_kept(footprint: Footprint) -> None:
+def test_only_prompt_rows_are_kept(footprint) -> None:
     """Nothing as long as the sequence but keys and values (and their float32)."""
     for shape, _ in footprint.saved:
         if LENGTH + POINTS * TOKENS in shape:

@@ -18,7 +18,7 @@ from vllm_ppd.search.policy_iteration import (
     reach_probabilities,
 )
 from vllm_ppd.search.tree_dp import BestTrees, probabilities_by_depth
-from vllm_ppd.trees.tree import SparseTree, TreeError, chain_tree
+from vllm_ppd.trees.tree import SparseTree, TreeError
 
 CONSTANT = LatencyCurve.constant()
 CURVE = LatencyCurve((1, 2, 4, 8, 16), (1.0, 1.2, 1.3, 1.6, 2.4), 0.15)
@@ -30,13 +30,7 @@ RESTART = 1e-4
 
 
 def every_subtree(
-    model: AcceptanceModel,
-    num_prompted: int,
-    match_class: int,
-    rows: int,
-    num_ept: int,
-    depth: int = 0,
-    on_ngram: bool = True,
+    model, num_prompted, match_class, rows, num_ept, depth=0, on_ngram=True
 ) -> Iterator[tuple[int, float, np.ndarray]]:
     """(rows, tokens after the top, ends) of every subtree.
 
@@ -210,7 +204,10 @@ def most_tokens_per_second(model, latency, rows, num_ept) -> float:
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize(("m", "ranks", "rows"), [(1, 3, 7), (2, 2, 7), (2, 3, 6)])
+@pytest.mark.parametrize(
+    ("m", "ranks", "rows"),
+    [(1, 3, 7), (2, 2, 7), (2, 3, 6), *((1, 1, rows) for rows in (1, 2, 3, 4))],
+)
 @pytest.mark.parametrize("num_ept", [1, 2])
 def test_the_best_policy_equals_brute_force(m, ranks, rows, num_ept, seed):
     rng = np.random.default_rng([seed, m, ranks, num_ept])
@@ -255,33 +252,6 @@ def test_no_small_change_improves_a_large_policy():
 
 
 # Values ----------------------------------------------------------------------------
-
-
-def test_one_prompt_token_by_hand():
-    """One prompt token with one rank, right in six of ten steps."""
-    model = AcceptanceModel.of([[0.6]])
-    policies = {rows: best_policy(model, CONSTANT, rows) for rows in (1, 2, 3, 4)}
-    # Two rows: a prompt row, then in the next step its draft token. Three: the draft
-    # token has a prompt row, useful if it is right. Four: the root has one as well.
-    lengths = {rows: policy.acceptance_length for rows, policy in policies.items()}
-    expected = {1: 1.0, 2: (1 + 1.6) / 2, 3: 1 + 0.6 / 1.4, 4: 1.6}
-    assert lengths == pytest.approx(expected, rel=2e-4)
-    # Three rows per prompt token leave room for the prompt token or the draft token.
-    assert best_policy(model, CONSTANT, 3, 3).acceptance_length == pytest.approx(1)
-    assert best_policy(model, CONSTANT, 4, 3).acceptance_length == (
-        pytest.approx(1.3, rel=2e-4)
-    )
-
-
-def test_a_policy_by_hand():
-    """From num_prompted 0 to 1, and from 1 back to 0 unless the draft is accepted."""
-    model = AcceptanceModel.of([[0.5, 0.25]])
-    trees = [[chain_tree(0, [1]), chain_tree(1, [0, 1])]]
-    curve = LatencyCurve((1, 2, 3), (1, 1.5, 2), 0.6)
-    length, speed, shares = policy_value(trees, model, curve)
-    assert shares[0] == pytest.approx([1 / 3, 2 / 3], rel=1e-3)
-    assert length == pytest.approx(1 / 3 + 2 / 3 * 1.5, rel=1e-3)
-    assert speed == pytest.approx(length / (0.5 + 2 / 3 * 2), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -334,23 +304,6 @@ def test_certain_draft_tokens():
         assert best_policy(model, CONSTANT, 1).acceptance_length == pytest.approx(1)
 
 
-def test_an_ngram_draft_reaches_deeper_than_prompt_rows():
-    model = AcceptanceModel(
-        prompted=[[0.3, 0.1]],
-        unprompted=[0.0, 0.0],
-        ngram=np.full((1, 6), 0.9),
-        beside=[[[0.1, 0.05]]],
-        transitions=np.full((2, 2, 2), 0.5),
-        overall=[[0.4, 0.1], [0.0, 0.0]],
-        marginal=[[0.3, 0.1]],
-    )
-    policy = best_policy(model, CONSTANT, 8)
-    assert policy.trees[1][0].depth == 6
-    assert policy.trees[0][1].depth == 1
-    reached = reach_probabilities(policy.trees[1][0], model, 0, 1)
-    assert reached[:4] == pytest.approx([1, 0.9, 0.81, 0.729])
-
-
 # The paper's figures, and order ----------------------------------------------------
 
 # Acceptance lengths that the search must reach on the published tables, all rows
@@ -366,13 +319,11 @@ def test_acceptance_length_on_the_published_table(rows, length):
     assert policy.acceptance_length == policy_value(policy.trees, VICUNA, CONSTANT)[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "rows", "length"),
-    [("vicuna-13b-v1.3", 64, 2.306), ("MobileLLaMA-1.4B-Chat", 289, 2.206)],
-)
-def test_acceptance_length_on_other_published_tables(name, rows, length):
-    policy = best_policy(published_model(name), CONSTANT, rows)
-    assert policy.acceptance_length == pytest.approx(length, abs=2 * ROUNDING)
+def test_acceptance_length_on_other_published_tables():
+    others = (("vicuna-13b-v1.3", 64, 2.306), ("MobileLLaMA-1.4B-Chat", 289, 2.206))
+    for name, rows, length in others:
+        policy = best_policy(published_model(name), CONSTANT, rows)
+        assert policy.acceptance_length == pytest.approx(length, abs=2 * ROUNDING)
 
 
 def test_trees_too_wide_to_serve():
