@@ -11,7 +11,7 @@ from vllm_ppd.engine import measure
 from vllm_ppd.engine.made_up_requests import MadeUpRequests, blocks_of
 from vllm_ppd.engine.v1.measure import tree_of_rows
 from vllm_ppd.search.latency import LatencyProfile, cache_file
-from vllm_ppd.trees.menu import MenuEntry, TreeMenu
+from vllm_ppd.trees.menu import TreeMenu
 from vllm_ppd.trees.tree import TreePolicy, chain_tree
 
 
@@ -29,10 +29,8 @@ def test_a_tree_of_so_many_rows(num_prompt_tokens, num_ept):
 
 
 def kv_cache(num_blocks: int) -> SimpleNamespace:
-    groups = [
-        SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=size))
-        for size in (16, 32)
-    ]
+    specs = [SimpleNamespace(block_size=size) for size in (16, 32)]
+    groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
     return SimpleNamespace(kv_cache_groups=groups, num_blocks=num_blocks)
 
 
@@ -117,12 +115,12 @@ def clock(monkeypatch, tmp_path) -> list[float]:
     return now
 
 
-def settings(seconds: float, rows: int = 8) -> SimpleNamespace:
-    tree = chain_tree(1, (1, rows - 3))
-    menu = TreeMenu((MenuEntry((TreePolicy((tree,) * rows),)),))
+def settings(seconds: float = 1e9, needed: bool = True) -> SimpleNamespace:
+    rows = 8
+    menu = TreeMenu.of(TreePolicy((chain_tree(1, (1, rows - 3)),) * rows))
     assert menu.max_rows == rows
     return SimpleNamespace(
-        measure=True,
+        measure=needed,
         measure_seconds=seconds,
         profile_key={"of": "clockwork"},
         tree_menu=lambda: menu,
@@ -134,7 +132,7 @@ COARSE = [(1, 1), (1, 4), (1, 8), (4, 1), (4, 4), (4, 8), (2, 1), (2, 4), (2, 8)
 
 def test_coarse_points_come_first_and_all_are_filed(clock):
     machine = Clockwork(5, 24, clock)
-    profile = measure.measured_profile(settings(1e9), machine)
+    profile = measure.measured_profile(settings(), machine)
     # Steps of more than 24 rows are left out.
     coarse = [cell for cell in COARSE if cell != (4, 8)]
     assert machine.cells[: len(coarse)] == coarse
@@ -165,7 +163,7 @@ def test_measuring_ends_with_its_budget(clock, budget, cells, loads):
 def test_only_rows_that_the_runner_can_run(clock):
     machine = Clockwork(1, 64, clock)
     machine.row_counts = [1, 5]
-    profile = measure.measured_profile(settings(1e9), machine)
+    profile = measure.measured_profile(settings(), machine)
     assert profile.rows == (1, 5) and set(machine.cells) == {(1, 1), (1, 5)}
 
 
@@ -186,8 +184,7 @@ def test_all_ranks_go_by_the_first(clock, monkeypatch):
     monkeypatch.setattr(measure, "get_world_group", lambda: rank)
     machine = Clockwork(4, 64, clock)
     # It measures although it has a profile, for the first rank has none.
-    mine = SimpleNamespace(**{**vars(settings(1e9)), "measure": False})
-    profile = measure.measured_profile(mine, machine)
+    profile = measure.measured_profile(settings(needed=False), machine)
     assert profile.seconds == ((0.1, 0.2),)
     assert told == [False, False] and machine.cells == COARSE[:3]
     # Only the first rank keeps the file.
@@ -196,9 +193,8 @@ def test_all_ranks_go_by_the_first(clock, monkeypatch):
 
 def test_one_of_several_data_parallel_engines_keeps_its_profile(clock):
     for keep in (False, True):
-        profile = measure.measured_profile(
-            settings(1e9), Clockwork(2, 64, clock), keep=keep
-        )
+        machine = Clockwork(2, 64, clock)
+        profile = measure.measured_profile(settings(), machine, keep=keep)
         assert cache_file(profile.key).exists() == keep
 
 
@@ -206,12 +202,11 @@ def test_runners_are_left_as_they_were_if_measuring_fails(clock):
     machine = Clockwork(4, 64, clock)
     machine.seconds = None  # type: ignore[assignment]
     with pytest.raises(TypeError):
-        measure.measured_profile(settings(1e9), machine)
+        measure.measured_profile(settings(), machine)
     assert machine.finished
 
 
 def test_nothing_is_measured_unless_it_has_to_be(clock):
     machine = Clockwork(4, 64, clock)
-    known = SimpleNamespace(**{**vars(settings(1e9)), "measure": False})
-    assert measure.measured_profile(known, machine) is None
+    assert measure.measured_profile(settings(needed=False), machine) is None
     assert machine.cells == []

@@ -114,32 +114,18 @@ def test_the_compiled_graphs_key_knows_about_ppd():
         ({"num_speculative_tokens": 1000}, "is 1000; expected 1 to 128"),
         ({"draft_tensor_parallel_size": 1}, "'draft_tensor_parallel_size', which"),
         ({"model": None}, "path is None"),
+        ({"model": "/no/such/folder"}, "there is no folder '/no/such/folder'"),
+        ({"model": str(MODEL)}, "config.json"),
         ({"profile": 3}, "profile is 3; expected 'auto', 'measure', 'none' or"),
         ({"profile": "/no/such.json"}, "/no/such.json cannot be read"),
+        ({"tree": "/no/such.json"}, r"tree menu .*such\.json cannot be read"),
         ({"ngram": "yes"}, "ngram is 'yes'; expected true or false"),
         ({"online": 1}, "online is 1; expected true or false"),
-        ({"model": "/no/such/folder"}, "there is no folder '/no/such/folder'"),
     ],
 )
 def test_bad_speculative_settings(speculative, message):
     with pytest.raises(ValueError, match=message):
         configure({**PPD, **speculative})
-
-
-def test_a_profile_of_another_machine(tmp_path):
-    LatencyProfile((1,), (1, 8), ((1.0, 1.1),), {"other": 1}).save(
-        tmp_path / "profile.json"
-    )
-    with pytest.raises(ValueError, match="was measured with attention_backend None"):
-        configure({**PPD, "profile": str(tmp_path / "profile.json")})
-
-
-def test_a_flag_and_a_key_for_the_same_thing_conflict():
-    with pytest.raises(ValueError, match=r"--spec-model and .* both given"):
-        from_cli(
-            *("--speculative-config", json.dumps(PPD)),
-            *("--speculative-model", f"ppd:{PROMPTS}"),
-        )
 
 
 @pytest.mark.parametrize(
@@ -163,6 +149,24 @@ def test_settings_that_ppd_cannot_serve(args, message):
         configure(PPD, **args)
 
 
+def test_a_profile_of_another_machine(tmp_path):
+    file = tmp_path / "profile.json"
+    LatencyProfile((1,), (1, 8), ((1.0, 1.1),), {"other": 1}).save(file)
+    with pytest.raises(ValueError, match="was measured with attention_backend None"):
+        configure({**PPD, "profile": str(file)})
+
+
+def test_a_tree_menu_with_more_rows_than_allowed(trees):
+    with pytest.raises(ValueError, match="num_speculative_tokens is 5, too small"):
+        configure({**PPD, "tree": trees["wide"], "num_speculative_tokens": 5})
+
+
+def test_a_flag_and_a_key_for_the_same_thing_conflict():
+    flags = ("--speculative-config", json.dumps(PPD))
+    with pytest.raises(ValueError, match=r"--spec-model and .* both given"):
+        from_cli(*flags, "--speculative-model", f"ppd:{PROMPTS}")
+
+
 def test_a_cache_that_the_checkpoint_asks_for(monkeypatch):
     resolve = "vllm_ppd.engine.refusals.resolve_kv_cache_dtype_string"
     monkeypatch.setattr(resolve, lambda given, model: "fp8_e4m3")
@@ -174,10 +178,10 @@ def altered(tmp_path: Path, config: dict[str, Any] | None = None, tensor=None) -
     folder = tmp_path / "prompts"
     shutil.copytree(PROMPTS, folder)
     if config is not None:
-        old = json.loads((folder / "config.json").read_text())
-        base = {**old["base_model"], **config.pop("base_model", {})}
-        new = {**old, "base_model": base, **config}
-        (folder / "config.json").write_text(json.dumps(new))
+        file = folder / "config.json"
+        old = json.loads(file.read_text())
+        base = {**old["base_model"], **config.get("base_model", {})}
+        file.write_text(json.dumps({**old, **config, "base_model": base}))
     if tensor is not None:
         save_file({"embeddings": tensor}, folder / "prompt_tokens.safetensors")
     return str(folder)
@@ -207,27 +211,18 @@ HIDDEN = json.loads((MODEL / "config.json").read_text())["hidden_size"]
 )
 def test_prompt_tokens_that_do_not_fit(tmp_path, config, tensor, message):
     with pytest.raises(ValueError, match=message):
-        configure({"method": "ppd", "model": altered(tmp_path, config, tensor)})
+        configure({**PPD, "model": altered(tmp_path, config, tensor)})
 
 
 def test_folders_that_hold_no_prompt_tokens(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty"):
-        configure({"method": "ppd", "model": str(tmp_path / "empty")})
-    with pytest.raises(ValueError, match=r"config.json"):
-        configure({"method": "ppd", "model": str(MODEL)})
-    folder = Path(altered(tmp_path))
-    file = folder / "prompt_tokens.safetensors"
+        configure({**PPD, "model": str(tmp_path / "empty")})
+    folder = altered(tmp_path)
+    file = Path(folder) / "prompt_tokens.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"prompt_tokens.safetensors"):
-        configure({"method": "ppd", "model": str(folder)})
-
-
-def test_tree_menus_that_do_not_fit(tmp_path, trees):
-    with pytest.raises(ValueError, match="num_speculative_tokens is 5, too small"):
-        configure({**PPD, "tree": trees["wide"], "num_speculative_tokens": 5})
-    with pytest.raises(ValueError, match=r"tree menu .*none\.json cannot be read"):
-        configure({**PPD, "tree": str(tmp_path / "none.json")})
+        configure({**PPD, "model": folder})
 
 
 def test_unsupported_vllm_is_refused_only_with_ppd(monkeypatch):

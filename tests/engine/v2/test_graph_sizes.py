@@ -19,26 +19,23 @@ ROWS = [2, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 @pytest.fixture
 def manager_of(monkeypatch):
     """A manager of the class that a runner would take now, its graphs captured."""
-    place = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    of = SimpleNamespace
+    place = of(is_first_rank=True, is_last_rank=True)
     monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: place)
-    platform = SimpleNamespace(get_global_graph_pool=lambda: None)
+    platform = of(get_global_graph_pool=lambda: None)
     monkeypatch.setattr(cudagraph_utils, "current_platform", platform)
 
     def make(mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE) -> Any:
         sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
-        config = SimpleNamespace(
-            scheduler_config=SimpleNamespace(
-                max_num_seqs=256, max_num_batched_tokens=8192
-            ),
-            compilation_config=SimpleNamespace(
+        config = of(
+            scheduler_config=of(max_num_seqs=256, max_num_batched_tokens=8192),
+            compilation_config=of(
                 cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=512
             ),
-            parallel_config=SimpleNamespace(tensor_parallel_size=1),
-            speculative_config=SimpleNamespace(
-                uses_dynamic_speculative_decoding=lambda: False,
-            ),
+            parallel_config=of(tensor_parallel_size=1),
+            speculative_config=of(uses_dynamic_speculative_decoding=lambda: False),
             num_speculative_tokens=63,
-            cache_config=SimpleNamespace(use_kda_recoverssm=False),
+            cache_config=of(use_kda_recoverssm=False),
         )
         made = model_runner.ModelCudaGraphManager(config, None, mode, 64)
         made._graphs_captured = True
@@ -97,9 +94,8 @@ def test_sizes_of_one_entry():
     assert {(8, 1), (9, 1), (16, 1), (18, 1), (32, 1), (36, 1), (300, 1)} <= set(sizes)
     assert not {(17, 1), (33, 1), (299, 1)} & set(sizes)
     assert [load for load, rows in sizes if rows == 64] == [1, 2, 3, 4, 6, 8, 12, 16]
-    assert [load for load, rows in served_graphs([24], 300) if rows == 24][-2:] == [
-        *(32, 42),
-    ]
+    loads = [load for load, rows in served_graphs([24], 300) if rows == 24]
+    assert loads[-2:] == [32, 42]
 
 
 @pytest.mark.parametrize(
