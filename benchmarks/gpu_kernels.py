@@ -1,7 +1,6 @@
 """How long PPD's GPU kernels take, each within a CUDA graph.
 
     python benchmarks/gpu_kernels.py --out benchmarks/results/NAME.json
-    python benchmarks/gpu_kernels.py --sweep     # tile sizes of tree attention, too
     python benchmarks/gpu_kernels.py --dry-run   # tiny, on a CPU, interpreted
 
 - attention: tree attention on a random tree, per layer, against vLLM's FlashAttention
@@ -9,9 +8,6 @@
 - step: what a PPD step runs besides the forward pass: the walk along the sampled tokens
   and the KV moves of the deepest path in all layers, and before the next step the
   draft tokens and the layout of the trees.
-- sweep: tree attention with other tile shapes (rows of a tile, slots of a tile, warps,
-  pipeline stages, splits of the context) than `tree_attention` chooses. Run it on a new
-  kind of GPU, or after a change of the kernel.
 
 The last line printed is one JSON document.
 """
@@ -24,7 +20,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -46,13 +41,6 @@ VOCABULARY = 32000
 TOLERANCE = 0.02
 # Several times any GPU's own cache.
 CACHE_BYTES = 1 << 28
-# Rows, slots, warps, stages, splits relative to the usual; None: the kernel's choice.
-TILES: list[tuple[int, int, int, int, int] | None] = [
-    None,
-    *((64, slots, 4, stages, 1) for slots in (32, 64, 128) for stages in (2, 3)),
-    *((128, slots, 8, 3, splits) for slots in (64, 128) for splits in (1, 2)),
-    (64, 64, 4, 3, 2),
-]
 
 
 def choose_device(dry_run: bool) -> torch.device:
@@ -237,56 +225,6 @@ def measure_attention(work: Attention, repeats: int) -> dict[str, Any]:
     }
 
 
-def sweep_tiles(work: Attention, tiles: Sequence[Any], repeats: int) -> dict[str, Any]:
-    """Microseconds per layer of every tile shape."""
-    import vllm_ppd.kernels.triton.tree_attention as module
-
-    stock = module._choose_shape
-    expected = work.run(tree_attention_reference, work.tree, work.caches[0]).clone()
-    count = 1
-    if work.device.type == "cuda":
-        count = torch.cuda.get_device_properties(0).multi_processor_count
-    tried = []
-    for tile in tiles:
-        chosen: list[Any] = []
-
-        def choose(requests: int, *args: Any, tile=tile, chosen=chosen) -> Any:
-            shape = stock(requests, *args)
-            if tile is not None:
-                rows, slots, warps, stages, splits = tile
-                row_tiles = -(-args[0] * args[2] // rows)
-                parts = splits * 2 * count // (requests * row_tiles * args[1])
-                shape = shape._replace(
-                    block_m=rows,
-                    row_tiles=row_tiles,
-                    tile=slots,
-                    num_warps=warps,
-                    num_stages=stages,
-                    splits=1 << max(0, min(parts, 32).bit_length() - 1),
-                )
-            chosen.append(shape)
-            return shape
-
-        module._choose_shape = choose  # type: ignore[assignment]
-        try:
-            calls = [
-                partial(work.run, module.tree_attention, work.tree, c)
-                for c in work.caches
-            ]
-            times = microseconds(calls, work.device, repeats)
-            # A fast kernel that is wrong is no choice.
-            difference = (calls[0]() - expected).abs().max().item()
-            if difference > TOLERANCE:
-                raise ValueError(f"wrong by {difference:.2g}")
-            figures: dict[str, Any] = {"us": round(median(times), 1)}
-        except Exception as error:  # or more shared memory than there is
-            figures = {"us": None, "why": str(error)}
-        finally:
-            module._choose_shape = stock
-        tried.append({**figures, "shape": chosen[-1]._asdict()})
-    return {"kernel": "sweep", **work.about, "tiles": tried}
-
-
 def step_calls(
     shape: str, batch: int, rows: int, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
@@ -384,8 +322,6 @@ def show(cell: dict[str, Any]) -> None:
     shown = {k: v["median"] if "median" in str(v)[:9] else v for k, v in cell.items()}
     if "us" in cell:
         shown["us"] = {name: us["median"] for name, us in cell["us"].items()}
-    if "tiles" in cell:
-        shown["tiles"] = [tile["us"] for tile in cell["tiles"]]
     print(", ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
 
 
@@ -394,7 +330,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     kernels = ["attention", "step"]
     add("--kernels", nargs="+", choices=kernels, default=kernels, help="what is timed")
-    add("--sweep", action="store_true", help="also other tiles of tree attention")
     add("--shapes", nargs="+", choices=SHAPES, default=["7b", "8b"], help="models")
     add("--rows", nargs="+", type=int, default=[1, 16, 32, 64, 128])
     add("--contexts", nargs="+", type=int, default=[1024, 4096, 16384])
@@ -427,9 +362,6 @@ def main(argv: list[str] | None = None) -> None:
             place = args.block_size, dtype, device
             work = Attention(shape, batch, rows, context, *place)
             take(measure_attention(work, args.repeats))
-            if args.sweep:
-                tiles = TILES[:3] if args.dry_run else TILES
-                take(sweep_tiles(work, tiles, args.repeats))
         if "step" in args.kernels and rows >= 8:
             take(measure_step(shape, batch, rows, device, args.repeats))
     card = environment_card()
