@@ -16,31 +16,9 @@ from tests.kernels.trees import random_drafting
 from vllm_ppd.kernels.cpu import CpuTreeFiller
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.bigram import BigramTensors
-from vllm_ppd.trees.drafting import POOL, DraftInputs, fill_trees
-from vllm_ppd.trees.layout import TreeTables
-from vllm_ppd.trees.menu import MenuEntry, TreeMenu
-from vllm_ppd.trees.tree import SparseTree, TreePolicy
+from vllm_ppd.trees.drafting import POOL, fill_trees
 
 UNTOUCHED = -7
-# root -> a, b; a -> c; no prompt rows.
-SMALL = SparseTree((0, 0, 1), (0, 1, 0), (0, 0, 0, 0))
-
-
-def test_the_ngram_comes_first_and_only_once():
-    policy = TreePolicy((SMALL, SMALL))
-    tables = TreeTables(TreeMenu((MenuEntry((policy, policy)),)), 100)
-    inputs = DraftInputs(
-        num_prompted=np.array([1, 1]),
-        logits=torch.tensor([[0.0, 2.5, 0.0, 1.0, 0.5, -1.0]] * 2),
-        roots=np.array([2, 2]),
-        ngrams=np.array([[1, 4], [1, 4]]),
-    )
-    # Trees 1 + 1 (class 0, num_prompted 1) and 1 + 2 + 1 (class 1, num_prompted 1).
-    ids = fill_trees(tables, np.array([2, 4]), inputs, None, np.ones(1))
-    # Without an n-gram draft: the row's best two; below a no token is listed.
-    assert ids[0].tolist() == [1, 3, 0]
-    # With it: 1 from the n-gram, 3 the best of the rest, and 4 follows 1 in the n-gram.
-    assert ids[1].tolist() == [1, 3, 4]
 
 
 @needs_compiler
@@ -75,6 +53,18 @@ def on_device(inputs, num_prompts, pool):
     )
 
 
+def fill(tables, table, trees, inputs, drafts):
+    weights = torch.tensor(table.weights if table else (1.0, 1.0, 1.0))
+    kernels.fill_tree.fill_tree(
+        DeviceTables.on(DEVICE, tables),
+        torch.from_numpy(trees).int().to(DEVICE),
+        inputs,
+        BigramTensors.of(table, DEVICE) if table else None,
+        weights.float().to(DEVICE),
+        drafts,
+    )
+
+
 @needs_triton
 @pytest.mark.parametrize("with_table", [True, False])
 def test_against_the_core(with_table):
@@ -85,14 +75,8 @@ def test_against_the_core(with_table):
         want = fill_trees(tables, trees, inputs, host, weights)
         shape = (len(trees), want.shape[1] + 2)
         drafts = torch.full(shape, UNTOUCHED, dtype=torch.int64, device=DEVICE)
-        kernels.fill_tree.fill_tree(
-            DeviceTables.on(DEVICE, tables),
-            torch.from_numpy(trees).int().to(DEVICE),
-            on_device(inputs, 3, max(POOL, tables.max_children + 1)),
-            BigramTensors.of(table, DEVICE) if table else None,
-            torch.from_numpy(weights).float().to(DEVICE),
-            drafts,
-        )
+        device_inputs = on_device(inputs, 3, max(POOL, tables.max_children + 1))
+        fill(tables, table, trees, device_inputs, drafts)
         for got, expected, tree in zip(drafts.tolist(), want, trees, strict=True):
             end = tables.num_rows[tree] - 1
             assert got[:end] == expected[:end].tolist(), (seed, tree)
@@ -108,13 +92,7 @@ def test_without_ngrams_and_cut_short():
     for absent in (ngrams[:, :0], torch.full_like(ngrams, -1)):
         for width in (4, 12):
             drafts = torch.zeros(len(trees), width, dtype=torch.int32, device=DEVICE)
-            kernels.fill_tree.fill_tree(
-                DeviceTables.on(DEVICE, tables),
-                torch.from_numpy(trees).int().to(DEVICE),
-                device_inputs._replace(ngrams=absent),
-                BigramTensors.of(table, DEVICE),
-                torch.tensor(table.weights, device=DEVICE),
-                drafts,
-            )
+            without = device_inputs._replace(ngrams=absent)
+            fill(tables, table, trees, without, drafts)
             results.append(drafts[:, :4].tolist())
     assert results.count(results[0]) == 4

@@ -49,22 +49,6 @@ def check(match, token_ids: np.ndarray, ends: np.ndarray, slots, context: int) -
     return got[0].tolist()
 
 
-def test_matches_by_hand(match):
-    token_ids = np.array(
-        [
-            [1, 2, 3, 4, 5, 9, 1, 2, 3, 0],  # 1 2 3 came before
-            [7, 8, 5, 7, 8, 6, 7, 8, 0, 0],  # 7 8 came twice: the first time counts
-            [1, 2, 3, 4, 5, 6, 7, 8, 0, 0],  # nothing came before
-            [1, 2, 3, 4, 5, 6, 7, 8, 1, 9],  # one token is no match
-            [4, 4, 4, 4, 4, 4, 0, 0, 0, 0],  # overlaps itself
-            [3, 0, 0, 0, 0, 0, 0, 0, 0, 0],  # a single token
-        ]
-    )
-    ends = np.array([9, 8, 8, 9, 6, 1])
-    classes = check(match, token_ids, ends, [0, 1, 2, 3, 4, 5], 4096)
-    assert classes == [1, 1, 0, 0, 2, 0]
-
-
 def test_slots_in_any_order_and_a_window_that_is_short(match):
     rng = np.random.default_rng(0)
     for context in (4096, 40, 17, 8, 2, 1):

@@ -12,7 +12,6 @@ from tests.kernels.implementations import DEVICE, kernels, needs_triton
 from tests.kernels.trees import random_policy, random_rows, tables_of
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.layout import TreeStep
-from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 pytestmark = needs_triton
 UNTOUCHED = -7
@@ -44,23 +43,9 @@ def run(tables, trees, num_rows, query_starts, contexts, spare=3, times=1):
     return SimpleNamespace(**{k: v.cpu().numpy() for k, v in vars(out).items()})
 
 
-def test_a_mixed_batch_by_hand():
-    tree = SparseTree((0, 0), (0, 1), (1, 0, 1))
-    policy = TreePolicy((chain_tree(0, [1]), tree))
-    tables = DeviceTables.on(DEVICE, tables_of(policy))
-    # A prefill chunk, a tree, a tree cut to two rows, padding.
-    got = run(tables, [0, 1, 1, 0], [0, 5, 2, 0], [0, 3, 8, 10, 10], [4, 9, 6, 0])
-    x = UNTOUCHED
-    assert got.positions.tolist() == [4, 5, 6, 9, 10, 10, 10, 11, 6, 7, x, x, x]
-    assert got.depths.tolist() == [x, x, x, 0, 1, 1, 1, 2, 0, 1, x, x, x]
-    tree_masks = [0b1, 0b11, 0b101, 0b1001, 0b10101]
-    assert got.ancestors[:, 0].tolist() == [x] * 3 + tree_masks + [0b1, 0b11] + [x] * 3
-    assert got.starts[1:3].tolist() == [3, 8]
-    assert got.context_lens.tolist() == [0, 9, 6, 0]
-
-
-@pytest.mark.parametrize("num_rows", [None, 100, 129])
-def test_against_the_pure_layout(num_rows):
+@pytest.mark.parametrize(("num_rows", "times"), [(None, 2), (100, 1), (129, 1)])
+def test_against_the_pure_layout(num_rows, times):
+    """Trees, whole or cut, then a prefill chunk of three tokens, then padding."""
     rng = np.random.default_rng(num_rows or 0)
     core = tables_of(random_policy(rng, 3, 20), num_rows)
     tables = DeviceTables.on(DEVICE, core)
@@ -72,11 +57,16 @@ def test_against_the_pure_layout(num_rows):
     step = TreeStep(core, trees, ends - rows, rows)
     step.tree_requests = np.arange(11)  # trees of one row too
 
-    got = run(tables, trees, rows, [0, *ends], contexts)
+    end = int(ends[-1])
+    all_starts, all_contexts = [0, *ends, end + 3, end + 3], [*contexts, 4, 0]
+    requests = [*trees, 0, 0], [*rows, 0, 0], all_starts, all_contexts
+    got = run(tables, *requests, times=times)
+    assert got.positions[end:].tolist() == [4, 5, 6, *[UNTOUCHED] * 3]
     where, trees, inner = step.tree_rows()
     depths = core.depths[trees, inner]
-    assert got.starts.tolist() == step.starts.tolist()
-    assert got.context_lens.tolist() == (contexts + plain_rows).tolist()
+    assert got.starts[:11].tolist() == step.starts.tolist()
+    assert got.context_lens[:11].tolist() == (contexts + plain_rows).tolist()
+    assert got.context_lens[12] == 0
     assert got.depths[where].tolist() == depths.tolist()
     assert got.ancestors[where].tolist() == core.ancestors[trees, inner].tolist()
     roots = np.repeat(contexts + plain_rows, rows)
@@ -84,12 +74,3 @@ def test_against_the_pure_layout(num_rows):
     others = np.setdiff1d(np.arange(len(got.depths)), where)
     assert (got.depths[others] == UNTOUCHED).all()
     assert (got.ancestors[others] == UNTOUCHED).all()
-
-
-def test_placing_twice_changes_nothing():
-    core = tables_of(random_policy(np.random.default_rng(0), 2))
-    tables = DeviceTables.on(DEVICE, core)
-    rows = int(core.num_rows[2])
-    once = run(tables, [2], [rows], [0, rows], [7])
-    again = run(tables, [2], [rows], [0, rows], [7], times=2)
-    assert again.positions.tolist() == once.positions.tolist()

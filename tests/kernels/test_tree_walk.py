@@ -1,4 +1,4 @@
-"""Tree walks of Triton and C++: by hand, and the core's."""
+"""Tree walks of Triton and C++ are the core's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tests.kernels.implementations import (
     needs_triton,
 )
 from tests.kernels.trees import (
-    FIRST_SOFT_ID,
     random_drafting,
     random_policy,
     random_rows,
@@ -24,7 +23,6 @@ from tests.kernels.trees import (
 from vllm_ppd.kernels.cpu import walk_greedy_cpu
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.layout import TreeStep
-from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
 
@@ -41,34 +39,6 @@ def run(tables, trees, starts, num_rows, input_ids, sampled, sampled_starts):
     return SimpleNamespace(
         **{name: t.cpu().numpy() for name, t in result._asdict().items()}
     )
-
-
-@needs_triton
-def test_a_walk_by_hand():
-    # Root 0 with children 1 ("7") and 2 ("8"); 2 has child 3 ("9"), and one prompt
-    # token on nodes 0 and 3, two on node 2: rows 4 | 5 6 | 7.
-    tree = SparseTree((0, 0, 2), (0, 1, 0), (1, 0, 2, 1))
-    tables = tables_of(
-        TreePolicy((chain_tree(0, [2]), chain_tree(1, [1, 1]), tree)), num_rows=10
-    )
-    tables = DeviceTables.on(DEVICE, tables)
-    soft = FIRST_SOFT_ID
-    #     another  a whole tree, then two fillers                   a cut one
-    ids = [5, 5, *(4, 7, 8, 9, soft, soft, soft + 1, soft, 0, 0), *(4, 7, 8)]
-    picked = [0] * len(ids)
-    picked[1] = 3  # the other request has no drafts
-    picked[2], picked[4], picked[5] = 8, 9, 6  # down to node 3
-    picked[12], picked[14] = 8, 9  # node 2; its child was cut off
-    got = run(
-        tables, [2, 2, 2, 0], [1, 2, 12, 15], [1, 10, 3, 0], ids, picked,
-        [1, 2, 12, 15],
-    )  # fmt: skip
-    assert got.tokens.tolist() == [[3, -1, -1], [8, 9, 6], [8, 9, -1], [-1, -1, -1]]
-    assert got.num_sampled.tolist() == [1, 3, 2, 0]
-    assert got.end_nodes.tolist() == [0, 3, 2, 0]
-    assert got.paths.tolist() == [[0, 0, 0], [0, 2, 3], [0, 2, 0], [0, 0, 0]]
-    assert got.num_prompted.tolist() == [0, 1, 0, 0]
-    assert got.prompt_rows.tolist() == [[1, 1], [9, 2], [12, 12], [0, 0]]
 
 
 @needs_triton
@@ -91,7 +61,14 @@ def test_against_the_core(batch, ept):
         expected.run_greedy(picked)
         rows, counts = step.prompt_rows(expected.nodes)
 
-        got = run(tables, trees, starts, num_rows, ids, picked, step.first_nodes)
+        # Behind the requests, two that pad the batch.
+        padded = [*trees, 0, 1], [*starts, *[ids.size] * 2], [*num_rows, 0, 0]
+        first_nodes = [*step.first_nodes, *[picked.size] * 2]
+        got = run(tables, *padded, ids, picked, first_nodes)
+        assert (got.tokens[batch:] == -1).all()
+        for name, array in vars(got).items():
+            assert name == "tokens" or not array[batch:].any(), name
+        got = SimpleNamespace(**{k: array[:batch] for k, array in vars(got).items()})
         assert got.tokens.tolist() == expected.tokens_out.tolist()
         assert got.num_sampled.tolist() == expected.lengths.tolist()
         assert got.end_nodes.tolist() == expected.nodes.tolist()
@@ -101,15 +78,6 @@ def test_against_the_core(batch, ept):
         assert got.prompt_rows[present].tolist() == rows.tolist()
         roots = np.broadcast_to(starts[:, None], present.shape)
         assert (got.prompt_rows == roots)[~present].all()
-
-
-@needs_triton
-def test_padded_requests_only():
-    tables = DeviceTables.on(DEVICE, tables_of(random_policy(np.random.default_rng(0))))
-    got = run(tables, [1, 0], [8, 8], [0, 0], [0] * 8, [0] * 8, [8, 8])
-    assert (got.tokens == -1).all()
-    for name in ("num_sampled", "end_nodes", "paths", "num_prompted", "prompt_rows"):
-        assert (getattr(got, name) == 0).all(), name
 
 
 @needs_compiler
