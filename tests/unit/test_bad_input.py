@@ -122,6 +122,29 @@ def test_chats_for_a_tokenizer_without_template(workplace, capsys, command) -> N
     refused(workplace, capsys, command, "has no chat template", data=data)
 
 
+def test_prompts_to_answer(workplace, capsys, monkeypatch) -> None:
+    prompts, inside = workplace.folder / "prompts.jsonl", workplace.data / "folder"
+    flags = ("--self-distill", str(prompts), "--self-distill-tokens", "9")
+    refused(workplace, capsys, "train", "cannot be read: No such file", *flags)
+    for content, word in {
+        "": "holds no text",
+        '{"question": "a"}': 'nor "prompt"',
+        '{"text": "a"}': "line 1 is no prompt",
+        '{"messages": [{"role": "assistant", "content": "a"}]}': "is no prompt",
+        7 * '{"prompt": "a"}\n': "has 7 prompts",
+    }.items():
+        prompts.write_text(content)
+        refused(workplace, capsys, "train", word, *flags)
+    prompts.write_text(9 * '{"prompt": "a"}\n')
+    refused(workplace, capsys, "train", "cannot be written: Not a", *flags, out=inside)
+    refused(workplace, capsys, "train", "expected at least 1", *flags[:3], "0")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        refused(workplace, capsys, "train", "without accelerate launch", *flags)
+    (workplace.model / "chat_template.jinja").unlink()
+    refused(workplace, capsys, "train", "has no chat template", *flags)
+
+
 def test_answers_shorter_than_an_insertion(workplace, capsys) -> None:
     word = "4 tokens of the assistant in a row"
     refused(workplace, capsys, "train", word, data=chats(workplace, ""))

@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model-name", help="Model name to record (default: hub id or folder name).")
     add(
         "--data",
-        required=True,
         nargs="+",
+        default=[],
         metavar="TEXT",
         help='Training text: .jsonl files with {"text": ...} or {"messages": [...]} on '
         "every line, plain text files, or Hugging Face data sets (a folder or a hub "
@@ -80,6 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="Text to measure accuracy on (default: the end of the training text).",
     )
+
+    add(
+        "--self-distill",
+        metavar="PROMPTS",
+        help="Train on the model's own answers to the prompts of a data set or .jsonl "
+        'file: {"prompt": ...}, {"turns": [...]} or {"messages": [...]} on every line. '
+        "A vLLM engine writes them into the output folder; a stopped run goes on.",
+    )
+    text = "Most tokens of such an answer (default: 256)."
+    add("--self-distill-tokens", type=int, default=256, help=text)
 
     group = parser.add_argument_group("output")
     add = group.add_argument
@@ -135,29 +145,36 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar
 
+    from vllm_ppd.cli.self_distillation import self_distill
     from vllm_ppd.train.job import TrainJob
     from vllm_ppd.train.trainer import Interrupted, Schedule
 
     # Its bar for loading weights would be the longest output of a short run.
     disable_progress_bar()
+    if not (args.data or args.self_distill):
+        raise ValueError("there is no text to train on; give --data or --self-distill")
+    job = TrainJob(
+        model=args.model,
+        data=args.data,
+        out=args.out,
+        settings=TrainSettings(**{n: getattr(args, n) for n in _SETTINGS}),
+        held_out=args.held_out,
+        model_name=args.model_name,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        cpu=args.cpu,
+        schedule=Schedule(
+            evaluations=args.evaluations,
+            evaluation_sequences=args.evaluation_sequences,
+            checkpoint_every=args.checkpoint_every,
+        ),
+        quiet=args.quiet,
+    )
+    if args.self_distill:
+        job.check_folder()
+        job = dataclasses.replace(job, data=[*args.data, self_distill(args)])
     try:
-        result = TrainJob(
-            model=args.model,
-            data=args.data,
-            out=args.out,
-            settings=TrainSettings(**{n: getattr(args, n) for n in _SETTINGS}),
-            held_out=args.held_out,
-            model_name=args.model_name,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            cpu=args.cpu,
-            schedule=Schedule(
-                evaluations=args.evaluations,
-                evaluation_sequences=args.evaluation_sequences,
-                checkpoint_every=args.checkpoint_every,
-            ),
-            quiet=args.quiet,
-        ).run()
+        result = job.run()
     except Interrupted as stop:
         print(f"{stop}; continue with --resume", file=sys.stderr)
         return 130

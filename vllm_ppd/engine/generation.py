@@ -1,4 +1,4 @@
-"""Requests run one at a time on a vLLM engine, with the tokens and time of each step.
+"""Requests on a vLLM engine: one with tokens and time of each step, or many at once.
 
 vLLM is imported where an engine starts: whoever only reads results does without it.
 """
@@ -113,6 +113,21 @@ class Engine:
                 if new.token_ids
             )
         )
+
+    def answer(
+        self, prompts: list[tuple[str, float]], max_tokens: int
+    ) -> list[tuple[str, int]]:
+        """Texts, special tokens kept, and token counts for prompts and temperatures."""
+        from vllm import SamplingParams
+
+        kept = {"skip_special_tokens": False, "include_stop_str_in_output": True}
+        params = {"max_tokens": max_tokens, **kept}
+        sampling = [SamplingParams(temperature=t, **params) for _, t in prompts]
+        encode = self.tokenizer.encode
+        ids = [encode(text, add_special_tokens=False) for text, _ in prompts]
+        inputs = [{"prompt_token_ids": each} for each in ids]
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        return [(o.outputs[0].text, len(o.outputs[0].token_ids)) for o in outputs]
 
     def _split(self, ids: Sequence[int], text: str) -> tuple[str, str]:
         """A step's text as (accepted draft tokens, the model's own token)."""

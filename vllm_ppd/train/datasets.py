@@ -133,7 +133,7 @@ def _write(
             if content is None:
                 raise TrainingError(
                     f"row {number} of data set {name} has the columns {list(row)}; "
-                    'expected "text", "messages" or "conversations"'
+                    'expected "text", "messages", "conversations" or "prompt"'
                 )
             key = "text" if isinstance(content, str) else "messages"
             line = json.dumps({key: content}, ensure_ascii=False) + "\n"

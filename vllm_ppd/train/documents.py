@@ -2,8 +2,9 @@
 
 Files ending in .jsonl hold one JSON object a line: {"text": ...}, or {"messages":
 [{"role": ..., "content": ...}, ...]}, or a chat as ShareGPT has it, {"conversations":
-[{"from": ..., "value": ...}, ...]}. Any other file is plain text, cut at line ends into
-documents of some 64 kB.
+[{"from": ..., "value": ...}, ...]}, or a prompt without an answer, {"prompt": ...} or
+{"turns": [...]}. Any other file is plain text, cut at line ends into documents of some
+64 kB.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from vllm_ppd.train.settings import TrainingError
 
 __all__ = [
+    "RENDERED",
     "Document",
     "content_of",
     "find_documents",
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 
+RENDERED = "rendered"
+"""Role of what the chat template made of all messages before the model's answer."""
 _PLAIN_BYTES = 1 << 16
 # Names of the two speakers in ShareGPT's data, the paper's training text.
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -62,7 +66,7 @@ class Document:
         if content is None:
             raise TrainingError(
                 f'{self.place} has neither "text" (a string) nor "messages" (a list of '
-                "objects with a role); expected one of them on every line"
+                'objects with a role), nor "prompt"; expected one of them on every line'
             )
         return content
 
@@ -80,7 +84,11 @@ def content_of(record: Mapping[str, Any]) -> str | list[dict[str, Any]] | None:
         return messages
     turns: Any = record.get("conversations")
     if not (_has_strings(turns, "from") and _has_strings(turns, "value")):
-        return None
+        # Of several turns without answers, the first.
+        prompt = record.get("prompt", record.get("turns"))
+        prompt = prompt[0] if isinstance(prompt, list) and prompt else prompt
+        known = isinstance(prompt, str)
+        return [{"role": "user", "content": prompt}] if known else None
     messages = [
         {"role": _SHAREGPT_ROLES.get(t["from"], t["from"]), "content": t["value"]}
         for t in turns
@@ -156,15 +164,19 @@ def _blocks(file: Iterable[bytes]) -> Iterator[tuple[int, int, int]]:
 
 
 def render_chat(
-    messages: list[dict[str, Any]], tokenizer: Any
+    messages: list[dict[str, Any]], tokenizer: Any, *, answer_next: bool = False
 ) -> tuple[str, list[tuple[int, int]]] | None:
     """The conversation as the tokenizer's chat template has it, and assistant spans.
 
     A span is (first, last + 1) in characters: what the model writes in that turn, its
     end-of-turn mark included. None when the template rewrites earlier turns as a
-    conversation grows (some drop the reasoning), so that spans cannot be told. Raises
+    conversation grows (some drop the reasoning), so that spans cannot be told. With
+    `answer_next` the text ends where the model's next answer begins. Raises
     TrainingError without a chat template or when the template refuses the messages.
     """
+    if messages and messages[0]["role"] == RENDERED:
+        text = "".join(message["content"] for message in messages)
+        return text, [(len(messages[0]["content"]), len(text))]
     if getattr(tokenizer, "chat_template", None) is None:
         raise TrainingError(
             "the data has chat messages, but this model's tokenizer has no chat "
@@ -172,7 +184,7 @@ def render_chat(
         )
     render = tokenizer.apply_chat_template
     try:
-        text = render(messages, tokenize=False)
+        text = render(messages, tokenize=False, add_generation_prompt=answer_next)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":

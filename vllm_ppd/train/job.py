@@ -78,7 +78,7 @@ class TrainJob:
         or folder, before the training if possible; Interrupted when asked to stop.
         """
         folder = Path(self.out)
-        self._check_folder(folder)
+        self.check_folder()
         accelerator = Accelerator(cpu=self.cpu)
         quiet = self.quiet or not accelerator.is_main_process
         base, model_folder = located_model(self.model, self.model_name)
@@ -168,7 +168,9 @@ class TrainJob:
                 f"{self.out} cannot be made: {error.strerror}; choose another folder"
             ) from error
 
-    def _check_folder(self, folder: Path) -> None:
+    def check_folder(self) -> None:
+        """Raise a ValueError subclass for an output folder that is in use."""
+        folder = Path(self.out)
         check_destination(folder, overwrite=self.overwrite)
         checkpoint = folder / CHECKPOINT_FILE
         if checkpoint.exists() and not (self.resume or self.overwrite):

@@ -1,0 +1,65 @@
+"""Answers to train on: which prompts are asked, and what a stopped run leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("accelerate")
+
+from vllm_ppd.cli import self_distillation
+from vllm_ppd.cli.self_distillation import read_prompts, write_answers
+from vllm_ppd.train.data import read_stream
+
+
+class FakeEngine:
+    """Answers with the temperature, until it is stopped after some batches."""
+
+    def __init__(self, batches: int = 9) -> None:
+        self.batches, self.calls = batches, []
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        self.calls.append(method)
+        if method == "start":
+            return None
+        if self.calls.count("answer") > self.batches:
+            raise KeyboardInterrupt
+        return [(f"said at {heat}<end>", 9) for _, heat in arguments[0]]
+
+
+@pytest.mark.parametrize("cut", [0, 7])
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch, tokenizer, cut) -> None:
+    monkeypatch.setattr(self_distillation, "BATCH", 4)
+    prompts = [f"<user>question {i}\n<assistant>" for i in range(10)]
+    path, engine = tmp_path / "data" / "answers.jsonl", FakeEngine()
+    with pytest.raises(KeyboardInterrupt):
+        write_answers(path, prompts, 5, FakeEngine(batches=1))
+    content = path.read_bytes()
+    assert content.count(b"\n") == 4
+    path.write_bytes(content[: len(content) - cut])
+    write_answers(path, prompts, 5, engine)
+    write_answers(path, prompts, 5, engine)  # nothing is left to do
+    assert engine.calls == ["start", "answer", "answer"]
+
+    stream = read_stream([path], tokenizer, max_tokens=999, least_tokens=1)
+    assert sorted(tokenizer.decode(stream.tokens).split("<user>")[1:]) == [
+        f"question {i}\n<assistant>said at {(0.0, 0.7, 1.0)[i % 3]}<end>"
+        for i in range(10)
+    ]
+    # The mark at the end is one token; insertions take place in answers alone.
+    assert (stream.tokens == 0).sum() == 10
+    answers = tokenizer.decode(stream.tokens[stream.allowed])
+    assert answers.count("said at") == 10 and "<" not in answers.replace("<end>", "")
+
+
+def test_forms_of_prompts(tmp_path: Path, tokenizer) -> None:
+    user, said = ({"role": r, "content": "hi"} for r in ("user", "assistant"))
+    chat, long = [{"from": "human", "value": "hi"}], {"prompt": "too long" * 9}
+    lines: list[Any] = [{"prompt": "hi"}, {"turns": ["hi", "and then?"]}, long]
+    lines += [{"messages": [user, said, user]}, {"conversations": chat, "prompt": "a"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(2 * "".join(json.dumps(line) + "\n" for line in lines))
+    assert read_prompts(path, tokenizer, 40) == 8 * ["<user>hi\n<assistant>"]
