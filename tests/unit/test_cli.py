@@ -48,8 +48,8 @@ def command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     module = types.ModuleType("probe_command")
     module.add_arguments = lambda parser: None  # type: ignore[attr-defined]
     module.run = run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "probe_command", module)
-    entry = main.Command("probe_command", "probes", "vllm-ppd probe")
+    monkeypatch.setitem(sys.modules, "vllm_ppd.cli.probe", module)
+    entry = main.Command("probes", "vllm-ppd probe")
     monkeypatch.setitem(main.COMMANDS, "probe", entry)
 
 

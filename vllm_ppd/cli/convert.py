@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+from vllm_ppd.hub import resolve_path
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint, PromptTokensError
+from vllm_ppd.prompt_tokens.peft import is_peft_checkpoint
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,10 +56,6 @@ def convert(
         FormatError, PromptTokensError: input that cannot be read, does not fit the
             model, or would be overwritten.
     """
-    from vllm_ppd.hub import resolve_path
-    from vllm_ppd.prompt_tokens.peft import is_peft_checkpoint
-    from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError
-
     target = Path(destination).expanduser()
     folder = resolve_path(source)
     prompts = PromptTokens.load(folder)
@@ -93,9 +90,6 @@ def convert(
 
 
 def _fingerprint(model: str) -> BaseModelFingerprint:
-    from vllm_ppd.hub import resolve_path
-    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
-
     is_folder = Path(model).expanduser().is_dir()
     # Without the weights, unless the hub's cache has them: they are large, and only a
     # part of one tensor would be read.

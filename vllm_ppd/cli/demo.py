@@ -17,14 +17,20 @@ import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from rich.console import Console
+
+from vllm_ppd.cli.demo_view import Comparison, replay, summary, verdict
+from vllm_ppd.cli.engines import (
+    EngineProcess,
+    Generation,
+    cpu_dtype,
+    engine_processes,
+)
 from vllm_ppd.hub import resolve_path
 from vllm_ppd.train.documents import find_documents
-
-if TYPE_CHECKING:
-    from vllm_ppd.cli.demo_view import Comparison
-    from vllm_ppd.cli.engines import EngineProcess, Generation
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "demo_model" / "model"
@@ -152,10 +158,6 @@ def _excerpt(text: str) -> str | None:
 
 def engine_settings(args: argparse.Namespace, model: str) -> tuple[dict, list[str]]:
     """Arguments of `vllm.LLM` that suit this machine, and a note on each choice."""
-    import torch
-
-    from vllm_ppd.cli.engines import cpu_dtype
-
     settings: dict[str, Any] = {
         "model": model,
         "dtype": args.dtype,
@@ -196,8 +198,6 @@ def _lacks_compiler() -> str | None:
 
 def start(engines: Sequence[EngineProcess]) -> str:
     """Start all engines; returns their data type."""
-    import torch
-
     if torch.cuda.is_available():
         # One after another, as each measures how much memory is free.
         return [engine.call("start") for engine in engines][-1]
@@ -215,8 +215,6 @@ def measure(
     rounds: int,
 ) -> list[Comparison]:
     """Time all prompts with each engine in turn, `rounds` times."""
-    from vllm_ppd.cli.demo_view import Comparison
-
     written: list[list[list[Generation]]] = [[[] for _ in ids] for _ in pair]
     for _ in range(rounds):
         for engine, texts in zip(pair, written, strict=True):
@@ -231,11 +229,6 @@ def measure(
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when both engines ran, whatever the comparison says."""
-    from rich.console import Console
-
-    from vllm_ppd.cli.demo_view import replay, summary, verdict
-    from vllm_ppd.cli.engines import engine_processes
-
     model, prompt_tokens = check(args)
     prompts = args.prompt or excerpts(TEXTS, args.num_prompts)
     if isinstance(sys.stdout, io.TextIOWrapper):

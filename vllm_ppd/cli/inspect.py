@@ -7,12 +7,18 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from rich.console import Console
+from rich.table import Table
 
-    from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.hub import resolve_path
+from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint, PromptTokensError
+from vllm_ppd.prompt_tokens.peft import is_peft_checkpoint
+from vllm_ppd.prompt_tokens.tokens import FORMAT_VERSION, PromptTokens, tensor_file
+from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
+from vllm_ppd.trees.bigram import BIGRAM_FILE
+from vllm_ppd.trees.menu import MENU_FILE, load_menus
 
 TRAINING_FILE = "training.json"
 
@@ -43,13 +49,6 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
     prompt tokens do not fit `model`. Raises ValueError if `path` has no readable prompt
     tokens, or if there is no such model.
     """
-    from vllm_ppd.hub import resolve_path
-    from vllm_ppd.prompt_tokens.peft import is_peft_checkpoint
-    from vllm_ppd.prompt_tokens.tokens import FORMAT_VERSION, PromptTokens, tensor_file
-    from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
-    from vllm_ppd.trees.bigram import BIGRAM_FILE
-    from vllm_ppd.trees.menu import MENU_FILE, load_menus
-
     folder = resolve_path(path)
     prompts = PromptTokens.load(folder)
     problems: list[str] = []
@@ -88,9 +87,6 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
 
 
 def _fits(prompts: PromptTokens, model: str, problems: list[str]) -> dict[str, Any]:
-    from vllm_ppd.hub import resolve_path
-    from vllm_ppd.prompt_tokens.tokens import BaseModelFingerprint, PromptTokensError
-
     fingerprint = BaseModelFingerprint.of_folder(resolve_path(model), name=model)
     hashes = (prompts.base.embedding_sha256, fingerprint.embedding_sha256)
     try:
@@ -114,8 +110,6 @@ def _training(path: Path) -> dict[str, Any]:
 
 
 def _acceptance(path: Path, num_prompt_tokens: int) -> dict[str, Any]:
-    from vllm_ppd.search.acceptance import AcceptanceModel
-
     table = AcceptanceModel.load(path, num_prompt_tokens).marginal
     sums = table.cumsum(axis=1)
     return {
@@ -136,9 +130,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(description: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console(highlight=False)
     facts = Table(title=f"prompt tokens in {description['path']}", show_header=False)
     facts.add_column(style="dim")
@@ -210,8 +201,6 @@ def _training_facts(description: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _accuracies(title: str, rows: list[tuple[str, list, list]]) -> Table:
     """Top-1 and top-10 accuracy per distance."""
-    from rich.table import Table
-
     table = Table(title=f"{title} (top-1 / top-10)")
     table.add_column("against")
     for distance in range(1, 1 + max((len(top1) for _, top1, _ in rows), default=0)):

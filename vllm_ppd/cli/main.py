@@ -1,7 +1,7 @@
 """The command `vllm-ppd`: runs a subcommand and prints its errors as sentences.
 
-A subcommand is a module with `add_arguments(parser)` and `run(args) -> int`. Only
-the selected one is imported, so that `vllm-ppd --help` answers at once.
+A subcommand is a module of its name, with `add_arguments(parser)` and `run(args) ->
+int`. Only the selected one is imported, so that `vllm-ppd --help` answers at once.
 """
 
 from __future__ import annotations
@@ -24,44 +24,36 @@ __all__ = ["main"]
 class Command:
     """The help of a subcommand that is not imported."""
 
-    module: str
     summary: str
     example: str
 
 
 COMMANDS = {
     "demo": Command(
-        "vllm_ppd.cli.demo",
         "compare a model with and without PPD, side by side",
         "vllm-ppd demo --max-tokens 200",
     ),
     "inspect": Command(
-        "vllm_ppd.cli.inspect",
         "show the contents of a prompt-token folder and check that it fits a model",
         "vllm-ppd inspect trained_prompts/demo --model demo_model/model",
     ),
     "train": Command(
-        "vllm_ppd.cli.train",
         "train prompt tokens for a model",
         "vllm-ppd train --model MODEL --data TEXTS.jsonl --out PATH --minutes 15",
     ),
     "calibrate": Command(
-        "vllm_ppd.cli.calibrate",
         "measure the acceptance of prompt tokens and search the trees to serve",
         "vllm-ppd calibrate PATH --model MODEL --data HELD_OUT.jsonl",
     ),
     "profile": Command(
-        "vllm_ppd.cli.profile",
         "measure how long decode steps of a model take on this machine",
         "vllm-ppd profile MODEL PATH --out profile.json",
     ),
     "tree": Command(
-        "vllm_ppd.cli.tree",
         "show the trees that prompt tokens are served with, and their expected speed",
         "vllm-ppd tree trained_prompts/demo",
     ),
     "convert": Command(
-        "vllm_ppd.cli.convert",
         "convert prompt tokens from the paper authors' PEFT layout, or into it",
         "vllm-ppd convert hmarkc/ppd-vicuna-7b-v1.3 PATH --model lmsys/vicuna-7b-v1.3",
     ),
@@ -107,7 +99,7 @@ def _parser(selected: str | None) -> argparse.ArgumentParser:
             help="Show the traceback of an error.",
         )
         if name == selected:
-            module = importlib.import_module(command.module)
+            module = importlib.import_module(f"vllm_ppd.cli.{name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     return parser

@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from vllm_ppd.cli.engines import engine_processes
-
-if TYPE_CHECKING:
-    from vllm_ppd.search.latency import LatencyProfile
+from vllm_ppd.hub import resolve_path
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.search.latency import LatencyProfile, cache_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,12 +91,6 @@ def _check_target(name: str | None, overwrite: bool) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0. Raises ValueError for unusable input, EngineFailedError else."""
-    from rich.console import Console
-
-    from vllm_ppd.hub import resolve_path
-    from vllm_ppd.prompt_tokens.tokens import PromptTokens
-    from vllm_ppd.search.latency import LatencyProfile, cache_file
-
     settings = engine_settings(args)
     _check_target(args.out, args.overwrite)
     # A name that leads nowhere should not cost an engine's start.
@@ -121,10 +118,8 @@ def _report(settings: dict[str, Any]) -> dict[str, Any]:
         return engine.call("report")
 
 
-def profile_table(profile: LatencyProfile) -> Any:
+def profile_table(profile: LatencyProfile) -> Table:
     """Milliseconds of a step: a line per load, a column per row count."""
-    from rich.table import Table
-
     table = Table(box=None, padding=(0, 1), header_style="dim")
     table.add_column("requests", justify="right", style="dim")
     for count in profile.rows:

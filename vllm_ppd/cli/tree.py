@@ -6,19 +6,23 @@ import argparse
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
 
+from vllm_ppd.config import PPDConfig
+from vllm_ppd.hub import resolve_path
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
 from vllm_ppd.search.latency import LatencyProfile, expected_speedup
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.tree import Tree
-
-    from vllm_ppd.prompt_tokens.tokens import PromptTokens
-    from vllm_ppd.search.policy_iteration import TreeFigures
-    from vllm_ppd.trees.menu import MenuEntry, TreeMenu
+from vllm_ppd.search.menu_search import acceptance_for, menu_for
+from vllm_ppd.search.policy_iteration import TreeFigures, entry_figures
+from vllm_ppd.trees.bigram import BIGRAM_FILE
+from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 
 # Numbers of running requests for which speeds are shown.
 _LOADS = (1, 4, 16, 64)
@@ -73,15 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0. Raises ValueError subclasses for unusable input."""
-    import torch
-    from rich.console import Console
-
-    from vllm_ppd.config import PPDConfig
-    from vllm_ppd.hub import resolve_path
-    from vllm_ppd.prompt_tokens.tokens import PromptTokens
-    from vllm_ppd.search.menu_search import acceptance_for, menu_for
-    from vllm_ppd.search.policy_iteration import entry_figures
-
     config = PPDConfig(
         args.path, args.max_draft_tokens, args.tree, args.profile or "none"
     )
@@ -118,13 +113,8 @@ def run(args: argparse.Namespace) -> int:
             (tree for tree in figures if tree.match_class == match_class),
             key=lambda tree: tree.share * (tree.acceptance_length - 1),
         )
-        for part in (
-            _title(entry, main, menu.num_classes > 1),
-            "",
-            text_tree(main),
-            "",
-        ):
-            console.print(part)
+        console.print(f"{_title(entry, main, menu.num_classes > 1)}\n")
+        console.print(text_tree(main), "")
     console.print(_LEGEND.strip())
     return 0
 
@@ -154,12 +144,6 @@ def _facts(
     device: str,
     profile: LatencyProfile | None,
 ) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
-    from vllm_ppd.trees.bigram import BIGRAM_FILE
-
     sources = [_counted(prompts.num_prompt_tokens, "prompt token")]
     if prompts.num_ept > 1:
         sources[0] += f" of {prompts.num_ept} EPT"
@@ -192,8 +176,6 @@ def _facts(
 
 def menu_table(menu: TreeMenu, profile: LatencyProfile | None) -> Table:
     """One row per entry; with a profile, one column of speeds per load."""
-    from rich.table import Table
-
     loads = _LOADS if profile is not None else ()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     heads = ["draft\nlength", "rows\nper step", "acceptance\nlength"]
@@ -243,14 +225,11 @@ def text_tree(figures: TreeFigures) -> Tree:
     With an n-gram match, rank 0 below the root, and below each such node, is the n-gram
     draft's token.
     """
-    from rich.tree import Tree
-
     tree, reached = figures.tree, figures.reached
+    on_ngram = [figures.match_class > 0 and on_path for on_path in tree.ngram_path]
     children: list[list[int]] = [[] for _ in range(tree.num_nodes)]
-    on_ngram = [figures.match_class > 0] + [False] * (tree.num_nodes - 1)
     for node, parent in enumerate(tree.parents, start=1):
         children[parent].append(node)
-        on_ngram[node] = on_ngram[parent] and tree.ranks[node - 1] == 0
 
     def kind(node: int) -> tuple[int, bool, int]:
         # Nodes with children are told apart by their number.
