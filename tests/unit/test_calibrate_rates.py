@@ -12,9 +12,7 @@ from vllm_ppd.calibrate import rates as rates_module
 from vllm_ppd.calibrate.counts import (
     WEIGHTS,
     AcceptanceCounts,
-    NgramMatches,
 )
-from vllm_ppd.calibrate.measure import _places
 from vllm_ppd.calibrate.rates import (
     StepPoints,
     Steps,
@@ -61,20 +59,12 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
         return rates_module.settled_acceptance(points, *limits)
 
     monkeypatch.setattr(counts_module, "settled_acceptance", settled)
-    matches = NgramMatches.of(Continuation(torch.from_numpy(tokens), written, None))
-    # A run in any order, and logits in pieces.
+    counts.begin(Continuation(torch.from_numpy(tokens), written, None))
+    # A run in any order, and in pieces.
     order = np.roll(np.arange(len(places)), 20)
-    sequence, target = sequence[order, 0], target[order]
-    shuffled = logits.view(-1, M, VOCABULARY)[order].flatten(0, 1)
-    parts = [
-        _places(counts, matches, shuffled[index].float(), sequence, target, index)
-        for index in np.split(np.arange(len(shuffled)), range(7, len(shuffled), 7))
-    ]
-    prompted, beside = (
-        np.concatenate(each, axis=1).reshape(-1, *target.shape)
-        for each in zip(*parts, strict=True)
-    )
-    counts.add(matches, sequence.numpy(), target.numpy(), prompted, beside)
+    rows = logits.view(-1, M, VOCABULARY).float()
+    for index in np.split(order, range(7, len(order), 7)):
+        counts.add(rows[index], sequence[index, 0].numpy(), target[index].numpy())
     marginal = np.full((M, K), 0.1)
     acceptance, weights = counts.settled(marginal)
     assert (acceptance.marginal == marginal).all()

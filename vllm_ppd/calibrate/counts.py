@@ -102,49 +102,39 @@ class AcceptanceCounts:
         self.num_ranks, self._num_ept = num_ranks, num_ept
         self._bigram = None if table is None else BigramTensors.of(table)
         self._weights = WEIGHTS if table else (0.0,)
-        self._num_prompt_tokens, self._num_texts = num_prompt_tokens, 0
+        self._num_prompt_tokens = num_prompt_tokens
+        self._first_text, self._num_texts = 0, 0
         self._points: list[StepPoints] = []
 
-    def ranks(
-        self, logits: torch.Tensor, parents: np.ndarray, truth: np.ndarray, *wrong: Any
-    ) -> np.ndarray:
-        """int64 [W, n]: rank of the true tokens with each weight; K if the list
-        lacks it.
-
-        Args:
-            logits: float32 [n, V] of prompt rows.
-            parents, truth: [n] true tokens, of each row's own position and after it.
-            wrong: [n] tokens to leave out of the lists, or -1.
-        """
-        excluded = [torch.from_numpy(each) for each in wrong]
-        tokens, logits = torch.from_numpy(parents), logits.cpu()
-        lists = [
-            rank_children(
-                logits, tokens, self._bigram, weight, self.num_ranks, *excluded
-            )
-            for weight in self._weights
-        ]
-        return np.stack([_rank_in(ids.numpy(), truth) for ids in lists])
+    def begin(self, continuation: Continuation) -> None:
+        """Turn to another batch of texts."""
+        self._matches = NgramMatches.of(continuation)
+        self._first_text = self._num_texts
+        self._num_texts += len(self._matches.tokens)
 
     def add(
-        self,
-        matches: NgramMatches,
-        sequence: np.ndarray,
-        target: np.ndarray,
-        prompted: np.ndarray,
-        beside: np.ndarray,
+        self, logits: torch.Tensor, sequence: np.ndarray, target: np.ndarray
     ) -> None:
-        """Add all points of a batch of texts.
+        """Add points of the batch that was begun.
 
         Args:
-            matches: the texts.
+            logits: float32 [V, m, vocabulary] of the prompt rows.
             sequence: [V] text of each point.
             target: [V, m] rows p + 1 .. p + m, of which the first is the next root.
-            prompted: [W, V, m] `ranks` of the prompt rows.
-            beside: [W, V, m] the same without the n-gram draft's wrong token; K where
-                that is not at this depth.
         """
-        roots = target[:, 0]
+        matches, roots, logits = self._matches, target[:, 0], logits.cpu()
+        parents = matches.tokens[sequence[:, None], target]
+        truth = matches.tokens[sequence[:, None], target + 1]
+        left_out = matches.wrong_drafts(sequence, target)
+        prompted = self._ranks(logits, parents, truth)
+        beside = np.full_like(prompted, self.num_ranks)
+        failed = left_out >= 0
+        beside[:, failed] = self._ranks(
+            logits[torch.from_numpy(failed)],
+            parents[failed],
+            truth[failed],
+            left_out[failed],
+        )
         then = roots[:, None] + np.arange(1, max_advance(self._num_prompt_tokens) + 1)
         # The last m tokens of a text are the root of no point: after it another text
         # begins, where matches are rare.
@@ -158,7 +148,7 @@ class AcceptanceCounts:
         unprompted = self._unprompted(matches.tokens, sequence, last_right, wrong)
         self._points.append(
             StepPoints(
-                text=self._num_texts + sequence,
+                text=self._first_text + sequence,
                 root=roots,
                 # The first point of a text has the second token of its own as root.
                 fresh=roots == matches.first[sequence] + 1,
@@ -174,7 +164,26 @@ class AcceptanceCounts:
                 beside_unprompted=np.where(wrong >= 0, unprompted, self.num_ranks),
             )
         )
-        self._num_texts += len(matches.tokens)
+
+    def _ranks(
+        self, logits: torch.Tensor, parents: np.ndarray, truth: np.ndarray, *wrong: Any
+    ) -> np.ndarray:
+        """int64 [W, ...]: rank of the true tokens with each weight; K if the list
+        lacks it.
+
+        Args:
+            logits: float32 [..., vocabulary] of prompt rows.
+            parents, truth: [...] true tokens, of each row's own position and after it.
+            wrong: [...] tokens to leave out of the lists, or -1.
+        """
+        rows, tokens = logits.flatten(0, -2), torch.from_numpy(parents.ravel())
+        excluded = [torch.from_numpy(each) for each in wrong]
+        lists = [
+            rank_children(rows, tokens, self._bigram, weight, self.num_ranks, *excluded)
+            for weight in self._weights
+        ]
+        found = [_rank_in(ids.numpy(), truth.ravel()) for ids in lists]
+        return np.stack(found).reshape(len(found), *truth.shape)
 
     def _unprompted(
         self, tokens: np.ndarray, rows: np.ndarray, parents: np.ndarray, wrong: Any

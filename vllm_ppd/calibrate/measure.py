@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vllm_ppd.calibrate.counts import AcceptanceCounts, NgramMatches
+from vllm_ppd.calibrate.counts import AcceptanceCounts
 from vllm_ppd.calibrate.settings import CalibrationSettings
 from vllm_ppd.train.continuation import Continuation, continue_prompts
 from vllm_ppd.train.data import TokenStream, prompt_starts
@@ -176,69 +176,35 @@ def _measure_batch(
 ) -> Measurement:
     """All points of a batch; `prompt` counts from the batch's first."""
     m, e, _ = embeddings.shape
-    ranks, owners, targets = [], [], []
-    places: list[tuple[np.ndarray, np.ndarray]] = []
-    matches = None if counts is None else NgramMatches.of(continuation)
-    step = max(1, _ROWS_AT_ONCE // (m * e))
-    for first in range(0, insertion.points.shape[1], step):
-        columns = slice(first, first + step)
-        part = replace(
-            insertion,
-            points=insertion.points[:, columns],
-            valid=insertion.valid[:, columns],
-        ).to(model.device)
+    if counts is not None:
+        counts.begin(continuation)
+    ranks, owners = [], []
+    at_once = max(1, _ROWS_AT_ONCE // (m * e))
+    chunk = max(1, _CHUNK_ELEMENTS // (model.vocab_size * m * e))
+    for points, valid in zip(
+        insertion.points.split(at_once, dim=1),
+        insertion.valid.split(at_once, dim=1),
+        strict=True,
+    ):
+        part = replace(insertion, points=points, valid=valid).to(model.device)
         rows = model.prompt_rows(embeddings, part, continuation.ordinary)
         # Without these rows the cache serves the next points.
         continuation.ordinary.cache.crop(-rows.shape[1])
-        sequence, target = part.target_index()
-        # Ordinary row p + d, which prompt token d stands in for, predicts p + d + 1.
-        truth = continuation.tokens[sequence, target + 1].flatten()
-        hidden = part.split_points(rows).flatten(0, 1)
-        owners.append(sequence[:, 0].cpu())
-        targets.append(target.cpu())
-        at = np.arange(len(truth))
-        # Ensembles average their logits, as the engine does.
-        chunk = max(1, _CHUNK_ELEMENTS // (model.vocab_size * e))
-        for index in np.split(at, range(chunk, len(at), chunk)):
-            logits = model.logits(hidden[index]).mean(dim=1)
-            ranks.append(token_rank(logits, truth[index]).cpu())
-            if counts is not None and matches is not None:
-                places.append(
-                    _places(counts, matches, logits, owners[-1], targets[-1], index)
-                )
-    sequences, all_targets = torch.cat(owners), torch.cat(targets)
-    if counts is not None and matches is not None:
-        prompted, beside = (
-            np.concatenate(parts, axis=1).reshape(-1, *all_targets.shape)
-            for parts in zip(*places, strict=True)
-        )
-        counts.add(matches, sequences.numpy(), all_targets.numpy(), prompted, beside)
-    return Measurement(torch.cat(ranks).view(-1, m), sequences)
-
-
-def _places(
-    counts: AcceptanceCounts,
-    matches: NgramMatches,
-    logits: torch.Tensor,
-    owners: torch.Tensor,
-    targets: torch.Tensor,
-    index: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """`prompted` and `beside` of `AcceptanceCounts.add`, [W, n], for the predictions
-    `index` [n] of points with `owners` [V] and `targets` [V, m]."""
-    point, distance = np.divmod(index, targets.shape[1])
-    rows, target = owners.numpy()[point], targets.numpy()[point]
-    at = target[np.arange(len(index)), distance]
-    parents, truth = matches.tokens[rows, at], matches.tokens[rows, at + 1]
-    wrong = matches.wrong_drafts(rows, target)[np.arange(len(index)), distance]
-    prompted = counts.ranks(logits, parents, truth)
-    beside = np.full_like(prompted, counts.num_ranks)
-    failed = np.flatnonzero(wrong >= 0)
-    if len(failed):
-        beside[:, failed] = counts.ranks(
-            logits[failed], parents[failed], truth[failed], wrong[failed]
-        )
-    return prompted, beside
+        sequences, targets = part.target_index()
+        hidden = part.split_points(rows)
+        for first in range(0, len(hidden), chunk):
+            piece = slice(first, first + chunk)
+            sequence, target = sequences[piece], targets[piece]
+            # Ensembles average their logits, as the engine does.
+            logits = model.logits(hidden[piece]).mean(dim=2)
+            # Row p + d, which prompt token d stands in for, predicts p + d + 1.
+            truth = continuation.tokens[sequence, target + 1]
+            rank = token_rank(logits.flatten(0, 1), truth.flatten())
+            ranks.append(rank.view(-1, m).cpu())
+            owners.append(sequence[:, 0].cpu())
+            if counts is not None:
+                counts.add(logits, owners[-1].numpy(), target.cpu().numpy())
+    return Measurement(torch.cat(ranks), torch.cat(owners))
 
 
 def _wilson_half_width(rate: float, points: float, z: float = 1.96) -> float:
