@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_ppd.files import FormatError, check_keys
 from vllm_ppd.trees.tree import MAX_ROWS
 
 METHOD = "ppd"
@@ -127,12 +127,10 @@ class PPDConfig:
         if isinstance(model, str):
             model = model.removeprefix(MODEL_PREFIX)
         keys = [field.name for field in dataclasses.fields(cls)][1:]
-        for key in values:
-            if key not in keys:
-                close = difflib.get_close_matches(key, keys, 1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
-                raise PPDConfigError(
-                    f"speculative_config has {key!r}, which method 'ppd' does not "
-                    f"have{hint}; it takes 'model', {', '.join(map(repr, keys))}"
-                )
+        try:
+            check_keys(values, (), keys)
+        except FormatError as error:
+            raise PPDConfigError(
+                f"speculative_config of method 'ppd' has an {error}"
+            ) from error
         return cls(path=model, **values)

@@ -21,8 +21,6 @@ _OLD_MODEL_FILES = (*_MODEL_FILES, "pytorch_model*.bin")
 
 def resolve_path(
     path_or_hub_id: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
     allow_patterns: Sequence[str] = _PROMPT_FILES,
 ) -> Path:
     """Return the local folder of `path_or_hub_id`, fetching it from the hub if need be.
@@ -30,7 +28,7 @@ def resolve_path(
     An existing folder always wins over a repository of the same name. Only files that
     match `allow_patterns` are fetched. Raises FormatError for a file, for a
     name that can be neither, and for every failure of the hub (offline, no such
-    repository or revision, no permission).
+    repository, no permission).
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
@@ -54,15 +52,12 @@ def resolve_path(
             "the package huggingface_hub: pip install huggingface_hub"
         ) from error
     try:
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=list(allow_patterns)
-        )
+        folder = snapshot_download(name, allow_patterns=list(allow_patterns))
     # huggingface_hub raises many unrelated types (HTTP, OS, validation, offline).
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        at = f" at revision {revision!r}" if revision else ""
         raise FormatError(
-            f"there is no folder {name!r}, and the hub repository of that name{at} "
+            f"there is no folder {name!r}, and the hub repository of that name "
             f"could not be fetched ({type(error).__name__}: {reason.rstrip('.')}); "
             "check the name and the network, or pass a local folder"
         ) from error

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,54 +193,29 @@ def _hash_embedding(folder: Path, hidden_size: int, vocab_size: int) -> str | No
     Rows are rounded to bfloat16 and hashed as little-endian float32, so that copies of
     one checkpoint in float32 and bfloat16 agree.
     """
-    for file, name in _embedding_tensors(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                view = tensors.get_slice(name)
-                shape = view.get_shape()
-                fits = len(shape) == 2 and shape[1] == hidden_size
-                # A quantised embedding cannot be compared with a plain one.
-                if not fits or view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    continue
-                rows = min(vocab_size, shape[0])
-                count = min(_MAX_HASHED_ROWS, rows)
-                picked = [i * rows // count for i in range(count)]
-                sample = torch.cat([view[row : row + 1] for row in picked])
-        except (SafetensorError, OSError) as error:
-            raise PromptTokensError(
-                f"{file} is not a readable safetensors file ({error}); "
-                "download the model again"
-            ) from error
-        values = sample.to(torch.bfloat16).float().numpy().astype("<f4")
-        return hashlib.sha256(values.tobytes()).hexdigest()
-    return None
-
-
-def _embedding_tensors(folder: Path) -> Iterator[tuple[Path, str]]:
-    """(file, tensor name) of everything named like an input embedding."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            pairs = sorted((str(k), str(v)) for k, v in weight_map.items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PromptTokensError(
-                f"{index} is not a safetensors index (no usable weight_map); "
-                "download the model again"
-            ) from error
-        for name, file in pairs:
-            if name.endswith(_EMBEDDING_NAMES) and (folder / file).is_file():
-                yield folder / file, name
-        return
+    samples: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as tensors:
-                names = sorted(tensors.keys())
+                for name in sorted(tensors.keys()):
+                    if not name.endswith(_EMBEDDING_NAMES):
+                        continue
+                    view = tensors.get_slice(name)
+                    shape = view.get_shape()
+                    # A quantised embedding cannot be compared with a plain one.
+                    plain = view.get_dtype() in ("F64", "F32", "F16", "BF16")
+                    if shape[1:] != [hidden_size] or not plain:
+                        continue
+                    rows = min(vocab_size, shape[0])
+                    count = min(_MAX_HASHED_ROWS, rows)
+                    picked = [i * rows // count for i in range(count)]
+                    samples[name] = torch.cat([view[i : i + 1] for i in picked])
         except (SafetensorError, OSError) as error:
             raise PromptTokensError(
                 f"{path} is not a readable safetensors file ({error}); "
                 "download the model again"
             ) from error
-        for name in names:
-            if name.endswith(_EMBEDDING_NAMES):
-                yield path, name
+    if not samples:
+        return None
+    values = samples[min(samples)].to(torch.bfloat16).float().numpy().astype("<f4")
+    return hashlib.sha256(values.tobytes()).hexdigest()

@@ -322,11 +322,6 @@ def _read_config(folder: Path) -> tuple[tuple[int, ...], BaseModelFingerprint]:
 
 
 def _checked(config: dict[str, Any]) -> tuple[tuple[int, ...], BaseModelFingerprint]:
-    for key in _SIZES:
-        if type(config[key]) is not int or config[key] < 1:
-            raise PromptTokensError(
-                f"{key} is {config[key]!r}; expected a positive integer"
-            )
     base = config["base_model"]
     if not isinstance(base, dict):
         raise PromptTokensError(f"base_model is {base!r}; expected an object")
