@@ -27,8 +27,8 @@ def test_compiled_against_the_core(with_table):
     for seed in range(40):
         tables, table, trees, inputs = random_drafting(seed, with_table)
         weights = table.weights if table else (1.0, 1.0, 1.0)
-        ids = CpuTreeFiller(tables, table, weights).run(trees, inputs)
         bigram = BigramTensors.of(table) if table else None
+        ids = CpuTreeFiller(tables, bigram, weights).run(trees, inputs)
         expected = fill_trees(tables, trees, inputs, bigram, np.array(weights))
         np.testing.assert_array_equal(ids, expected)
 

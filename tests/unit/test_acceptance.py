@@ -128,6 +128,7 @@ def test_bad_tables(values, message):
 )
 def test_bad_files(tmp_path, name, value, message):
     path = tmp_path / "acceptance.json"
-    path.write_text(json.dumps({**MODEL.to_dict(), name: value}))
+    MODEL.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with refused(MeasurementError, path, message):
         AcceptanceModel.load(path)

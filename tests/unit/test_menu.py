@@ -1,5 +1,7 @@
 """Tree menus: order, tree ids, limits, files."""
 
+import json
+
 import pytest
 
 from tests.unit.refusals import refused
@@ -71,16 +73,16 @@ def test_files(tmp_path):
     ],
 )
 def test_bad_menus(tmp_path, change, message):
-    content = MENU.to_dict()
-    entries = content.pop("entries")
-    change(entries)
     path = tmp_path / "trees.json"
-    menus = {"variable_rows": MENU.to_dict()["entries"], "fixed_rows": entries}
-    write_json(path, {**content, **menus})
+    save_menus(path, MENU, MENU)
+    content = json.loads(path.read_text())
+    entries = content["fixed_rows"]
+    change(entries)
+    write_json(path, content)
     with refused(TreeError, path, "vllm-ppd calibrate", message):
         load_menus(path)
     with refused((TreeError, FormatError), message):
-        TreeMenu.from_dict({**content, "entries": entries})
+        TreeMenu.from_dict({"entries": entries})
 
 
 def test_a_menu_of_plain_steps_alone_is_none():

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from vllm.config import SpeculativeConfig
 from vllm.config.utils import config
 
 from vllm_ppd.search.latency import LatencyProfile
-from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable
+from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable, BigramTensors, OnlineBigram
 from vllm_ppd.trees.menu import TreeMenu
 
 __all__ = ["KEY", "PPDSpeculativeConfig", "ServingSettings", "serving_settings"]
@@ -26,6 +27,16 @@ KEY = "ppd"
 # A bigram table that starts empty: next tokens listed per token, and the weight of
 # their gain beside prompt rows' logits, which calibration would have measured.
 _EMPTY_ENTRIES, _EMPTY_WEIGHT = 16, 0.8
+
+
+class ServedBigram(NamedTuple):
+    """The bigram table of a worker; `online` is the same with its counts."""
+
+    table: BigramTensors | None
+    weights: tuple[float, ...]
+    """[m] how much of its gain to add to prompt token d's logits."""
+    online: OnlineBigram | None
+    """None if it does not learn."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +78,24 @@ class ServingSettings:
     def latency_profile(self) -> LatencyProfile | None:
         return None if self.profile is None else LatencyProfile.from_dict(self.profile)
 
-    def bigram_table(self) -> BigramTable | None:
-        """The folder's bigram table, or an empty one that will learn, or None.
+    def served_bigram(self, device: torch.device | str = "cpu") -> ServedBigram:
+        """The folder's bigram table, or an empty one that will learn, or none.
 
         Raises:
             FormatError: a file that cannot be used.
         """
-        m = self.num_prompt_tokens
+        m, vocab_size = self.num_prompt_tokens, self.vocab_size
         if self.bigram:
-            return BigramTable.load(Path(self.path) / BIGRAM_FILE, self.vocab_size, m)
-        if self.learns_bigram:
-            return BigramTable.empty(
-                self.vocab_size, _EMPTY_ENTRIES, (_EMPTY_WEIGHT,) * m
-            )
-        return None
+            table = BigramTable.load(Path(self.path) / BIGRAM_FILE, vocab_size, m)
+        elif self.learns_bigram:
+            weights = (_EMPTY_WEIGHT,) * m
+            table = BigramTable.empty(vocab_size, _EMPTY_ENTRIES, weights)
+        else:
+            return ServedBigram(None, (1.0,) * m, None)
+        if not self.learns_bigram:
+            return ServedBigram(BigramTensors.of(table, device), table.weights, None)
+        online = OnlineBigram.of(table, device)
+        return ServedBigram(online.table, table.weights, online)
 
 
 @config

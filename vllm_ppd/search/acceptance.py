@@ -174,27 +174,19 @@ class AcceptanceModel:
 
     def without_bigram(self) -> AcceptanceModel:
         """The same without a bigram table, whose ranks the other fields describe."""
+        shape = len(self.ngram), *self.marginal.shape
         return replace(
             self.of(self.marginal, self.source),
             ngram=self.ngram,
-            beside=np.stack([0.7 * self.marginal] * len(self.ngram))
-            if len(self.ngram)
-            else np.zeros((0, *self.marginal.shape)),
+            beside=np.broadcast_to(0.7 * self.marginal, shape),
             transitions=self.transitions,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        tables = {name: getattr(self, name).tolist() for name in _TABLES}
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            **tables,
-            "source": dict(self.source),
-        }
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file completely or not at all; raises OSError."""
-        write_json(path, self.to_dict())
+        content = {name: getattr(self, name).tolist() for name in _TABLES}
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        write_json(path, {**head, **content, "source": dict(self.source)})
 
     @classmethod
     def load(

@@ -226,7 +226,7 @@ class BigramTensors(NamedTuple):
     """A bigram table on a device."""
 
     ids: torch.Tensor
-    """int64 [V, n]; int32 on CPU where the table learns."""
+    """int64 [V, n]; int32 on CPU."""
     gains: torch.Tensor
     """float32 [V, n]."""
     floor: torch.Tensor
@@ -236,10 +236,12 @@ class BigramTensors(NamedTuple):
     def of(
         cls, table: BigramTable, device: torch.device | str = "cpu"
     ) -> BigramTensors:
+        """Copies of the table's arrays."""
+        ids = torch.tensor(table.ids, device=device)
         return cls(
-            torch.from_numpy(table.ids).long().to(device),
-            torch.from_numpy(table.gains).to(device),
-            torch.from_numpy(table.floor).to(device),
+            ids if ids.device.type == "cpu" else ids.long(),
+            torch.tensor(table.gains, device=device),
+            torch.tensor(table.floor, device=device),
         )
 
 
@@ -253,7 +255,7 @@ class OnlineBigram:
     """
 
     table: BigramTensors
-    """Trees are filled from it; ids int32 or int64."""
+    """Trees are filled from it."""
     counts: torch.Tensor
     """float32 [V, n], observed weight of each listed next token."""
     totals: torch.Tensor
@@ -277,23 +279,13 @@ class OnlineBigram:
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.tensor(array, dtype=torch.float32, device=device)
 
-        ids = torch.tensor(table.ids, device=device)
         return cls(
-            BigramTensors(
-                ids if ids.device.type == "cpu" else ids.long(),
-                tensor(table.gains),
-                tensor(table.floor),
-            ),
+            BigramTensors.of(table, device),
             counts=tensor(counts),
             totals=tensor(totals),
             base=tensor(base),
             base_total=torch.tensor([base.sum()], dtype=torch.float64, device=device),
         )
-
-    def as_table(self, like: BigramTable) -> BigramTable:
-        """A table that shares these tensors' memory (CPU); weights of another one."""
-        ids, gains, floor = (tensor.numpy() for tensor in self.table)
-        return BigramTable(ids, gains, floor, like.weights, like.base)
 
 
 def learn_bigrams(

@@ -70,14 +70,14 @@ def rank_children(
     if logits is None:
         if bigram is None:
             return none
-        ids = bigram.ids[parents]
+        ids = bigram.ids[parents].long()
         # Falling from 0, so that the table's order stays.
         scores = -torch.arange(ids.shape[1], device=ids.device).float().expand_as(ids)
     else:
         best = logits.topk(min(max(POOL, count + 1), logits.shape[1]))
         ids, scores = best.indices, best.values
         if bigram is not None:
-            own, gains = bigram.ids[parents], bigram.gains[parents]
+            own, gains = bigram.ids[parents].long(), bigram.gains[parents]
             same = ids[:, :, None] == own[:, None, :]  # [P, pool, n]
             listed = (same * gains[:, None, :]).sum(2)
             floor = bigram.floor[parents][:, None]

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_ppd.files import check_content, check_keys, read_json, write_json
+from vllm_ppd.files import check_keys, read_json, write_json
 from vllm_ppd.trees.tree import MAX_ROWS, SparseTree, TreeError, TreePolicy
 
 __all__ = ["MENU_FILE", "MenuEntry", "TreeMenu", "load_menus", "save_menus"]
@@ -195,29 +195,17 @@ class TreeMenu:
         return TreeMenu(entries) if entries else None
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "entries": [entry.to_dict() for entry in self.entries],
-        }
+        return {"entries": [entry.to_dict() for entry in self.entries]}
 
     @classmethod
     def from_dict(cls, data: Any) -> TreeMenu:
-        """Read what `to_dict` wrote; raises FormatError or TreeError."""
-        content = check_content(
-            data,
-            kind="a tree menu",
-            format=FORMAT,
-            version=FORMAT_VERSION,
-            keys=("entries",),
-        )
-        return cls(_entries(content["entries"]))
-
-
-def _entries(data: Any) -> tuple[MenuEntry, ...]:
-    if not isinstance(data, list):
-        raise TreeError(f"a menu must be a list of entries, not {type(data).__name__}")
-    return tuple(MenuEntry.from_dict(entry) for entry in data)
+        """Read what `to_dict` wrote; raises TreeError for other entries."""
+        entries = data["entries"]
+        if not isinstance(entries, list):
+            raise TreeError(
+                f"a menu must be a list of entries, not {type(entries).__name__}"
+            )
+        return cls(tuple(MenuEntry.from_dict(entry) for entry in entries))
 
 
 def save_menus(path: Path | str, variable_rows: TreeMenu, fixed_rows: TreeMenu) -> None:
@@ -251,9 +239,10 @@ def load_menus(path: Path | str) -> tuple[TreeMenu, TreeMenu]:
         remedy=_REMEDY,
     )
     try:
-        return (
-            TreeMenu(_entries(content["variable_rows"])),
-            TreeMenu(_entries(content["fixed_rows"])),
+        variable, fixed = (
+            TreeMenu.from_dict({"entries": content[name]})
+            for name in ("variable_rows", "fixed_rows")
         )
+        return variable, fixed
     except TreeError as error:
         raise TreeError(f"{path}: {error}; {_REMEDY}") from error

@@ -12,7 +12,6 @@ from vllm_ppd.engine.settings import serving_settings
 from vllm_ppd.engine.soft_tokens import add_soft_tokens
 from vllm_ppd.kernels.cpu import CpuTreeFiller
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
-from vllm_ppd.trees.bigram import OnlineBigram
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import TreeMenu
 
@@ -42,15 +41,7 @@ class PPDProposer:
         self.vocab_size = settings.vocab_size
         # Stands for the prompt rows' logits where no request has any.
         self.no_logits = torch.empty(0, self.vocab_size)
-        table = settings.bigram_table()
-        self._weights = (1.0,) * settings.num_prompt_tokens
-        self.online_bigram = None
-        if table is not None:
-            self._weights = table.weights
-            if settings.learns_bigram:
-                self.online_bigram = OnlineBigram.of(table)
-                table = self.online_bigram.as_table(table)
-        self._bigram = table
+        self._bigram, self._weights, self.online_bigram = settings.served_bigram()
         self.set_menu(settings.tree_menu())
 
     def set_menu(self, menu: TreeMenu) -> None:

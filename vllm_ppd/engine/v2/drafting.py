@@ -6,6 +6,7 @@ from the requests' tokens, and from a table of bigrams.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from vllm_ppd.engine.v2.request_trees import RequestTrees
 from vllm_ppd.engine.v2.step_trees import StepBuffers, step_of
 from vllm_ppd.kernels.triton.fill_tree import DeviceDraftInputs, fill_tree
 from vllm_ppd.kernels.triton.ngram import match_ngrams
-from vllm_ppd.trees.bigram import BigramTensors, OnlineBigram
+from vllm_ppd.trees.bigram import BigramTensors
 from vllm_ppd.trees.drafting import POOL
 
 __all__ = ["Drafter", "PPDSpeculator", "RequestContext", "WordDraftsHandler"]
@@ -46,7 +47,7 @@ class Drafter:
         vocab_size: V.
         states: vLLM's state of all requests.
         bigram: the bigram table, if there is one.
-        weights: float32 [M] its weight at each prompt token; None without one.
+        weights: [M] its weight at each prompt token.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Drafter:
         vocab_size: int,
         states: RequestState,
         bigram: BigramTensors | None,
-        weights: torch.Tensor | None,
+        weights: Sequence[float],
     ):
         device = states.device
         self._tables = requests.tables
@@ -74,9 +75,7 @@ class Drafter:
         )
         self._no_scores = torch.zeros(1, prompts, self._pool, device=device)
         self._bigram = bigram
-        self._weights = torch.ones(prompts, device=device)
-        if weights is not None:
-            self._weights = weights
+        self._weights = torch.tensor(weights, device=device)
 
     def context(self, slots: torch.Tensor) -> RequestContext:
         """What is known of requests without any prompt row; slots are int64 [B]."""
@@ -137,16 +136,7 @@ class PPDSpeculator(BaseSpeculator):
     ):
         settings = serving_settings(vllm_config)
         assert settings is not None
-        table = settings.bigram_table()
-        self.online_bigram: OnlineBigram | None = None
-        bigram, weights = None, None
-        if table is not None:
-            weights = torch.tensor(table.weights, device=device)
-            if settings.learns_bigram:
-                self.online_bigram = OnlineBigram.of(table, device)
-                bigram = self.online_bigram.table
-            else:
-                bigram = BigramTensors.of(table, device)
+        bigram, weights, self.online_bigram = settings.served_bigram(device)
         num_slots, num_drafts = states.max_num_reqs, states.num_speculative_steps
         vocab_size = settings.vocab_size
         self.requests = RequestTrees(

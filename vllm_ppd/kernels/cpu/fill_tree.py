@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm_ppd.kernels.cpu.build import load_library, struct
-from vllm_ppd.trees.bigram import BigramTable, BigramTensors
+from vllm_ppd.trees.bigram import BigramTensors
 from vllm_ppd.trees.drafting import POOL, DraftInputs, fill_trees
 from vllm_ppd.trees.layout import TreeTables
 
@@ -28,14 +28,14 @@ class CpuTreeFiller:
 
     Args:
         tables: the trees.
-        bigram: the bigram table, if there is one; its arrays may go on learning.
+        bigram: the bigram table on CPU, if there is one; it may go on learning.
         weights: [m] as in `fill_trees`.
     """
 
     def __init__(
         self,
         tables: TreeTables,
-        bigram: BigramTable | None,
+        bigram: BigramTensors | None,
         weights: Sequence[float],
     ) -> None:
         self._tables = tables
@@ -44,11 +44,10 @@ class CpuTreeFiller:
         names = ("parents", "node_ranks", "node_depths", "num_nodes", "soft_ids")
         arrays = [np.ascontiguousarray(getattr(tables, n), np.int64) for n in names]
         arrays.append(np.ascontiguousarray(tables.on_ngram, np.uint8))
-        listed = [] if bigram is None else [bigram.ids, bigram.gains, bigram.floor]
         self._arrays = arrays  # keeps the memory alive
         self._struct = _FillTables(
             *(array.ctypes.data for array in arrays),
-            *([array.ctypes.data for array in listed] or [0, 0, 0]),
+            *([0, 0, 0] if bigram is None else [t.data_ptr() for t in bigram]),
             self._weights.ctypes.data,
             tables.parents.shape[1],
             tables.soft_ids.shape[1],
@@ -63,9 +62,7 @@ class CpuTreeFiller:
     def run(self, trees: np.ndarray, inputs: DraftInputs) -> np.ndarray:
         """int64 [B, Q - 1], see `fill_trees`; trees and inputs are int64 arrays."""
         if self._kernel is None:
-            # Converted at every call, because the table may be learning.
-            table = None if self._bigram is None else BigramTensors.of(self._bigram)
-            return fill_trees(self._tables, trees, inputs, table, self._weights)
+            return fill_trees(self._tables, trees, inputs, self._bigram, self._weights)
         logits = inputs.logits.contiguous()
         ngrams = inputs.ngrams
         drafts = np.empty((len(trees), self._tables.soft_ids.shape[1] - 1), np.int64)

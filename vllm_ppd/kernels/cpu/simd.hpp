@@ -160,25 +160,14 @@ inline vf tanh_vec(vf x) {
   return a < splat(0.625f) ? p * z * x + x : large;
 }
 
-template <int N>
-struct halves {
-  typedef float half __attribute__((vector_size(N * 2)));
-  static float max(const void* v) {
-    half a, b;
-    std::memcpy(&a, v, sizeof a);
-    std::memcpy(&b, static_cast<const char*>(v) + sizeof a, sizeof b);
-    a = a > b ? a : b;
-    return halves<N / 2>::max(&a);
-  }
-};
-template <>
-struct halves<2> {
-  static float max(const void* v) {
-    const float* f = static_cast<const float*>(v);
-    return f[0] > f[1] ? f[0] : f[1];
-  }
-};
-inline float max_lane(vf v) { return halves<kLanes>::max(&v); }
+inline float max_lane(vf v) {
+  float lanes[kLanes];
+  storef(lanes, v);
+  for (int n = kLanes / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i)
+      if (lanes[i + n] > lanes[i]) lanes[i] = lanes[i + n];
+  return lanes[0];
+}
 inline float sum_lanes(vf v) {
   float s = 0;
   for (int i = 0; i < kLanes; ++i) s += v[i];
