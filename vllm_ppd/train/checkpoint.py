@@ -26,6 +26,7 @@ from vllm_ppd.train.settings import TrainingError
 __all__ = ["Checkpoint", "stopping_signals"]
 
 _TENSORS = ("table", "exp_avg", "exp_avg_sq")
+_FIGURES = ("step", "seconds", "positions", "run", "history")
 _METADATA = "ppd_train"
 
 
@@ -52,13 +53,7 @@ class Checkpoint:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write atomically, over an earlier checkpoint. Raises TrainingError."""
-        about = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "positions": self.positions,
-            "run": self.run,
-            "history": self.history,
-        }
+        about = {name: getattr(self, name) for name in _FIGURES}
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
         metadata = {_METADATA: json.dumps(about)}
         try:

@@ -173,50 +173,38 @@ def prompt_starts(stream: TokenStream, length: int) -> torch.Tensor:
 def _tokenise(
     documents: list[Document], tokenizer: Any
 ) -> Iterator[tuple[list[int], list[bool] | None]]:
-    """Token ids of each document, and for a chat which of them the assistant wrote."""
+    """Token ids of each document, and for a chat which of them the assistant wrote;
+    chats come last."""
     texts: list[str] = []
-    spans: list[list[tuple[int, int]] | None] = []
+    chats: list[tuple[str, list[tuple[int, int]]]] = []
     for document in documents:
         content = document.read()
         if isinstance(content, str):
             texts.append(content)
-            spans.append(None)
             continue
         try:
             rendered = render_chat(content, tokenizer)
         except TrainingError as error:
             raise TrainingError(f"{document.place}: {error}") from error
         if rendered is not None:
-            texts.append(rendered[0])
-            spans.append(rendered[1])
-    yield from _tokenise_texts(texts, spans, tokenizer)
-
-
-def _tokenise_texts(
-    texts: list[str], spans: list[list[tuple[int, int]] | None], tokenizer: Any
-) -> Iterator[tuple[list[int], list[bool] | None]]:
-    plain = [i for i, span in enumerate(spans) if span is None]
-    if plain:
+            chats.append(rendered)
+    if texts:
         # Without the warning about texts longer than the model: windows are cut later.
-        batch = tokenizer([texts[i] for i in plain], verbose=False)["input_ids"]
+        batch = tokenizer(texts, verbose=False)["input_ids"]
         end = tokenizer.eos_token_id
         for ids in batch:
             closed = end is None or (ids and ids[-1] == end)
             yield (ids if closed else [*ids, end]), None
-    for text, span in zip(texts, spans, strict=True):
-        if span is None:
-            continue
+    for text, spans in chats:
         # The template writes the special tokens itself.
         encoded = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        yield (
-            encoded["input_ids"],
-            [
-                any(first <= start and end <= last for first, last in span)
-                for start, end in encoded["offset_mapping"]
-            ],
-        )
+        allowed = [
+            any(first <= start and end <= last for first, last in spans)
+            for start, end in encoded["offset_mapping"]
+        ]
+        yield encoded["input_ids"], allowed
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,7 +113,9 @@ class _Rows:
         if self.kind == "kl" or self.scores is not None:
             with torch.no_grad():
                 target = F.log_softmax(self.head(self.target[part]), dim=-1)
-            divergence = _divergence(target, draft)
+            # In nats, of log-probabilities.
+            kl = F.kl_div(draft, target, reduction="none", log_target=True)
+            divergence = kl.sum(dim=1)
             if self.kind == "kl":
                 losses = divergence
             if self.scores is not None:
@@ -151,11 +153,6 @@ class _Rows:
             greedy_top1=total(on_path & (model_rank < 1)),
             greedy_top10=total(on_path & (model_rank < TOP)),
         )
-
-
-def _divergence(target: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
-    """KL(target || draft) in nats, [n], of log-probabilities [n, vocabulary]."""
-    return F.kl_div(draft, target, reduction="none", log_target=True).sum(dim=1)
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -133,7 +133,7 @@ class Trainer:
     def _loop(self, module: Any, optimiser: Any) -> Result:
         start = time.monotonic() - self._elapsed
         processes = self.accelerator.num_processes
-        first_positions, smooth = self._positions, math.nan
+        first_positions, smooth, speed = self._positions, math.nan, 0.0
         recent = Scores.zeros(self.settings.num_prompt_tokens)
         with self._bar() as bar:
             while True:
@@ -167,9 +167,7 @@ class Trainer:
             steps=self._step,
             seconds=self._elapsed,
             positions=self._positions * processes,
-            positions_per_second=(self._positions - first_positions)
-            * processes
-            / self._busy,
+            positions_per_second=speed,
             history=self._history,
         )
 
