@@ -16,15 +16,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "FormatError",
-    "check_content",
-    "check_keys",
-    "read_json",
-    "write_bytes",
-    "write_json",
-]
-
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Replace `path` by `content` atomically; the folder must exist.

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from vllm_ppd.files import FormatError
 
-__all__ = ["resolve_model_path", "resolve_path"]
-
 # One or two segments, as huggingface_hub accepts them.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # The last is where the authors' older checkpoints keep their embeddings.

@@ -17,11 +17,10 @@ from vllm_ppd.cli.demo_view import Comparison, verdict
 from vllm_ppd.cli.engines import (
     EngineFailedError,
     EngineProcess,
-    Generation,
-    Step,
     cpu_dtype,
     sentence,
 )
+from vllm_ppd.engine.generation import Generation, Step
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,6 @@ from vllm_ppd.trees.bigram import BigramCounts, BigramTable, BigramTensors
 from vllm_ppd.trees.drafting import rank_children
 from vllm_ppd.trees.ngram import match_ngram
 
-__all__ = ["WEIGHTS", "AcceptanceCounts", "NgramMatches", "count_bigrams"]
-
 # Weights of the bigram table's gain that are tried; each prompt token gets one.
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 # Tokens of a window, next tokens per position, and positions per pass of the model.

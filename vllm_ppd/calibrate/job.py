@@ -30,8 +30,6 @@ from vllm_ppd.train.settings import TrainingError
 from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable
 from vllm_ppd.trees.menu import MENU_FILE, TreeMenu, save_menus
 
-__all__ = ["Calibration", "CalibrationJob"]
-
 # Text beyond this many tokens is left unread.
 _MAX_TOKENS = 4_000_000
 

@@ -28,8 +28,6 @@ from vllm_ppd.train.model import FrozenModel
 from vllm_ppd.train.scores import token_rank
 from vllm_ppd.train.settings import TrainingError
 
-__all__ = ["Measurement", "measure"]
-
 # Bounds on what one pass holds: logits, and prompt rows of a sequence (their attention
 # mask grows with the square of the rows, which large ensembles make many).
 _CHUNK_ELEMENTS = 1 << 22

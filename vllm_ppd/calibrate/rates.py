@@ -22,14 +22,6 @@ from vllm_ppd.search.policy_iteration import best_policy
 from vllm_ppd.trees.ngram import LENGTHS, MAX_NGRAM_DRAFTS
 from vllm_ppd.trees.tree import SparseTree
 
-__all__ = [
-    "StepPoints",
-    "Steps",
-    "max_advance",
-    "settled_acceptance",
-    "walk_steps",
-]
-
 # Trees are those of a tree menu at these row prices: small, medium and large ones.
 ROW_PRICES = (0.2, 0.05, 0.01)
 # Rounds of trees and counts after the first count, and most rows of those trees.

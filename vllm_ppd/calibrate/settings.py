@@ -13,8 +13,6 @@ from vllm_ppd.train.settings import (
 )
 from vllm_ppd.trees.tree import MAX_ROWS
 
-__all__ = ["CalibrationSettings"]
-
 
 @dataclass(frozen=True)
 class CalibrationSettings:

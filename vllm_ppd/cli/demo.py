@@ -23,12 +23,8 @@ import torch
 from rich.console import Console
 
 from vllm_ppd.cli.demo_view import Comparison, replay, summary, verdict
-from vllm_ppd.cli.engines import (
-    EngineProcess,
-    Generation,
-    cpu_dtype,
-    engine_processes,
-)
+from vllm_ppd.cli.engines import EngineProcess, cpu_dtype, engine_processes
+from vllm_ppd.engine.generation import Generation
 from vllm_ppd.hub import resolve_path
 from vllm_ppd.train.documents import find_documents
 

@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from vllm_ppd.cli.engines import Generation
+from vllm_ppd.engine.generation import Generation
 
 OWN, DRAFTED, PROMPT = "default", "bold green", "dim"
 TITLES = ("plain vLLM", "vLLM with PPD")

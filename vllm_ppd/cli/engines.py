@@ -22,16 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vllm_ppd.engine.generation import Engine, Generation, Step
-
-__all__ = [
-    "EngineFailedError",
-    "EngineProcess",
-    "Generation",
-    "Step",
-    "cpu_dtype",
-    "engine_processes",
-]
+from vllm_ppd.engine.generation import Engine
 
 QUIT_TIMEOUT_S = 15.0
 TERMINATE_TIMEOUT_S = 3.0

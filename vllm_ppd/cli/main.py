@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from vllm_ppd import __version__
 from vllm_ppd.cli.engines import EngineFailedError
 
-__all__ = ["main"]
-
 
 @dataclass(frozen=True)
 class Command:

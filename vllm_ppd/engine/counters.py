@@ -31,14 +31,6 @@ from vllm_ppd.files import write_json
 from vllm_ppd.trees.layout import TreeStep, TreeTables
 from vllm_ppd.trees.verify import TreeWalk
 
-__all__ = [
-    "EVERY",
-    "Slot",
-    "StepCounts",
-    "counts_of",
-    "publish_metrics",
-]
-
 logger = init_logger("vllm.ppd")
 
 # Where accepted draft tokens come from.

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Engine", "Generation", "Step"]
-
 
 @dataclass(frozen=True)
 class Step:

@@ -9,8 +9,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from vllm_ppd.config import PPDConfigError
 
-__all__ = ["attention_caches"]
-
 
 def attention_caches(runner: Any) -> list[list[torch.Tensor]]:
     """The caches of each KV cache group, each one once.

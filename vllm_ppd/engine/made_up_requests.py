@@ -13,8 +13,6 @@ from vllm.v1.core.sched.output import (
     SchedulerOutput,
 )
 
-__all__ = ["CONTEXT", "MadeUpRequests", "blocks_of"]
-
 # Tokens of a request when it begins to decode, and how many of them are really read.
 # The others count as found in the prefix cache: reading takes time that no decode step
 # depends on.

@@ -27,14 +27,6 @@ from vllm_ppd.engine.settings import ServingSettings
 from vllm_ppd.files import FormatError
 from vllm_ppd.search.latency import LatencyProfile, MeasurementError, cache_file
 
-__all__ = [
-    "MeasuredRunner",
-    "is_slow",
-    "known_profile",
-    "measured_profile",
-    "profile_key",
-]
-
 logger = init_logger("vllm.ppd")
 
 # A step with more rows in all is far past where drafting pays.

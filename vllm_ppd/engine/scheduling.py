@@ -18,15 +18,6 @@ from vllm_ppd.adaptive.draft_length import DraftLengthController, load_buckets
 from vllm_ppd.engine.settings import ServingSettings, serving_settings
 from vllm_ppd.search.menu_search import prior_lengths
 
-__all__ = [
-    "StepObserver",
-    "attach_controller",
-    "attach_draft_counts",
-    "fetch_profile",
-    "make_controller",
-    "num_other_rows",
-]
-
 logger = init_logger("vllm.ppd")
 
 # Attribute of a worker's output: draft tokens among the scheduled rows, per request.

@@ -20,8 +20,6 @@ from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable, BigramTensors, OnlineBigram
 from vllm_ppd.trees.menu import TreeMenu
 
-__all__ = ["KEY", "PPDSpeculativeConfig", "ServingSettings", "serving_settings"]
-
 # Where `select` puts what keys compiled graphs in vLLM's additional_config.
 KEY = "ppd"
 # A bigram table that starts empty: next tokens listed per token, and the weight of

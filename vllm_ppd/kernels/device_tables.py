@@ -8,8 +8,6 @@ import torch
 
 from vllm_ppd.trees.layout import TreeTables
 
-__all__ = ["DeviceTables"]
-
 _TENSORS = [
     *("num_nodes", "num_rows", "parents", "node_depths", "node_ranks", "on_ngram"),
     *("prompts", "first_prompt_rows", "depths"),

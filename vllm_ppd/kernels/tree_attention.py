@@ -18,8 +18,6 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["TreeBatch", "tree_attention_reference"]
-
 _INTEGERS = (torch.int32, torch.int64)
 
 

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["BaseModelFingerprint", "PromptTokensError"]
-
 # How names of the input embedding end across Hugging Face model code.
 _EMBEDDING_NAMES = (
     "embed_tokens.weight",

@@ -23,15 +23,6 @@ from safetensors.torch import save as serialise
 from vllm_ppd.files import write_bytes, write_json
 from vllm_ppd.prompt_tokens.fingerprint import PromptTokensError
 
-__all__ = [
-    "ADAPTER_CONFIG",
-    "WEIGHTS_FILES",
-    "is_peft_checkpoint",
-    "read_checkpoint",
-    "weights_file",
-    "write_checkpoint",
-]
-
 ADAPTER_CONFIG = "adapter_config.json"
 TENSOR_NAME = "prompt_embeddings"
 # PEFT, too, takes the first that is there.

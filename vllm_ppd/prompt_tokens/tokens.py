@@ -37,14 +37,6 @@ from vllm_ppd.prompt_tokens.peft import (
     write_checkpoint,
 )
 
-__all__ = [
-    "BaseModelFingerprint",
-    "PromptTokens",
-    "PromptTokensError",
-    "check_destination",
-    "tensor_file",
-]
-
 FORMAT = "ppd_prompt_tokens"
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"

@@ -20,8 +20,6 @@ import numpy as np
 from vllm_ppd.files import read_json, write_json
 from vllm_ppd.search.latency import MeasurementError
 
-__all__ = ["ACCEPTANCE_FILE", "AcceptanceModel"]
-
 ACCEPTANCE_FILE = "acceptance.json"
 FORMAT = "ppd_acceptance_model"
 FORMAT_VERSION = 1

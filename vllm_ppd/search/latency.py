@@ -21,14 +21,6 @@ import numpy as np
 from vllm_ppd.files import read_json, write_json
 from vllm_ppd.trees.menu import MenuEntry
 
-__all__ = [
-    "LatencyCurve",
-    "LatencyProfile",
-    "MeasurementError",
-    "cache_file",
-    "expected_speedup",
-]
-
 FORMAT = "ppd_latency_profile"
 FORMAT_VERSION = 1
 _KEYS = ("key", "num_running", "rows", "seconds")

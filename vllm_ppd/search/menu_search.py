@@ -23,8 +23,6 @@ from vllm_ppd.search.policy_iteration import (
 from vllm_ppd.trees.menu import MENU_FILE, TreeMenu, load_menus
 from vllm_ppd.trees.tree import TreeError
 
-__all__ = ["acceptance_for", "build_menu", "menu_for", "prior_lengths"]
-
 # What one more row costs, in plain steps of one row.
 ROW_PRICES = tuple(np.geomspace(0.0008, 0.8, 12))
 # Rows of a step where every request has as many.

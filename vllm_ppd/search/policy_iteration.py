@@ -23,15 +23,6 @@ from vllm_ppd.search.tree_dp import BestTrees, probabilities_by_depth
 from vllm_ppd.trees.menu import MenuEntry
 from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
-__all__ = [
-    "SearchedPolicy",
-    "TreeFigures",
-    "best_policy",
-    "entry_figures",
-    "policy_value",
-    "reach_probabilities",
-]
-
 # By match class and num_prompted.
 Trees = Sequence[Sequence[SparseTree]]
 

@@ -38,8 +38,6 @@ import numpy as np
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.trees.tree import SparseTree
 
-__all__ = ["BestTrees", "probabilities_by_depth"]
-
 # Acceptance probabilities below this count as 0.
 _LEAST_PROBABILITY = 2e-3
 

@@ -23,8 +23,6 @@ from safetensors.torch import save as serialise
 from vllm_ppd.files import write_bytes
 from vllm_ppd.train.settings import TrainingError
 
-__all__ = ["Checkpoint", "stopping_signals"]
-
 _TENSORS = ("table", "exp_avg", "exp_avg_sq")
 _FIGURES = ("step", "seconds", "positions", "run", "history")
 _METADATA = "ppd_train"

@@ -14,8 +14,6 @@ from transformers import DynamicCache
 
 from vllm_ppd.train.model import FrozenModel, OrdinaryRows
 
-__all__ = ["Continuation", "continue_prompts", "end_tokens"]
-
 
 @dataclass(frozen=True, eq=False)
 class Continuation:

@@ -23,18 +23,6 @@ from vllm_ppd.train.documents import Document, find_documents, render_chat
 from vllm_ppd.train.insertion import Insertion, sample_insertion
 from vllm_ppd.train.settings import TrainingError, TrainSettings
 
-__all__ = [
-    "DATA_FOLDER",
-    "Batch",
-    "TokenStream",
-    "load_tokenizer",
-    "mixed_seed",
-    "prompt_starts",
-    "read_stream",
-    "text_files",
-]
-
-
 DATA_FOLDER = "data"
 """Folder of a run for copies of data sets and self-distilled text."""
 _DOCUMENTS_AT_ONCE = 256

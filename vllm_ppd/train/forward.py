@@ -15,8 +15,6 @@ from vllm_ppd.train.model import FrozenModel, OrdinaryRows
 from vllm_ppd.train.scores import Scores
 from vllm_ppd.train.settings import LossKind, TrainingError, TrainSettings
 
-__all__ = ["evaluate", "insertion_loss"]
-
 
 def insertion_loss(
     model: FrozenModel,

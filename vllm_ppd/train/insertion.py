@@ -18,8 +18,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["Insertion", "sample_insertion"]
-
 
 @dataclass(frozen=True, eq=False)
 class Insertion:

@@ -38,8 +38,6 @@ from vllm_ppd.train.trainer import (
     Trainer,
 )
 
-__all__ = ["RECORD_FILE", "TrainJob"]
-
 RECORD_FILE = "training.json"
 RECORD_VERSION = 1
 # Without a held-out file, this part of the training text, up to so many tokens.

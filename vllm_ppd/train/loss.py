@@ -24,8 +24,6 @@ import torch.nn.functional as F
 from vllm_ppd.train.scores import TOP, Scores, token_rank
 from vllm_ppd.train.settings import LossKind
 
-__all__ = ["NO_TOKEN", "Targets", "prompt_loss"]
-
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 NO_TOKEN = -100

@@ -26,15 +26,6 @@ from vllm_ppd.train.data import TokenStream
 from vllm_ppd.train.insertion import Insertion
 from vllm_ppd.train.settings import TrainingError
 
-__all__ = [
-    "FrozenModel",
-    "OrdinaryRows",
-    "PromptTable",
-    "default_learning_rate",
-    "initial_table",
-    "located_model",
-]
-
 # Copies of one ensemble member would get equal gradients and stay equal for ever.
 _COPY_NOISE = 0.02
 # AdamW moves every coordinate by about the learning rate, whatever the gradient, so
@@ -110,10 +101,6 @@ class FrozenModel:
                 f"{str(folder)!r} cannot be loaded as a causal language model: {reason}"
             ) from error
         return cls(model.to(device), max_length)
-
-    @property
-    def hidden_size(self) -> int:
-        return self.model.get_input_embeddings().weight.shape[1]
 
     @property
     def vocab_size(self) -> int:

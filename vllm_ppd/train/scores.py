@@ -6,8 +6,6 @@ from dataclasses import dataclass, fields
 
 import torch
 
-__all__ = ["TOP", "Scores", "token_rank"]
-
 TOP = 10
 """The wider of the two accuracies reported, as in the paper."""
 

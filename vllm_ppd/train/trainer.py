@@ -27,14 +27,6 @@ from vllm_ppd.train.model import FrozenModel, OrdinaryRows, PromptTable
 from vllm_ppd.train.scores import Scores
 from vllm_ppd.train.settings import TrainSettings
 
-__all__ = [
-    "CHECKPOINT_FILE",
-    "Interrupted",
-    "Result",
-    "Schedule",
-    "Trainer",
-]
-
 CHECKPOINT_FILE = "checkpoint.safetensors"
 # Scores cost about as much as the loss; the progress bar needs only a sample of them.
 _SCORE_EVERY = 10

@@ -32,15 +32,6 @@ from safetensors.numpy import save
 
 from vllm_ppd.files import FormatError, write_bytes
 
-__all__ = [
-    "BIGRAM_FILE",
-    "BigramCounts",
-    "BigramTable",
-    "BigramTensors",
-    "OnlineBigram",
-    "learn_bigrams",
-]
-
 BIGRAM_FILE = "bigram.safetensors"
 FORMAT = "ppd_bigram"
 FORMAT_VERSION = 1

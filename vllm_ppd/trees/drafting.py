@@ -21,8 +21,6 @@ import torch
 from vllm_ppd.trees.bigram import BigramTensors
 from vllm_ppd.trees.layout import TreeTables
 
-__all__ = ["POOL", "DraftInputs", "fill_trees", "rank_children"]
-
 # Best tokens of a prompt row that are ranked again with the bigram table.
 POOL = 32
 

@@ -17,8 +17,6 @@ import numpy as np
 from vllm_ppd.trees.menu import TreeMenu
 from vllm_ppd.trees.tree import TreePolicy
 
-__all__ = ["TreeStep", "TreeTables", "pack_mask", "ranges", "spread"]
-
 WORD_BITS = 64
 
 

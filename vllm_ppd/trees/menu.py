@@ -16,8 +16,6 @@ from typing import Any
 from vllm_ppd.files import check_keys, read_json, write_json
 from vllm_ppd.trees.tree import MAX_ROWS, SparseTree, TreeError, TreePolicy
 
-__all__ = ["MENU_FILE", "MenuEntry", "TreeMenu", "load_menus", "save_menus"]
-
 MENU_FILE = "trees.json"
 FORMAT = "ppd_tree_menu"
 FORMAT_VERSION = 1

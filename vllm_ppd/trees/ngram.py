@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["LENGTHS", "MAX_NGRAM_DRAFTS", "match_ngram", "match_ngrams"]
-
 # (fewest, most) tokens of a match in match class 1, 2, ...
 LENGTHS = ((2, 3), (4, 8))
 # Most tokens of an n-gram draft.

@@ -23,8 +23,6 @@ import numpy as np
 
 from vllm_ppd.files import check_content, check_keys
 
-__all__ = ["MAX_ROWS", "SparseTree", "TreeError", "TreePolicy", "chain_tree"]
-
 FORMAT = "ppd_tree_policy"
 FORMAT_VERSION = 1
 # vLLM's own limit for draft tokens of one request in one step, plus the root.

@@ -12,8 +12,6 @@ import numpy as np
 
 from vllm_ppd.trees.layout import TreeStep
 
-__all__ = ["TreeWalk", "kv_moves"]
-
 
 class TreeWalk:
     """The walk of a whole batch, one level at a time.

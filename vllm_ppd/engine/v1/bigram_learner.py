@@ -10,8 +10,6 @@ from vllm_ppd.trees.bigram import OnlineBigram
 from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.verify import TreeWalk
 
-__all__ = ["BigramLearner"]
-
 # Learning takes a few microseconds of every second step, and the table is useful after
 # a minute or two of traffic.
 _EVERY, _MAX_NODES = 2, 8

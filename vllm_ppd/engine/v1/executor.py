@@ -16,8 +16,6 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.outputs import DraftTokenIds
 
-__all__ = ["PPDMultiprocExecutor", "attach_drafts", "count_other_rows"]
-
 _ATTRIBUTE = "ppd_drafts"
 
 

@@ -12,8 +12,6 @@ from vllm_ppd.engine.measure import is_slow
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
-__all__ = ["MeasuredSteps", "tree_of_rows"]
-
 # The first step warms up.
 _UNTIMED, _TIMED = 1, 3
 

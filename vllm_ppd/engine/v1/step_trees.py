@@ -9,8 +9,6 @@ import torch
 
 from vllm_ppd.trees.layout import TreeStep, spread
 
-__all__ = ["StepTrees"]
-
 
 @dataclass(frozen=True)
 class StepTrees:

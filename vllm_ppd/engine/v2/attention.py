@@ -31,12 +31,6 @@ from vllm_ppd.kernels.cpu.layout import key_view, value_view
 from vllm_ppd.kernels.tree_attention import TreeBatch
 from vllm_ppd.kernels.triton.tree_attention import tree_attention
 
-__all__ = [
-    "DeviceTreeMetadataMixin",
-    "PPDCPUAttentionBackendV2",
-    "gpu_backend_path",
-]
-
 
 def gpu_backend_path(dtype: torch.dtype) -> str:
     """What to register for vLLM's CUSTOM backend, for a model of this type."""

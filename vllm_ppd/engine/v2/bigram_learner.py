@@ -12,8 +12,6 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm_ppd.kernels.triton.tree_walk import Walk
 from vllm_ppd.trees.bigram import OnlineBigram, learn_bigrams
 
-__all__ = ["EVERY", "BigramLearner"]
-
 # Steps between observations, and about how many nodes one takes in. As many small
 # kernels are launched for few nodes as for many: more nodes seldom, then.
 EVERY, _NODES = 8, 32

@@ -17,8 +17,6 @@ from vllm_ppd.engine.v2.request_trees import RequestTrees
 from vllm_ppd.engine.v2.step_trees import StepTrees
 from vllm_ppd.trees.layout import TreeTables
 
-__all__ = ["DeviceStepLog"]
-
 
 class DeviceStepLog:
     """Counts every eighth step, as `StepCounts` does on V1.

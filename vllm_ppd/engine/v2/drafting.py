@@ -25,8 +25,6 @@ from vllm_ppd.kernels.triton.ngram import match_ngrams
 from vllm_ppd.trees.bigram import BigramTensors
 from vllm_ppd.trees.drafting import POOL
 
-__all__ = ["Drafter", "PPDSpeculator", "RequestContext", "WordDraftsHandler"]
-
 # Last tokens of a request among which an n-gram match is looked up.
 _NGRAM_WINDOW = 4096
 

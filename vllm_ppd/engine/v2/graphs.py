@@ -20,8 +20,6 @@ from vllm.v1.worker.gpu.cudagraph_utils import (
     ModelCudaGraphManager,
 )
 
-__all__ = ["graphs_of", "served_graphs"]
-
 # Most padding of a load of plain steps, as a part of it: an eighth costs next to
 # nothing. Other steps are padded by half at most, which leaves few enough graphs.
 _PARTS = 8

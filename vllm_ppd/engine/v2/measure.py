@@ -15,8 +15,6 @@ from vllm_ppd.engine.made_up_requests import MadeUpRequests
 from vllm_ppd.engine.measure import is_slow
 from vllm_ppd.engine.settings import serving_settings
 
-__all__ = ["MeasuredSteps"]
-
 _UNTIMED, _TIMED = 2, 8
 
 

@@ -10,8 +10,6 @@ from vllm_ppd.engine.attention import set_current_step
 from vllm_ppd.engine.v2.request_trees import DraftMode, RequestTrees
 from vllm_ppd.engine.v2.step_trees import StepBuffers, step_of
 
-__all__ = ["OVERRIDDEN", "TreeStateMixin", "with_trees"]
-
 # Methods of vLLM's model state that the mixin overrides; their contract is tested.
 OVERRIDDEN = ("add_request", "apply_staged_writes", "preprocess_state", "prepare_attn")
 

@@ -20,8 +20,6 @@ from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
-__all__ = ["DraftMode", "RequestTrees", "with_chains"]
-
 # Far below any tree's id.
 _NO_TREE = -(1 << 30)
 

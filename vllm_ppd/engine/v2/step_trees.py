@@ -21,8 +21,6 @@ from vllm_ppd.kernels.triton.place_tree import place_tree
 from vllm_ppd.kernels.triton.tree_walk import Walk
 from vllm_ppd.trees.layout import ranges
 
-__all__ = ["StepBuffers", "StepTrees", "step_of"]
-
 _ATTRIBUTE = "ppd_step"
 
 

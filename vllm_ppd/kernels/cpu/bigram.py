@@ -16,8 +16,6 @@ from vllm_ppd.trees.bigram import (
     learn_bigrams,
 )
 
-__all__ = ["CpuBigramLearner"]
-
 _OnlineTable = struct(  # as in bigram.cpp
     ["ids", "gains", "floor", "counts", "totals", "base", "base_total"],
     ["vocabulary", "n"],

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load_library", "source", "struct"]
-
 _FOLDER = Path(__file__).parent
 _SOURCES = ("tree_attention", "kv_compact", "fill_tree", "bigram", "tree_walk")
 _HEADERS = ("simd.hpp", "tiles.hpp")

@@ -12,8 +12,6 @@ from vllm_ppd.trees.bigram import BigramTensors
 from vllm_ppd.trees.drafting import POOL, DraftInputs, fill_trees
 from vllm_ppd.trees.layout import TreeTables
 
-__all__ = ["CpuTreeFiller"]
-
 _FillTables = struct(  # as in fill_tree.cpp
     [
         *("parents", "node_ranks", "node_depths", "num_nodes", "soft_ids", "on_ngram"),

@@ -15,8 +15,6 @@ import torch
 from vllm_ppd.kernels.cpu.build import load_library, struct
 from vllm_ppd.kernels.cpu.layout import key_view, value_view
 
-__all__ = ["CpuKVCompactor", "kv_compact_reference"]
-
 _CacheLayer = struct(  # as in kv_compact.cpp
     ["base"],
     [

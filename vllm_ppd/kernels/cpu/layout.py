@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["key_view", "value_view"]
-
 
 def key_view(kv_cache: torch.Tensor) -> torch.Tensor:
     """Keys [num_blocks, kv_heads, block_size, D] of a layer's cache, no copy."""

@@ -10,8 +10,6 @@ from vllm_ppd.kernels.cpu.build import load_library, struct
 from vllm_ppd.kernels.cpu.layout import key_view, value_view
 from vllm_ppd.kernels.tree_attention import TreeBatch, tree_attention_reference
 
-__all__ = ["CpuTreeAttention"]
-
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FAILURES = {
     1: "out of memory",

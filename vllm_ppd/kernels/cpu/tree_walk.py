@@ -9,8 +9,6 @@ from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.ngram import LENGTHS, MAX_NGRAM_DRAFTS, match_ngrams
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
-__all__ = ["match_ngrams_cpu", "walk_greedy_cpu"]
-
 _LOWS, _HIGHS = (np.array(bounds, np.int64) for bounds in zip(*LENGTHS, strict=True))
 
 

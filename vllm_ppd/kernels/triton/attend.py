@@ -13,8 +13,6 @@ import triton.language as tl
 
 from vllm_ppd.kernels.triton.splits import split_range
 
-__all__ = ["attend_kernel"]
-
 
 @triton.jit
 def _mask_bits(ancestors_ptr, row, first, num_rows, WORDS: tl.constexpr):

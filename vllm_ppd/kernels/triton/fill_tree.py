@@ -19,8 +19,6 @@ import triton.language as tl
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.bigram import BigramTensors
 
-__all__ = ["DeviceDraftInputs", "fill_tree"]
-
 
 class DeviceDraftInputs(NamedTuple):
     """What draft tokens depend on; the device form of `trees.drafting.DraftInputs`.

@@ -14,8 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["KVCompactor"]
-
 # Bytes that a program keeps in registers per row: heads beyond go to other programs.
 _PROGRAM_BYTES = 16384
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

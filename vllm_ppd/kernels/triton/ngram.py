@@ -15,8 +15,6 @@ import triton.language as tl
 
 from vllm_ppd.trees.ngram import LENGTHS, MAX_NGRAM_DRAFTS
 
-__all__ = ["match_ngrams"]
-
 _BLOCK = 1024
 
 

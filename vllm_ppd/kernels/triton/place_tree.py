@@ -12,8 +12,6 @@ import triton.language as tl
 
 from vllm_ppd.kernels.device_tables import DeviceTables
 
-__all__ = ["place_tree"]
-
 
 @triton.jit
 def _place_tree_kernel(

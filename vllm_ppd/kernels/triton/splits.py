@@ -9,8 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["join_splits_kernel", "split_range"]
-
 # Below this many tiles per split the second kernel costs more than the split saves.
 _MIN_TILES = tl.constexpr(2)
 

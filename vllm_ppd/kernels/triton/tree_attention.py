@@ -17,8 +17,6 @@ from vllm_ppd.kernels.tree_attention import TreeBatch
 from vllm_ppd.kernels.triton.attend import attend_kernel
 from vllm_ppd.kernels.triton.splits import join_splits_kernel
 
-__all__ = ["tree_attention"]
-
 LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 32
 # Rows times heads of a group that one program of the second kernel joins.

@@ -15,8 +15,6 @@ import triton.language as tl
 
 from vllm_ppd.kernels.device_tables import DeviceTables
 
-__all__ = ["Walk", "tree_walk"]
-
 
 class Walk(NamedTuple):
     """The verified step. B requests, D the tables' depth, P = prompt tokens * EPTs."""
