@@ -12,7 +12,7 @@ import torch
 
 from tests.engine.engine_process import GPU_MEMORY, ON_GPU, EngineProcess
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
-from vllm_ppd.trees.menu import TreeMenu, save_menus
+from vllm_ppd.trees.menu import MenuEntry, TreeMenu, save_menus
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
     folder = tmp_path_factory.mktemp("trees")
     for name, policy in policies.items():
-        menu = TreeMenu.of(policy)
+        menu = TreeMenu((MenuEntry((policy,)),))
         save_menus(folder / f"{name}.json", menu, menu)
     return {name: str(folder / f"{name}.json") for name in policies}
 

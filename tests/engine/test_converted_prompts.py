@@ -19,7 +19,7 @@ from vllm_ppd.cli.convert import convert
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.insertion import Insertion
 from vllm_ppd.train.model import FrozenModel
-from vllm_ppd.trees.menu import TreeMenu, save_menus
+from vllm_ppd.trees.menu import MenuEntry, TreeMenu, save_menus
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 pytestmark = cpu_only
@@ -79,7 +79,7 @@ def test_output_is_exact_and_drafts_are_the_trainers(
 ):
     prompts = PromptTokens.load(folder)
     trees = policy(prompts.num_ept)
-    menu = TreeMenu.of(trees)
+    menu = TreeMenu((MenuEntry((trees,)),))
     save_menus(tmp_path / "trees.json", menu, menu)
     speculative = {
         **ppd_engine["speculative_config"],

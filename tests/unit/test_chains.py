@@ -18,7 +18,8 @@ def star(rows: int, num_ept: int = 1) -> TreePolicy:
 
 
 def chains(rows: int, num_ept: int = 1) -> TreePolicy:
-    return with_chains(TreeMenu.of(star(rows, num_ept))).entries[0].policies[-1]
+    menu = TreeMenu((MenuEntry((star(rows, num_ept),)),))
+    return with_chains(menu).entries[0].policies[-1]
 
 
 def test_draft_tokens_first_and_one_below_the_other():

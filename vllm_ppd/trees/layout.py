@@ -75,7 +75,7 @@ class TreeTables:
         q = max(policy.max_rows, num_rows or 0)
         n = max(tree.num_nodes for tree in trees)
         self.max_depth = max(tree.depth for tree in trees)
-        self.max_children = max(1, policy.max_rank + 1)
+        self.max_children = 1 + max(max(tree.ranks, default=0) for tree in trees)
         self.num_nodes = np.array([tree.num_nodes for tree in trees])
         self.num_rows = np.array([tree.num_rows for tree in trees])
         self.depths = np.ones((count, q), dtype=np.int64)

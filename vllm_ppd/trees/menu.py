@@ -123,11 +123,6 @@ class TreeMenu:
                 "same number of match classes"
             )
 
-    @classmethod
-    def of(cls, policy: TreePolicy) -> TreeMenu:
-        """A menu of one policy for every match class."""
-        return cls((MenuEntry((policy,)),))
-
     @cached_property
     def draft_lengths(self) -> tuple[int, ...]:
         """num_draft_tokens of each entry."""
@@ -149,11 +144,6 @@ class TreeMenu:
     @property
     def max_rows(self) -> int:
         return self.entries[-1].max_rows
-
-    @property
-    def max_rank(self) -> int:
-        """Largest rank any tree uses; -1 if no tree has draft tokens."""
-        return max(max(tree.ranks, default=-1) for tree in self.trees)
 
     @cached_property
     def trees(self) -> tuple[SparseTree, ...]:

@@ -238,11 +238,6 @@ class TreePolicy:
     def max_rows(self) -> int:
         return max(tree.num_rows for tree in self.trees)
 
-    @property
-    def max_rank(self) -> int:
-        """Largest rank any tree uses; -1 if no tree has draft tokens."""
-        return max(max(tree.ranks, default=-1) for tree in self.trees)
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "format": FORMAT,

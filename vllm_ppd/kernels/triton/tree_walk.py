@@ -21,7 +21,6 @@ class Walk(NamedTuple):
 
     tokens: torch.Tensor  # int64 [B, D + 1]: emitted tokens, -1 padded
     num_sampled: torch.Tensor  # int32 [B]: emitted tokens; 0 for a padded request
-    end_nodes: torch.Tensor  # int32 [B]: node where the walk ended
     paths: torch.Tensor  # int32 [B, D + 1]: visited nodes, root first, 0 padded
     num_prompted: torch.Tensor  # int32 [B]: complete prompt tokens on the end node
     # int32 [B, P]: rows of the step that are the end node's prompt rows (prompt token
@@ -43,7 +42,6 @@ def _tree_walk_kernel(
     first_prompt_rows_ptr,  # [S, N]
     tokens_ptr,  # [B, DEPTH + 1]
     num_sampled_ptr,  # [B]
-    end_nodes_ptr,  # [B]
     paths_ptr,  # [B, DEPTH + 1]
     num_prompted_ptr,  # [B]
     prompt_rows_ptr,  # [B, P]
@@ -91,7 +89,6 @@ def _tree_walk_kernel(
     # At least 0 first: division rounds towards zero.
     prompted = tl.minimum(tl.maximum(num_rows - first, 0) // num_ept, prompts)
     tl.store(num_sampled_ptr + request, length)
-    tl.store(end_nodes_ptr + request, current)
     tl.store(num_prompted_ptr + request, prompted)
     index = tl.arange(0, BLOCK_P)
     root = tl.where(num_rows > 0, start, 0)
@@ -117,13 +114,13 @@ def tree_walk(
     """
     batch, depth = len(trees), tables.max_depth + 1
     prompt_width = tables.num_prompt_tokens * tables.num_ept
-    # Two allocations for six results: an allocation costs about as much as the walk.
+    # Two allocations for five results: an allocation costs about as much as the walk.
     tokens = sampled.new_empty((batch, depth), dtype=torch.int64)
-    sizes = [batch, batch, batch * depth, batch, batch * prompt_width]
+    sizes = [batch, batch * depth, batch, batch * prompt_width]
     flat = sampled.new_empty(sum(sizes), dtype=torch.int32)
-    num_sampled, end_nodes, paths, num_prompted, prompt_rows = flat.split(sizes)
+    num_sampled, paths, num_prompted, prompt_rows = flat.split(sizes)
     paths, prompt_rows = paths.view(batch, depth), prompt_rows.view(batch, prompt_width)
-    walk = Walk(tokens, num_sampled, end_nodes, paths, num_prompted, prompt_rows)
+    walk = Walk(tokens, num_sampled, paths, num_prompted, prompt_rows)
     if batch:
         _tree_walk_kernel[(batch,)](
             *(trees, starts, num_rows, input_ids, sampled, sampled_starts),
