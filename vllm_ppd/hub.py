@@ -42,13 +42,9 @@ def resolve_path(
             f"there is no folder {name!r}, and it is no hub repository id "
             "(expected the form 'owner/name'); check the path"
         )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise FormatError(
-            f"there is no folder {name!r}, and fetching it as a hub repository needs "
-            "the package huggingface_hub: pip install huggingface_hub"
-        ) from error
+    # Here, because local folders do without.
+    from huggingface_hub import snapshot_download
+
     try:
         folder = snapshot_download(name, allow_patterns=list(allow_patterns))
     # huggingface_hub raises many unrelated types (HTTP, OS, validation, offline).
