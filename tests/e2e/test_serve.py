@@ -16,9 +16,16 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.engine.conftest import MODEL, PROMPTS, plain, plain_engine, texts
+from tests.engine.conftest import (
+    MODEL,
+    PROMPTS,
+    plain,
+    plain_engine,
+    start_once,
+    texts,
+)
 
-__all__ = ["plain", "plain_engine", "texts"]
+__all__ = ["plain", "plain_engine", "start_once", "texts"]
 
 START_SECONDS = 240
 # Whether drafting pays on a busy machine is not what these tests are about.

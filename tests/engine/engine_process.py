@@ -8,20 +8,24 @@ of this file imports vLLM.
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 
+from vllm_ppd.cli import engines
+
+ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
 
 # One process: the tests look into the model runner, and steps are countable.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     # The model is tiny: a second thread would mostly wait for the first.
     "OMP_NUM_THREADS": "1",
     # Where vLLM has float32 attended to by Triton, it would multiply in TF32.
@@ -33,75 +37,85 @@ GPU_MEMORY = (
 )
 
 
-class EngineFailure(Exception):
-    """The engine's process raised; the message is the original traceback's end."""
+class FarEngine:
+    """The engine side: keeps the LLM that was asked for last."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.engine, self.llm = settings, None
+
+    def run(self, function: str, engine: dict[str, Any], arguments: Any) -> Any:
+        """Whether it went well, and the result, or else what was raised."""
+        from vllm import LLM
+
+        try:
+            if self.llm is None or self.engine != engine:
+                if self.llm is not None:
+                    self.llm.llm_engine.engine_core.shutdown()
+                self.llm = None
+                gc.collect()
+                self.engine, self.llm = engine, LLM(**engine)
+                draft_as_much_as_possible(self.llm)
+            if "params" in arguments:
+                arguments["params"] = _sampling_params(arguments["params"])
+            module, _, name = function.rpartition(":")
+            place = f"tests.engine.{module or 'engine_process'}:{name}"
+            return True, resolve_name(place)(self.llm, **arguments)
+        except Exception as error:
+            text = "".join(traceback.format_exception(error)[-3:])
+            return False, f"{type(error).__name__}: {error}\n{text}"
 
 
-class EngineProcess:
-    """Runs functions of this module against an engine in a spawned process."""
+class EngineProcess(engines.EngineProcess):
+    """Runs functions of these tests against engines in a process of its own.
 
-    def __init__(self) -> None:
-        self._start(_serve, ENVIRONMENT, daemon=True)
+    Its log lies in `folder`; the rest is for subclasses: the engine side and its
+    settings, where the process finds more modules, and its environment.
+    """
 
-    def _start(
-        self, serve: Any, environment: dict[str, str], *arguments: Any, daemon: bool
+    def __init__(
+        self,
+        folder: Path,
+        far_engine: type[FarEngine] = FarEngine,
+        settings: Any = (),
+        paths: Sequence[Path] = (),
+        **more: str,
     ) -> None:
-        """Run ``serve(pipe, *arguments)`` in a process that has this environment."""
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        saved = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
-        self._process = context.Process(
-            target=serve, args=(theirs, *arguments), daemon=daemon
-        )
-        self._process.start()
-        for name, value in saved.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        found = [ROOT, *paths, os.environ.get("PYTHONPATH")]
+        python_path = os.pathsep.join(str(path) for path in found if path)
+        environment = {**ENVIRONMENT, "PYTHONPATH": python_path, **more}
+        super().__init__("engine", settings, folder, far_engine, environment)
+        self._read = 0
 
     def call(self, function: str, engine: dict[str, Any], **arguments: Any) -> Any:
-        """Run ``function(llm, **arguments)`` of this module on an LLM(**engine)."""
-        self._pipe.send((function, engine, arguments))
-        ok, result = self._pipe.recv()
+        """Run ``function(llm, **arguments)`` on an LLM(**engine); the function is of
+        this module, or "module:function" below tests.engine."""
+        ok, result = super().call("run", function, engine, arguments)
         if not ok:
-            raise EngineFailure(result)
+            raise engines.EngineFailedError(result)
         return result
 
     def generate(
-        self, engine: dict[str, Any], prompts: list[Any], params: Any, **more: Any
+        self, engine: dict[str, Any], prompts: list[Any], params: Any
     ) -> list[dict[str, Any]]:
-        return self.call("generate", engine, prompts=prompts, params=params, **more)
+        return self.call("generate", engine, prompts=prompts, params=params)
 
     def accepted(self, engine: dict[str, Any]) -> int:
         """Draft tokens that were accepted so far, by vLLM's count."""
         return self.call("spec_counters", engine)["num_accepted_tokens"]
 
-    def stop(self) -> None:
-        self._pipe.send(None)
-        self._process.join(20)
-        self._process.kill()
+    def preemptions(self, engine: dict[str, Any]) -> float:
+        """How often the scheduler threw a running request out."""
+        (count,) = self.call("metrics", engine, prefix="vllm:num_preemptions").values()
+        return count
+
+    def said(self) -> str:
+        """What the process has printed since this was last asked."""
+        text = self.log.read_text()[self._read :]
+        self._read += len(text)
+        return text
 
 
-def _serve(pipe: Any) -> None:
-    from vllm import LLM
-
-    current: tuple[dict[str, Any], Any] | None = None
-    while (message := pipe.recv()) is not None:
-        function, engine, arguments = message
-        try:
-            if current is None or current[0] != engine:
-                if current is not None:
-                    current[1].llm_engine.engine_core.shutdown()
-                current = None
-                gc.collect()
-                current = (engine, LLM(**engine))
-                draft_as_much_as_possible(current[1])
-            pipe.send((True, globals()[function](current[1], **arguments)))
-        except Exception as error:
-            text = "".join(traceback.format_exception(error)[-3:])
-            pipe.send((False, f"{type(error).__name__}: {error}\n{text}"))
+# What follows runs in the engine's process.
 
 
 def draft_as_much_as_possible(llm: Any) -> None:
@@ -162,7 +176,7 @@ def _result(output: Any) -> dict[str, Any]:
 
 def generate(llm: Any, prompts: list[Any], params: Any) -> list[dict[str, Any]]:
     """Generate for all prompts at once; token ids, text, reasons, logprobs."""
-    outputs = llm.generate(prompts, _sampling_params(params), use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     return [_result(output) for output in outputs]
 
 
@@ -188,7 +202,7 @@ def abort_midway(
     """Abort some requests after some steps; return the outputs of the others."""
     engine = llm.llm_engine
     for index, prompt in enumerate(prompts):
-        engine.add_request(f"abort-{index}", prompt, _sampling_params(params))
+        engine.add_request(f"abort-{index}", prompt, params)
     finished: dict[int, dict[str, Any]] = {}
     steps = 0
     while engine.has_unfinished_requests():
@@ -202,6 +216,19 @@ def abort_midway(
     return finished
 
 
+def _steps(llm: Any, prompt: Any, params: Any) -> Iterator[Any]:
+    """One request's outputs, step by step; what is left of it is aborted."""
+    engine = llm.llm_engine
+    engine.add_request("only", prompt, params)
+    try:
+        while engine.has_unfinished_requests():
+            yield from engine.step()
+    finally:
+        engine.abort_request(["only"])
+        while engine.has_unfinished_requests():
+            engine.step()
+
+
 def kv_of_context(llm: Any, prompt: Any, params: Any, tokens: int) -> dict[str, Any]:
     """Decode until ``tokens`` are out, then read the request's KV from the cache.
 
@@ -210,33 +237,24 @@ def kv_of_context(llm: Any, prompt: Any, params: Any, tokens: int) -> dict[str, 
     """
     from vllm_ppd.kernels.cpu.layout import key_view, value_view
 
-    engine = llm.llm_engine
-    engine.add_request("kv", prompt, _sampling_params(params))
-    ids: list[int] = []
-    while len(ids) < tokens and engine.has_unfinished_requests():
-        for output in engine.step():
-            ids = list(output.outputs[0].token_ids)
-            prompt_length = len(output.prompt_token_ids)
-    runner = engine.model_executor.driver_worker.worker.model_runner
+    runner = worker_of(llm).model_runner
     batch = runner.input_batch
-    index = batch.req_id_to_index[batch.req_ids[0]]
-    # The last emitted token's own KV is written by the next step.
-    positions = prompt_length + len(ids) - 1
-    layers = []
-    for cache in runner.kv_caches:
-        block_size = cache.shape[2]
+    for output in _steps(llm, prompt, params):
+        ids = list(output.outputs[0].token_ids)
+        if len(ids) < tokens:
+            continue
+        # The last emitted token's own KV is written by the next step.
+        positions = len(output.prompt_token_ids) + len(ids) - 1
+        index = batch.req_id_to_index[batch.req_ids[0]]
         blocks = batch.block_table[0].block_table.np[index]
-        used = blocks[: -(-positions // block_size)].tolist()
-        layers.append(
-            [
-                view[used].transpose(0, 1).flatten(1, 2)[:, :positions].float().numpy()
-                for view in (key_view(cache), value_view(cache))
-            ]
-        )
-    engine.abort_request(["kv"])
-    while engine.has_unfinished_requests():
-        engine.step()
-    return {"ids": ids, "layers": layers}
+        layers = []
+        for cache in runner.kv_caches:
+            used = blocks[: -(-positions // cache.shape[2])].tolist()
+            views = [key_view(cache)[used], value_view(cache)[used]]
+            rows = [v.transpose(0, 1).flatten(1, 2)[:, :positions] for v in views]
+            layers.append([row.float().numpy() for row in rows])
+        return {"ids": ids, "layers": layers}
+    raise AssertionError(f"the request ended before {tokens} tokens")
 
 
 def stream_sessions(
@@ -250,7 +268,7 @@ def stream_sessions(
             request = engine.input_processor.process_inputs(
                 f"session-{index}",
                 {"prompt_token_ids": chunk or [0]},
-                _sampling_params(params),
+                params,
                 supported_tasks=("generate",),
                 resumable=chunk is not None,
             )
@@ -274,23 +292,22 @@ def keep_stock_backend(llm: Any) -> None:
     workers.register_tree_backend = lambda replaced, path: None
 
 
-def preemptions(llm: Any) -> int:
-    """How often the scheduler threw a running request out."""
-    return next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+def worker_of(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker
 
 
 def report(llm: Any) -> dict[str, Any]:
     """What PPD's trees do now."""
-    return llm.llm_engine.model_executor.driver_worker.worker.ppd_report()
+    return worker_of(llm).ppd_report()
 
 
-def set_schedule(llm: Any, lengths: dict[int, int]) -> None:
-    """Draft lengths by the largest number of running requests; they stay."""
-    controller = controller_of(llm)
-    hold(llm, 0)
-    for running in range(1, len(controller.schedule)):
-        end = next(end for end in sorted(lengths) if running <= end)
-        controller.schedule[running] = lengths[end]
+def draft_within(llm: Any, max_step_rows: int) -> None:
+    """Decode each load with the longest drafts of at most so many rows in all."""
+    lengths = [0, *draft_lengths(llm)]
+    schedule = controller_of(llm).schedule
+    for load in range(1, len(schedule)):
+        fitting = [k for k in lengths if load * (k + 1) <= max_step_rows]
+        schedule[load] = max(fitting, default=0)
 
 
 def fresh_controller(llm: Any) -> None:
@@ -318,7 +335,7 @@ def generate_by_turns(
 
     Also whether each step had drafts, and whether vLLM's runner could know of any.
     """
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    runner = worker_of(llm).model_runner
     lengths = [0, *draft_lengths(llm)]
     steps: list[tuple[bool, bool]] = []
     prepare = runner._prepare_inputs
@@ -355,20 +372,13 @@ def drafts_of_steps(
     llm: Any, prompt: Any, params: Any, steps: int
 ) -> list[dict[str, Any]]:
     """One request's token ids, prompt included, and its drafts, after each step."""
-    engine = llm.llm_engine
-    engine.add_request("drafts", prompt, _sampling_params(params))
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     found: list[dict[str, Any]] = []
-    while engine.has_unfinished_requests():
-        outputs = engine.step()
-        scheduler = engine.engine_core.engine_core.scheduler
-        for output in outputs:
-            # The only request, under an id that vLLM made up; none once it is done.
-            for request in scheduler.requests.values():
-                ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
-                found.append({"ids": ids, "drafts": list(request.spec_token_ids)})
+    for output in _steps(llm, prompt, params):
+        # The only request, under an id that vLLM made up; none once it is done.
+        for request in scheduler.requests.values():
+            ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+            found.append({"ids": ids, "drafts": list(request.spec_token_ids)})
         if len(found) == steps:
-            engine.abort_request(["drafts"])
             break
-    while engine.has_unfinished_requests():
-        engine.step()
     return found

@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from tests.authors_checkpoint import write_authors_checkpoint
-from tests.engine.conftest import MODEL, PROMPTS, cpu_only
+from tests.engine.conftest import MODEL, PROMPTS, cpu_only, engine_with, menu_file
 from vllm_ppd.cli.convert import convert
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.insertion import Insertion
 from vllm_ppd.train.model import FrozenModel
-from vllm_ppd.trees.menu import MenuEntry, TreeMenu, save_menus
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 pytestmark = cpu_only
@@ -75,30 +74,20 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 
 def test_output_is_exact_and_drafts_are_the_trainers(
-    plain, ppd, plain_engine, ppd_engine, texts, folder, frozen, tmp_path
+    check, ppd, ppd_engine, texts, folder, frozen, tmp_path
 ):
     prompts = PromptTokens.load(folder)
     trees = policy(prompts.num_ept)
-    menu = TreeMenu((MenuEntry((trees,)),))
-    save_menus(tmp_path / "trees.json", menu, menu)
-    speculative = {
-        **ppd_engine["speculative_config"],
+    settings = {
         "model": str(folder),
-        "tree": str(tmp_path / "trees.json"),
+        "tree": menu_file(tmp_path / "trees.json", (trees,)),
         # What prompt tokens propose, and nothing else.
         "bigram": False,
         "ngram": False,
     }
-    engine = {**ppd_engine, "speculative_config": speculative}
+    assert check([texts[80][:200], texts[81][:500]], PARAMS, settings)[2] > 0
 
-    contexts = [texts[80][:200], texts[81][:500]]
-    expected = plain.generate(plain_engine, contexts, PARAMS)
-    found = ppd.generate(engine, contexts, PARAMS)
-    for one, other in zip(expected, found, strict=True):
-        for key in ("ids", "finish", "text"):
-            assert other[key] == one[key]
-    assert ppd.call("spec_counters", engine)["num_accepted_tokens"] > 0
-
+    engine = engine_with(ppd_engine, **settings)
     steps = ppd.call(
         "drafts_of_steps", engine, prompt=texts[82][:300], params=PARAMS[0], steps=40
     )

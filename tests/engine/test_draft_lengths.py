@@ -6,10 +6,16 @@ import shutil
 
 import pytest
 
-from tests.engine.conftest import PROMPTS, cpu_only
-from tests.engine.test_exactness import GREEDY, mixed, same
+from tests.engine.conftest import (
+    GREEDY,
+    PROMPTS,
+    cpu_only,
+    engine_with,
+    menu_file,
+    mixed,
+    same,
+)
 from vllm_ppd.engine.v1.executor import count_other_rows
-from vllm_ppd.trees.menu import MenuEntry, TreeMenu, save_menus
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 pytestmark = cpu_only
@@ -22,52 +28,36 @@ USUAL = TreePolicy((ROOT, chain_tree(1, (3, 3)), chain_tree(2, (3, 3, 3)), BUSHY
 SMALL = TreePolicy((ROOT, *[chain_tree(1, (3, 1))] * 3))
 
 
-def menu_file(folder, *entries: tuple[TreePolicy, ...]) -> str:
-    menu = TreeMenu(tuple(MenuEntry(policies) for policies in entries))
-    save_menus(folder / "trees.json", menu, menu)
-    return str(folder / "trees.json")
-
-
 def classes() -> tuple[TreePolicy, ...]:
     return USUAL, TreePolicy((LONG,) * 4), TreePolicy((LONG, LONG, LONG, BUSHY))
 
 
 @pytest.fixture(scope="module")
 def two_entries(tmp_path_factory) -> str:
-    return menu_file(tmp_path_factory.mktemp("menu"), (SMALL,) * 3, classes())
-
-
-def engine_with(ppd_engine, **settings):
-    speculative = {**ppd_engine["speculative_config"], **settings}
-    return {**ppd_engine, "speculative_config": speculative}
+    path = tmp_path_factory.mktemp("menu") / "trees.json"
+    return menu_file(path, (SMALL,) * 3, classes())
 
 
 def drafts(ppd, engine) -> int:
     return ppd.call("spec_counters", engine)["num_drafts"]
 
 
-def test_trees_switch_with_the_load(
-    plain, ppd, plain_engine, ppd_engine, texts, two_entries
-):
+def test_trees_switch_with_the_load(check, ppd, ppd_engine, texts, two_entries):
     """Lengths differ, so the load falls from 10 requests to 1 while they run."""
-    engine = engine_with(ppd_engine, tree=two_entries)
-    ppd.call("set_schedule", engine, lengths={2: 13, 5: 5, 1000: 0})
+    tree = {"tree": two_entries}
+    engine = engine_with(ppd_engine, **tree)
+    # 13 draft rows for 1 and 2 requests, 5 for up to 5, none for more.
+    ppd.call("draft_within", engine, max_step_rows=30)
     prompts = mixed(texts, 10, first=20)
-    params = [{**GREEDY, "max_tokens": 20 + 17 * i} for i in range(10)]
-    expected = plain.generate(plain_engine, prompts, params)
-    same(expected, ppd.generate(engine, prompts, params))
+    check(prompts, [{**GREEDY, "max_tokens": 20 + 17 * i} for i in range(10)], tree)
     before = drafts(ppd, engine)
     assert before > 0
     # Six requests of one length never have drafts.
-    params = [{**GREEDY, "max_tokens": 30}] * 6
-    expected = plain.generate(plain_engine, prompts[:6], params)
-    same(expected, ppd.generate(engine, prompts[:6], params))
+    check(prompts[:6], [{**GREEDY, "max_tokens": 30}] * 6, tree)
     assert drafts(ppd, engine) == before
-    params = [
-        {"temperature": 1.0, "seed": i, "max_tokens": 20 + 9 * i} for i in range(10)
-    ]
-    expected = plain.generate(plain_engine, prompts, params)
-    same(expected, ppd.generate(engine, prompts, params))
+    sampled = {"temperature": 1.0}
+    params = [{**sampled, "seed": i, "max_tokens": 20 + 9 * i} for i in range(10)]
+    check(prompts, params, tree)
 
 
 @pytest.mark.parametrize("period", [2, 5])
@@ -85,30 +75,27 @@ def test_draft_lengths_by_turns(plain, ppd, plain_engine, ppd_engine, texts, per
 
 
 def test_an_engine_without_a_profile_starts_plainly_and_adapts(
-    plain, ppd, plain_engine, ppd_engine, texts
+    check, ppd, ppd_engine, texts
 ):
     """The controller in force, whatever it measures on a busy machine."""
     ppd.call("fresh_controller", ppd_engine)
-    prompts = mixed(texts, 4, first=60)
-    params = {**GREEDY, "max_tokens": 300}
-    expected = plain.generate(plain_engine, prompts, params)
-    same(expected, ppd.generate(ppd_engine, prompts, params))
+    check(mixed(texts, 4, first=60), {**GREEDY, "max_tokens": 300})
     observed = ppd.call("controller_snapshot", ppd_engine)
     assert sum(bucket["observed_steps"] for bucket in observed) > 50
     ppd.call("draft_as_much_as_possible", ppd_engine)
 
 
-def test_requests_may_opt_out(plain, ppd, plain_engine, ppd_engine, texts, two_entries):
-    engine = engine_with(ppd_engine, tree=two_entries)
+def test_requests_may_opt_out(check, ppd, ppd_engine, texts, two_entries):
+    tree = {"tree": two_entries}
+    engine = engine_with(ppd_engine, **tree)
     ppd.call("draft_as_much_as_possible", engine)
     prompts = [text[:200] for text in texts[40:42]]
     params = {**GREEDY, "max_tokens": 60}
-    expected = plain.generate(plain_engine, prompts, params)
-    before = drafts(ppd, engine)
     out = {**params, "extra_args": {"ppd": False}}
-    same(expected, ppd.generate(engine, prompts, out))
+    before = drafts(ppd, engine)
+    check(prompts, out, tree)
     assert drafts(ppd, engine) == before
-    same(expected, ppd.generate(engine, prompts, [params, out]))
+    check(prompts, [params, out], tree)
     assert drafts(ppd, engine) > before + 2
 
 
@@ -117,20 +104,13 @@ def test_requests_may_opt_out(plain, ppd, plain_engine, ppd_engine, texts, two_e
     [{"ngram": False}, {"bigram": False}, {"ngram": False, "bigram": False}],
     ids=str,
 )
-def test_every_source_of_draft_tokens(
-    plain, ppd, plain_engine, ppd_engine, texts, tmp_path, settings
-):
+def test_every_source_of_draft_tokens(check, texts, tmp_path, settings):
     entry = (USUAL,) if settings.get("ngram") is False else classes()
-    engine = engine_with(ppd_engine, tree=menu_file(tmp_path, entry), **settings)
-    prompts = mixed(texts, 6, first=30)
-    params = {**GREEDY, "max_tokens": 70}
-    expected = plain.generate(plain_engine, prompts, params)
-    same(expected, ppd.generate(engine, prompts, params))
+    settings = {**settings, "tree": menu_file(tmp_path / "trees.json", entry)}
+    check(mixed(texts, 6, first=30), {**GREEDY, "max_tokens": 70}, settings)
 
 
-def test_a_bigram_table_is_learnt_where_there_is_none(
-    plain, ppd, plain_engine, ppd_engine, texts, tmp_path
-):
+def test_a_bigram_table_is_learnt_where_there_is_none(check, texts, tmp_path):
     """The same trees, with nothing but prompt rows and with a table that starts empty:
     prompt rows do not see the root, so knowing what follows it helps."""
     folder = tmp_path / "prompts"
@@ -139,19 +119,12 @@ def test_a_bigram_table_is_learnt_where_there_is_none(
     policy = TreePolicy((ROOT, *[SparseTree((0, 0, 0), (0, 1, 2), (3, 2, 2, 2))] * 3))
     settings = {
         "model": str(folder),
-        "tree": menu_file(tmp_path, (policy,)),
+        "tree": menu_file(tmp_path / "trees.json", (policy,)),
         "ngram": False,
     }
-    prompts = mixed(texts, 8, first=80)
-    params = {**GREEDY, "max_tokens": 250}
-    expected = plain.generate(plain_engine, prompts, params)
-    gained = []
-    for more in ({"bigram": False}, {}):
-        engine = engine_with(ppd_engine, **settings, **more)
-        before = ppd.accepted(engine)
-        same(expected, ppd.generate(engine, prompts, params))
-        gained.append(ppd.accepted(engine) - before)
-    assert gained[1] > 1.1 * gained[0]
+    prompts, params = mixed(texts, 8, first=80), {**GREEDY, "max_tokens": 250}
+    _, _, without = check(prompts, params, {**settings, "bigram": False})
+    assert check(prompts, params, settings)[2] > 1.1 * without
 
 
 def test_metrics_of_our_own(ppd, ppd_engine, texts):

@@ -7,42 +7,18 @@ lengths and the reasons for which requests ended. Together they decode more than
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-COMPARED = {"tokens": 0}
-GREEDY = {"temperature": 0.0, "ignore_eos": True}
-
-
-def mixed(texts: list[str], count: int, first: int = 0) -> list[str]:
-    """Prompts from a few to some hundred tokens."""
-    lengths = [40, 700, 150, 1000, 300, 90, 500, 20]
-    return [
-        texts[(first + i) % len(texts)][: lengths[i % len(lengths)]]
-        for i in range(count)
-    ]
-
-
-def same(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> None:
-    for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        for key in ("ids", "finish", "stop", "text"):
-            assert b[key] == a[key], f"request {index} differs in {key}"
-        COMPARED["tokens"] += sum(len(ids) for ids in a["ids"])
+from tests.engine.conftest import COMPARED, GREEDY, mixed, same
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
-def test_batches_of_mixed_prompt_and_output_lengths(
-    plain, ppd, plain_engine, ppd_engine, texts, batch
-):
+def test_batches_of_mixed_prompt_and_output_lengths(check, texts, batch):
     prompts = mixed(texts, 16)
     params = [{**GREEDY, "max_tokens": 90 + 17 * (i % 9)} for i in range(16)]
     for first in range(0, 16, batch):
         part = slice(first, first + batch)
-        same(
-            plain.generate(plain_engine, prompts[part], params[part]),
-            ppd.generate(ppd_engine, prompts[part], params[part]),
-        )
+        check(prompts[part], params[part])
 
 
 def test_speculation_really_happened(ppd, ppd_engine, texts):
@@ -57,41 +33,25 @@ def test_speculation_really_happened(ppd, ppd_engine, texts):
     assert drafts > 25 and accepted > 0.1 * drafts
 
 
-def test_repeated_prompts_hit_the_prefix_cache(
-    plain, ppd, plain_engine, ppd_engine, texts
-):
+def test_repeated_prompts_hit_the_prefix_cache(check, texts):
     prompts = [texts[3][:900], texts[3][:900], texts[3][:1100]] * 2
-    params = {**GREEDY, "max_tokens": 64}
-    expected = plain.generate(plain_engine, prompts, params)
     for _ in range(2):
-        same(expected, ppd.generate(ppd_engine, prompts, params))
+        check(prompts, {**GREEDY, "max_tokens": 64})
 
 
-def test_continuing_own_output_from_the_prefix_cache(
-    plain, ppd, plain_engine, ppd_engine, texts
-):
+def test_continuing_own_output_from_the_prefix_cache(check, texts):
     """The cached blocks of a finished request hold what plain decoding wrote."""
-    params = {**GREEDY, "max_tokens": 200}
-    first = plain.generate(plain_engine, [texts[5][:600]], params)[0]
-    same([first], ppd.generate(ppd_engine, [texts[5][:600]], params))
-    longer = [texts[5][:600] + first["text"][0]]
-    params = {**GREEDY, "max_tokens": 40}
-    same(
-        plain.generate(plain_engine, longer, params),
-        ppd.generate(ppd_engine, longer, params),
-    )
+    prompt = texts[5][:600]
+    expected, _, _ = check([prompt], {**GREEDY, "max_tokens": 200})
+    check([prompt + expected[0]["text"][0]], {**GREEDY, "max_tokens": 40})
 
 
-def test_parallel_samples_of_one_prompt(plain, ppd, plain_engine, ppd_engine, texts):
+def test_parallel_samples_of_one_prompt(check, texts):
     params = {"n": 3, "temperature": 0.9, "seed": 11, "max_tokens": 48}
-    prompts = mixed(texts, 4, first=9)
-    same(
-        plain.generate(plain_engine, prompts, params),
-        ppd.generate(ppd_engine, prompts, params),
-    )
+    check(mixed(texts, 4, first=9), params)
 
 
-def test_ends_and_stops(plain, ppd, plain_engine, ppd_engine, texts):
+def test_ends_and_stops(check, plain, plain_engine, texts):
     """EOS, stop strings, stop tokens, minimum length: all within one batch."""
     prompts = mixed(texts, 12, first=20)
     base = {"temperature": 0.0, "max_tokens": 120}
@@ -108,20 +68,14 @@ def test_ends_and_stops(plain, ppd, plain_engine, ppd_engine, texts):
             {**base, "min_tokens": 100, "stop": [text[20:30]]},
         ]
         params.append(kinds[index % len(kinds)])
-    expected = plain.generate(plain_engine, prompts, params)
+    expected, _, _ = check(prompts, params)
     assert sum(r["finish"] == ["stop"] for r in expected) >= 5
-    same(expected, ppd.generate(ppd_engine, prompts, params))
 
 
-def test_requests_that_end_at_the_models_length(
-    plain, ppd, plain_engine, ppd_engine, texts
-):
+def test_requests_that_end_at_the_models_length(check, texts):
     prompts = [texts[i][:800] for i in range(4)]
-    params = {**GREEDY, "max_tokens": 4000}
-    limit = {"max_model_len": 448}
-    expected = plain.generate({**plain_engine, **limit}, prompts, params)
+    expected, _, _ = check(prompts, {**GREEDY, "max_tokens": 4000}, max_model_len=448)
     assert all(r["finish"] == ["length"] for r in expected)
-    same(expected, ppd.generate({**ppd_engine, **limit}, prompts, params))
 
 
 def test_aborted_neighbours(plain, ppd, plain_engine, ppd_engine, texts):
@@ -129,7 +83,7 @@ def test_aborted_neighbours(plain, ppd, plain_engine, ppd_engine, texts):
         "prompts": mixed(texts, 8, first=40),
         "params": {**GREEDY, "max_tokens": 90},
         "abort": [1, 2, 6],
-        # Early: with guesses, requests may be done in two dozen steps.
+        # Early: with drafts, requests may be done in two dozen steps.
         "after_steps": 8,
     }
     expected = plain.call("abort_midway", plain_engine, **arguments)
@@ -138,18 +92,14 @@ def test_aborted_neighbours(plain, ppd, plain_engine, ppd_engine, texts):
     same([expected[i] for i in expected], [actual[i] for i in expected])
 
 
-def test_small_prefill_chunks(plain, ppd, plain_engine, ppd_engine, texts):
+def test_small_prefill_chunks(check, texts):
     """Trees share steps with chunks of prefill, and are cut by the token budget."""
-    chunks = {"max_num_batched_tokens": 24, "max_num_seqs": 6}
-    prompts = mixed(texts, 14, first=5)
     params = [{**GREEDY, "max_tokens": 40 + 9 * (i % 5)} for i in range(14)]
-    same(
-        plain.generate({**plain_engine, **chunks}, prompts, params),
-        ppd.generate({**ppd_engine, **chunks}, prompts, params),
-    )
+    chunks = {"max_num_batched_tokens": 24, "max_num_seqs": 6}
+    check(mixed(texts, 14, first=5), params, **chunks)
 
 
-def test_preemption_and_no_prefix_cache(plain, ppd, plain_engine, ppd_engine, texts):
+def test_preemption_and_no_prefix_cache(check, ppd, ppd_engine, texts):
     """A KV cache too small for the batch forces requests out and in again."""
     tiny = {
         "num_gpu_blocks_override": 12,
@@ -159,72 +109,39 @@ def test_preemption_and_no_prefix_cache(plain, ppd, plain_engine, ppd_engine, te
         "enable_prefix_caching": False,
     }
     prompts = [text[:300] for text in texts[30:38]]
-    params = {**GREEDY, "max_tokens": 150}
-    expected = plain.generate({**plain_engine, **tiny}, prompts, params)
-    same(expected, ppd.generate({**ppd_engine, **tiny}, prompts, params))
-    assert ppd.call("preemptions", {**ppd_engine, **tiny}) > 0
+    check(prompts, {**GREEDY, "max_tokens": 150}, **tiny)
+    assert ppd.preemptions({**ppd_engine, **tiny}) > 0
 
 
 @pytest.mark.parametrize("name", ["prompt_rows_only", "chain", "wide"])
-def test_any_tree(plain, ppd, plain_engine, ppd_engine, texts, trees, name):
-    engine = {
-        **ppd_engine,
-        "speculative_config": {
-            **ppd_engine["speculative_config"],
-            "tree": trees[name],
-        },
-    }
+def test_any_tree(check, texts, trees, name):
     prompts = mixed(texts, 8, first=50)
     params = [{**GREEDY, "max_tokens": 100 + i} for i in range(8)]
-    same(
-        plain.generate(plain_engine, prompts, params),
-        ppd.generate(engine, prompts, params),
-    )
+    check(prompts, params, {"tree": trees[name]})
     # Sampling visits other branches than greedy decoding does.
     params = [{"temperature": 1.0, "seed": i, "max_tokens": 100} for i in range(8)]
-    same(
-        plain.generate(plain_engine, prompts, params),
-        ppd.generate(engine, prompts, params),
-    )
+    check(prompts, params, {"tree": trees[name]})
 
 
-def test_drafts_that_are_noise(
-    plain, ppd, plain_engine, ppd_engine, texts, noise_prompts
-):
-    engine = {
-        **ppd_engine,
-        "speculative_config": {
-            "method": "ppd",
-            "model": noise_prompts,
-            "profile": "none",
-        },
-    }
+def test_drafts_that_are_noise(check, texts, noise_prompts):
     prompts = mixed(texts, 8, first=60)
-    params = {**GREEDY, "max_tokens": 80}
-    same(
-        plain.generate(plain_engine, prompts, params),
-        ppd.generate(engine, prompts, params),
-    )
+    check(prompts, {**GREEDY, "max_tokens": 80}, {"model": noise_prompts})
 
 
-def test_compiled_engine(plain, ppd, plain_engine, ppd_engine, texts):
+def test_compiled_engine(check, ppd, ppd_engine, texts):
     """vLLM's default: the model compiled, with soft tokens in the graph."""
     prompts = mixed(texts, 16, first=70)
-    params = {**GREEDY, "max_tokens": 220}
-    compiled = {"enforce_eager": False}
+    compiled = {**ppd_engine, "enforce_eager": False}
     # A starting engine compiles, or loads what was compiled: then these counts rise.
     before = ppd.call("compilations", ppd_engine)
-    started = ppd.call("compilations", {**ppd_engine, **compiled})
+    started = ppd.call("compilations", compiled)
     assert started["num_models_seen"] > before["num_models_seen"]
     assert sum(started.values()) > sum(before.values()) + 1
-    same(
-        plain.generate({**plain_engine, **compiled}, prompts, params),
-        ppd.generate({**ppd_engine, **compiled}, prompts, params),
-    )
+    check(prompts, {**GREEDY, "max_tokens": 220}, enforce_eager=False)
     # Batches from 16 down to 1, and trees of every size: not one more.
     params = [{**GREEDY, "max_tokens": 10 + 7 * i} for i in range(16)]
-    ppd.generate({**ppd_engine, **compiled}, prompts, params)
-    assert ppd.call("compilations", {**ppd_engine, **compiled}) == started
+    ppd.generate(compiled, prompts, params)
+    assert ppd.call("compilations", compiled) == started
 
 
 def test_bfloat16_differs_only_where_logits_nearly_tie(

@@ -11,7 +11,7 @@ from vllm_ppd.engine import measure
 from vllm_ppd.engine.made_up_requests import MadeUpRequests, blocks_of
 from vllm_ppd.engine.v1.measure import tree_of_rows
 from vllm_ppd.search.latency import LatencyProfile, cache_file
-from vllm_ppd.trees.menu import TreeMenu
+from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 from vllm_ppd.trees.tree import TreePolicy, chain_tree
 
 
@@ -117,7 +117,8 @@ def clock(monkeypatch, tmp_path) -> list[float]:
 
 def settings(seconds: float = 1e9, needed: bool = True) -> SimpleNamespace:
     rows = 8
-    menu = TreeMenu.of(TreePolicy((chain_tree(1, (1, rows - 3)),) * rows))
+    policy = TreePolicy((chain_tree(1, (1, rows - 3)),) * rows)
+    menu = TreeMenu((MenuEntry((policy,)),))
     assert menu.max_rows == rows
     return SimpleNamespace(
         measure=needed,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2_contingency
 
-from tests.engine.test_exactness import mixed, same
+from tests.engine.conftest import mixed
 
 SEEDED = {"temperature": 1.0, "seed": 1234, "max_tokens": 64}
 
@@ -31,20 +31,12 @@ SEEDED = {"temperature": 1.0, "seed": 1234, "max_tokens": 64}
     ],
     ids=lambda extra: "-".join(extra) or "plain",
 )
-def test_seeded_requests_draw_the_same_tokens(
-    plain, ppd, plain_engine, ppd_engine, texts, extra
-):
+def test_seeded_requests_draw_the_same_tokens(check, texts, extra):
     params = [{**SEEDED, **extra, "seed": 100 + i} for i in range(6)]
-    prompts = mixed(texts, 6, first=12)
-    same(
-        plain.generate(plain_engine, prompts, params),
-        ppd.generate(ppd_engine, prompts, params),
-    )
+    check(mixed(texts, 6, first=12), params)
 
 
-def test_a_batch_of_different_sampling_parameters(
-    plain, ppd, plain_engine, ppd_engine, texts
-):
+def test_a_batch_of_different_sampling_parameters(check, texts):
     kinds = [
         {"temperature": 0.0},
         {"temperature": 1.0, "seed": 1},
@@ -54,35 +46,26 @@ def test_a_batch_of_different_sampling_parameters(
         {"temperature": 0.9, "seed": 5, "bad_words": ["the"], "logprobs": 0},
     ]
     params = [{**kinds[i % 6], "max_tokens": 50 + i} for i in range(12)]
-    prompts = mixed(texts, 12, first=33)
-    same(
-        plain.generate(plain_engine, prompts, params),
-        ppd.generate(ppd_engine, prompts, params),
-    )
+    check(mixed(texts, 12, first=33), params)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logprobs_of_emitted_and_prompt_tokens(
-    plain, ppd, plain_engine, ppd_engine, texts, temperature
-):
-    params = {
-        **SEEDED,
-        "temperature": temperature,
-        "logprobs": 4,
-        "prompt_logprobs": 2,
-    }
-    prompts = mixed(texts, 5, first=3)
-    expected = plain.generate(plain_engine, prompts, params)
-    actual = ppd.generate(ppd_engine, prompts, params)
-    same(expected, actual)
-    for a, b in zip(expected, actual, strict=True):
-        _close(a["logprobs"][0], b["logprobs"][0])
-        _close(a["prompt_logprobs"], b["prompt_logprobs"])
+def test_logprobs_of_emitted_and_prompt_tokens(check, texts, temperature):
+    params = {**SEEDED, "temperature": temperature, "logprobs": 4, "prompt_logprobs": 2}
+    expected, actual, _ = check(mixed(texts, 5, first=3), params)
+    close(expected, actual)
+
+
+def close(expected, actual):
+    """The same scores and ranks, of emitted and of prompt tokens."""
+    for one, other in zip(expected, actual, strict=True):
+        _close(one["logprobs"][0], other["logprobs"][0])
+        _close(one["prompt_logprobs"], other["prompt_logprobs"])
 
 
 def _close(expected, actual):
-    assert len(expected) == len(actual)
-    for a, b in zip(expected, actual, strict=True):
+    assert (expected is None) == (actual is None)
+    for a, b in zip(expected or (), actual or (), strict=True):
         if a is None:
             assert b is None
             continue

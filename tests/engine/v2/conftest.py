@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.engine_process import GPU_MEMORY, ON_GPU, EngineProcess
+from tests.engine.conftest import DEMO, DEMO_PPD, menu_file, same
+from tests.engine.engine_process import ON_GPU, EngineProcess
 from tests.engine.v2.engine import HAS_TRITON, V2EngineProcess
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
-from vllm_ppd.trees.menu import MenuEntry, TreeMenu, save_menus
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 VOCABULARY = 24
+GREEDY = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
 
 
-def same(expected: list[dict[str, Any]], actual: list[dict[str, Any]]) -> None:
-    for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        for key in ("ids", "finish", "stop"):
-            assert b[key] == a[key], f"request {index} differs in {key}"
+def prompts(count: int, seed: int = 0, length: int | None = None) -> list[Any]:
+    """Random prompts of a few to some dozen tokens."""
+    chosen = random.Random(seed)
+    return [
+        {
+            "prompt_token_ids": [
+                chosen.randrange(2, VOCABULARY)
+                for _ in range(length or chosen.randint(2, 40))
+            ]
+        }
+        for _ in range(count)
+    ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -81,90 +90,60 @@ def tiny_trees(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     narrow = SparseTree((0,) * 6, tuple(range(6)), (3, 2, 2, 2, 1, 1, 1), 2)
     bushy = TreePolicy((chain_tree(0, (3,), 2), narrow, middle, wide))
-    chains = TreePolicy(
-        tuple(chain_tree(min(s, 1), (1,) * (min(s, 1) + 1), 2) for s in range(4))
-    )
-    menu = TreeMenu((MenuEntry((chains,)), MenuEntry((bushy,))))
+    chains = TreePolicy((chain_tree(0, (1,), 2), *[chain_tree(1, (1, 1), 2)] * 3))
     path = tmp_path_factory.mktemp("trees") / "trees.json"
-    save_menus(path, menu, menu)
-    return str(path)
+    return menu_file(path, (chains,), (bushy,))
 
 
 @pytest.fixture(scope="session")
-def tiny_engine(tiny_model: str) -> dict[str, Any]:
+def plain_engine(tiny_model: str) -> dict[str, Any]:
     return {
+        **DEMO,
         "model": tiny_model,
-        "dtype": "float32",
         "max_model_len": 256,
         "max_num_batched_tokens": 256,
         "max_num_seqs": 8,
         "block_size": 32,
-        "enforce_eager": True,
-        "seed": 0,
         "skip_tokenizer_init": True,
-        "disable_log_stats": False,
-        **GPU_MEMORY,
     }
 
 
 @pytest.fixture(scope="session")
-def tiny_ppd(
-    tiny_engine: dict[str, Any], tiny_prompts: str, tiny_trees: str
-) -> dict[str, Any]:
-    return {
-        **tiny_engine,
-        "speculative_config": {
-            "method": "ppd",
-            "model": tiny_prompts,
-            "tree": tiny_trees,
-            "profile": "none",
-            # V1 would learn which tokens follow which, and draft better than V2.
-            "online": False,
-        },
-    }
+def ppd_engine(plain_engine: Any, tiny_prompts: str, tiny_trees: str) -> dict[str, Any]:
+    # V1 would learn which tokens follow which, and draft better than V2.
+    settings = {"model": tiny_prompts, "tree": tiny_trees, "online": False}
+    return {**plain_engine, "speculative_config": {**DEMO_PPD, **settings}}
 
 
 @pytest.fixture
-def check(
-    plain: V2EngineProcess,
-    ppd: V2EngineProcess,
-    tiny_engine: dict[str, Any],
-    tiny_ppd: dict[str, Any],
-) -> Any:
-    """Called with requests, parameters and engine arguments: decodes them plainly and
-    with PPD, compares, and returns both outputs and the accepted draft tokens."""
+def watch(plain: Any, ppd: Any, plain_engine: Any, ppd_engine: Any) -> Any:
+    """Called with requests, parameters and perhaps an engine with PPD and a schedule:
+    compares like check; returns what generate_and_watch does."""
 
-    def decode(requests: list[Any], params: Any, **more: Any) -> Any:
-        engine = {**tiny_ppd, **more}
-        before = ppd.accepted(engine)
-        expected = plain.generate({**tiny_engine, **more}, requests, params)
-        actual = ppd.generate(engine, requests, params)
-        same(expected, actual)
-        return expected, actual, ppd.accepted(engine) - before
+    def decode(requests: Any, params: Any, engine: Any = None, **how: Any) -> Any:
+        expected = plain.generate(plain_engine, requests, params)
+        how |= {"prompts": requests, "params": params}
+        watched = ppd.call("v2.engine:generate_and_watch", engine or ppd_engine, **how)
+        same(expected, watched["outputs"])
+        return watched
 
     return decode
 
 
 @pytest.fixture(scope="session")
-def v1() -> Iterator[EngineProcess]:
+def v1(start_once: Any) -> EngineProcess:
     if ON_GPU:
         pytest.skip("on a GPU the V1 runner serves 16-bit models only")
-    process = EngineProcess()
-    yield process
-    process.stop()
+    return start_once()
 
 
 @pytest.fixture(scope="session")
-def plain() -> Iterator[V2EngineProcess]:
+def plain(start_once: Any) -> V2EngineProcess:
     """For engines without PPD."""
-    process = V2EngineProcess()
-    yield process
-    process.stop()
+    return start_once(V2EngineProcess)
 
 
 @pytest.fixture(scope="session")
-def ppd() -> Iterator[V2EngineProcess]:
+def ppd(start_once: Any) -> V2EngineProcess:
     """For engines with PPD, which schedule ahead of the device as on GPUs."""
-    process = V2EngineProcess(asynchronous=True)
-    yield process
-    process.stop()
+    return start_once(V2EngineProcess, asynchronous=True)

@@ -6,71 +6,53 @@ a backend for it (tests/triton_cpu_stub), which only the processes started here 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import os
-import sys
-from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.engine import engine_process
-from tests.engine.engine_process import (
-    ENVIRONMENT,
-    ON_GPU,
-    EngineProcess,
-    _sampling_params,
-)
-from tests.engine.v2.graph_use import graph_use
-from tests.engine.v2.host_reads import host_reads, learning_from_every_step
+from tests.engine.engine_process import ON_GPU, ROOT, EngineProcess, FarEngine
+from tests.engine.v2.host_reads import learning_from_every_step
 
-STUB = Path(__file__).parents[2] / "triton_cpu_stub"
-RAY_STUB = Path(__file__).parents[2] / "ray_cpu_stub"
+STUB, RAY_STUB = ROOT / "tests" / "triton_cpu_stub", ROOT / "tests" / "ray_cpu_stub"
 HAS_TRITON = find_spec("triton") is not None
-V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
-if not ON_GPU:
-    V2["TRITON_INTERPRET"] = "1"
 
 
 class V2EngineProcess(EngineProcess):
-    """An EngineProcess whose engine runs V2.
-
-    Args:
-        asynchronous: schedule ahead of the device, as vLLM does on GPUs.
-        ray: start a Ray cluster of two imaginary GPUs for vLLM to find.
-        more: further environment variables.
-    """
+    """An EngineProcess whose engine runs V2; perhaps it schedules ahead of the device,
+    as vLLM does on GPUs, or finds a Ray cluster of two imaginary GPUs."""
 
     def __init__(
-        self, asynchronous: bool = False, ray: bool = False, **more: str
+        self, folder: Path, asynchronous: bool = False, ray: bool = False, **more: str
     ) -> None:
-        environment = {**ENVIRONMENT, **V2, **more}
-        if ray:
-            # Ray's workers are started anew and find modules by this.
-            environment["PYTHONPATH"] = f"{STUB}{os.pathsep}{RAY_STUB}"
-            environment["RAY_USAGE_STATS_ENABLED"] = "0"
-        # No daemon: those may not have workers of their own.
-        self._start(_serve, environment, asynchronous, ray, daemon=False)
+        settings = {"asynchronous": asynchronous, "ray": ray}
+        more |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        if not ON_GPU:
+            more["TRITON_INTERPRET"] = "1"
+        # vLLM finds a platform there, and Triton a driver.
+        paths = [RAY_STUB] * ray + [STUB] * (not ON_GPU)
+        super().__init__(folder, FarV2Engine, settings, paths, **more)
 
 
-def _serve(pipe: Any, asynchronous: bool, with_ray: bool) -> None:
-    if with_ray:
-        # Before vLLM is imported, which then chooses its platform.
-        sys.path.insert(0, str(RAY_STUB))
-    if not ON_GPU:
-        sys.path.insert(0, str(STUB))
-        _look_up_builtins_once()
-        _sort_for_top_k()
-        _store_under_any_mask()
-    if with_ray:
-        import ray
+class FarV2Engine(FarEngine):
+    """The engine side: Triton's interpreter and vLLM, changed where they have to be."""
 
-        ray.init(num_gpus=2, num_cpus=2, include_dashboard=False, log_to_driver=False)
-    if asynchronous and not ON_GPU:
-        _schedule_ahead()
-    for function in OURS:
-        setattr(engine_process, function.__name__, function)
-    engine_process._serve(pipe)
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        if not ON_GPU:
+            _look_up_builtins_once()
+            _sort_for_top_k()
+            _store_under_any_mask()
+        if settings["ray"]:
+            import ray
+
+            parts = {"num_gpus": 2, "num_cpus": 2, "include_dashboard": False}
+            ray.init(log_to_driver=False, **parts)
+        if settings["asynchronous"] and not ON_GPU:
+            _schedule_ahead()
 
 
 def _look_up_builtins_once() -> None:
@@ -155,12 +137,11 @@ def generate_and_watch(
     """
     from vllm_ppd.engine.v2 import drafting, sampling, step_trees
 
-    runner = _runner(llm)
+    runner = engine_process.worker_of(llm).model_runner
     speculator = runner.speculator
     buffers, num_prompted = speculator.buffers, speculator.requests.num_prompted
     place = buffers.place
     steps: list[tuple[int, int, int]] = []
-    calls: Counter[str] = Counter()
 
     def watched_place(batch: Any) -> None:
         place(batch)
@@ -174,41 +155,23 @@ def generate_and_watch(
             turn = len(steps) // period
             engine_process.hold(llm, lengths[turn % len(lengths)])
 
-    def counted(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls[function.__name__] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    names = [
+    watched = [
         *((step_trees, "place_tree"), (sampling, "tree_walk")),
         *((drafting, "fill_tree"), (drafting, "match_ngrams")),
         *((runner._ppd_mover, "move"), (speculator.requests, "grow")),
     ]
-    stock = [getattr(owner, name) for owner, name in names]
     if by_load is not None:
         engine_process.controller_of(llm).schedule[1:] = by_load
-    buffers.place = watched_place
-    for (owner, name), function in zip(names, stock, strict=True):
-        setattr(owner, name, counted(function))
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(engine_process.draft_as_much_as_possible, llm)
+        stack.enter_context(mock.patch.object(buffers, "place", watched_place))
+        mocks = {}
+        for owner, name in watched:
+            each = mock.patch.object(owner, name, wraps=getattr(owner, name))
+            mocks[name] = stack.enter_context(each)
         outputs = engine_process.generate(llm, prompts, params)
-    finally:
-        del buffers.place
-        for (owner, name), function in zip(names, stock, strict=True):
-            setattr(owner, name, function)
-        engine_process.draft_as_much_as_possible(llm)
-    return {"outputs": outputs, "steps": steps, "calls": dict(calls)}
-
-
-def draft_within(llm: Any, max_step_rows: int) -> None:
-    """Decode each load with the longest drafts of at most so many rows in all."""
-    lengths = [0, *engine_process.draft_lengths(llm)]
-    schedule = engine_process.controller_of(llm).schedule
-    for load in range(1, len(schedule)):
-        fitting = [k for k in lengths if load * (k + 1) <= max_step_rows]
-        schedule[load] = max(fitting, default=0)
+    calls = {name: each.call_count for name, each in mocks.items() if each.called}
+    return {"outputs": outputs, "steps": steps, "calls": calls}
 
 
 def count_every_step(llm: Any, prompts: Any, params: Any) -> dict[str, float]:
@@ -224,7 +187,7 @@ def count_every_step(llm: Any, prompts: Any, params: Any) -> dict[str, float]:
     usual, counters.EVERY = counters.EVERY, 1
     try:
         first = counts()
-        llm.generate(prompts, _sampling_params(params), use_tqdm=False)
+        llm.generate(prompts, params, use_tqdm=False)
         return {name: value - first[name] for name, value in counts().items()}
     finally:
         counters.EVERY = usual
@@ -236,10 +199,6 @@ def generate_and_learn(llm: Any, prompts: Any, params: Any) -> list[dict[str, An
         return engine_process.generate(llm, prompts, params)
 
 
-def _runner(llm: Any) -> Any:
-    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
-
-
 def keep_stock_builder(llm: Any) -> None:
     """Take the metadata mixin out of the backend of PPD's later engines."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -248,16 +207,3 @@ def keep_stock_builder(llm: Any) -> None:
 
     builder = CPUAttentionBackend.get_builder_cls()
     PPDCPUAttentionBackendV2.get_builder_cls = staticmethod(lambda: builder)
-
-
-# Functions that tests may call by name in the engine's process.
-OURS = (
-    async_scheduling,
-    generate_and_watch,
-    draft_within,
-    keep_stock_builder,
-    count_every_step,
-    host_reads,
-    generate_and_learn,
-    graph_use,
-)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from tests.engine.engine_process import _sampling_params
-
 
 def graph_use(llm: Any, prompts: Any, params: Any, steps: int) -> dict[str, Any]:
     """Generate until so many steps were run; how, and what was compiled meanwhile.
@@ -33,7 +31,6 @@ def graph_use(llm: Any, prompts: Any, params: Any, steps: int) -> dict[str, Any]
     def note(*args: Any, **kwargs: Any) -> None:
         compiled.append(str(kwargs.get("repr", kwargs.get("key", "a kernel"))))
 
-    params = _sampling_params(params)
     # Twice: what vLLM itself compiles when it meets such requests.
     for _ in range(2):
         llm.generate(prompts, params, use_tqdm=False)

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.engine.engine_process import _sampling_params
-
 
 @contextlib.contextmanager
 def learning_from_every_step() -> Iterator[None]:
@@ -86,7 +84,7 @@ def host_reads(llm: Any, prompts: Any, params: Any) -> list[str]:
         setattr(torch.Tensor, name, method)
     try:
         with Watch(), learning_from_every_step():
-            llm.generate(prompts, _sampling_params(params), use_tqdm=False)
+            llm.generate(prompts, params, use_tqdm=False)
     finally:
         for name, (stock, _) in methods.items():
             setattr(torch.Tensor, name, stock)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.v2.conftest import same
-from tests.engine.v2.test_exactness_v2 import GREEDY, prompts
+from tests.engine.conftest import engine_with, same
+from tests.engine.v2.conftest import GREEDY, prompts
 from vllm_ppd.trees.bigram import BigramTable, OnlineBigram
 
 WORDS = 12
@@ -76,20 +76,15 @@ def test_one_step_in_eight_is_learnt_from():
     assert float(learnt(2 * EVERY, seen, [3], [0, 1]).totals.sum()) == 2
 
 
-def test_drafts_get_better(plain, ppd, tiny_engine, tiny_ppd):
+def test_drafts_get_better(plain, ppd, plain_engine, ppd_engine):
     """The same trees and prompt tokens, which are noise, without and with a table that
     starts empty."""
-    requests = prompts(6, seed=71)
-    params = {**GREEDY, "max_tokens": 40}
-    expected = plain.generate(tiny_engine, requests, params)
+    what = {"prompts": prompts(6, seed=71), "params": {**GREEDY, "max_tokens": 40}}
+    expected = plain.generate(plain_engine, **what)
     gained = []
     for online in (False, True):
-        speculative = {**tiny_ppd["speculative_config"], "online": online}
-        engine = {**tiny_ppd, "speculative_config": speculative}
+        engine = engine_with(ppd_engine, online=online)
         before = ppd.accepted(engine)
-        outputs = ppd.call(
-            "generate_and_learn", engine, prompts=requests, params=params
-        )
-        same(expected, outputs)
+        same(expected, ppd.call("v2.engine:generate_and_learn", engine, **what))
         gained.append(ppd.accepted(engine) - before)
     assert gained[1] > 1.1 * gained[0]

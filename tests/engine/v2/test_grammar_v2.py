@@ -6,31 +6,15 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import MODEL, PROMPTS
-from tests.engine.engine_process import GPU_MEMORY
-from tests.engine.v2.conftest import same
+from tests.engine.conftest import DEMO, DEMO_PPD, same
 from tests.engine.v2.engine import V2EngineProcess
 
-
-@pytest.fixture(scope="module")
-def demo_engine() -> dict[str, Any]:
-    return {
-        "model": str(MODEL),
-        "dtype": "float32",
-        "max_model_len": 256,
-        "max_num_batched_tokens": 256,
-        "max_num_seqs": 4,
-        "enforce_eager": True,
-        "seed": 0,
-        "disable_log_stats": False,
-        **GPU_MEMORY,
-    }
-
-
-@pytest.fixture(scope="module")
-def demo_ppd(demo_engine: dict[str, Any], trees: dict[str, str]) -> dict[str, Any]:
-    speculative = {"method": "ppd", "model": str(PROMPTS), "tree": trees["wide"]}
-    return {**demo_engine, "speculative_config": speculative}
+ENGINE = {
+    **DEMO,
+    "max_model_len": 256,
+    "max_num_batched_tokens": 256,
+    "max_num_seqs": 4,
+}
 
 
 def requests() -> tuple[list[str], list[dict[str, Any]]]:
@@ -50,17 +34,14 @@ def requests() -> tuple[list[str], list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_grammars_and_bad_words(plain, ppd, demo_engine, demo_ppd, asynchronous):
+def test_grammars_and_bad_words(start, plain, ppd, trees, asynchronous):
     texts, params = requests()
-    expected = plain.generate(demo_engine, texts, params)
+    expected = plain.generate(ENGINE, texts, params)
     assert expected[0]["text"][0].startswith("self.")
-    process = ppd if asynchronous else V2EngineProcess()
-    try:
-        same(expected, process.generate(demo_ppd, texts, params))
-        before = process.accepted(demo_ppd)
-        # Alone, a grammar's own drafts show: only scheduling ahead keeps them all.
-        same(expected[:1], process.generate(demo_ppd, texts[:1], params[:1]))
-        assert process.accepted(demo_ppd) > before or not asynchronous
-    finally:
-        if not asynchronous:
-            process.stop()
+    process = ppd if asynchronous else start(V2EngineProcess)
+    engine = {**ENGINE, "speculative_config": {**DEMO_PPD, "tree": trees["wide"]}}
+    same(expected, process.generate(engine, texts, params))
+    before = process.accepted(engine)
+    # Alone, a grammar's own drafts show: only scheduling ahead keeps them all.
+    same(expected[:1], process.generate(engine, texts[:1], params[:1]))
+    assert process.accepted(engine) > before or not asynchronous

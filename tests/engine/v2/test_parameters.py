@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import pytest
 from vllm import SamplingParams
 from vllm.config.reasoning import ReasoningConfig
 
-from tests.engine.engine_process import EngineFailure, EngineProcess
-from tests.engine.v2.conftest import same
-from tests.engine.v2.test_exactness_v2 import prompts
+from tests.engine.conftest import same
+from tests.engine.engine_process import EngineProcess
+from tests.engine.v2.conftest import GREEDY, prompts
+from vllm_ppd.cli.engines import EngineFailedError
 
 TABLE = Path(__file__).parents[3] / "docs" / "sampling.md"
 ROWS = re.findall(
@@ -52,10 +52,8 @@ def params_of(name: str) -> list[dict[str, Any]]:
     extra = {name: VALUES[name]}
     if name == "bad_words":
         extra["_bad_words_token_ids"] = [[8], [18], [12, 21]]
-    return [
-        {**base, "temperature": 0.0, "seed": 2, **extra},
-        {**base, "temperature": 1.0, "seed": 3, **extra},
-    ]
+    ways = ({"temperature": 0.0, "seed": 2}, {"temperature": 1.0, "seed": 3})
+    return [{**base, **way, **extra} for way in ways]
 
 
 SERVED = [name for name, *modes in ROWS if name in VALUES and "refused" not in modes]
@@ -76,10 +74,8 @@ def test_draft_modes(name, mode):
 
 
 @pytest.fixture(scope="module")
-def plain_v1() -> Iterator[EngineProcess]:
-    process = EngineProcess()
-    yield process
-    process.stop()
+def plain_v1(start_once) -> EngineProcess:
+    return start_once()
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +90,11 @@ def thinking() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=["V1", "V2"])
-def decoded(request, thinking, tiny_engine, tiny_ppd) -> tuple[Any, ...]:
+def decoded(request, thinking, plain_engine, ppd_engine) -> tuple[Any, ...]:
     """Outputs of both engines by parameter, and the engine with PPD."""
     names = {"V1": ("plain_v1", "v1"), "V2": ("plain", "ppd")}[request.param]
     stock, ours = (request.getfixturevalue(name) for name in names)
-    engine = {**tiny_ppd, **thinking}
+    engine = {**ppd_engine, **thinking}
     before = ours.accepted(engine)
     outputs: dict[str, Any] = {}
     # V1 of vLLM 0.32 leaves a budget behind for a request that moves to the place of
@@ -108,7 +104,7 @@ def decoded(request, thinking, tiny_engine, tiny_ppd) -> tuple[Any, ...]:
         requests = prompts(len(params), seed=37)
         for prompt in requests:
             prompt["prompt_token_ids"].append(THINK)
-        expected = stock.generate({**tiny_engine, **thinking}, requests, params)
+        expected = stock.generate({**plain_engine, **thinking}, requests, params)
         actual = ours.generate(engine, requests, params)
         for place, name in enumerate(batch):
             part = slice(2 * place, 2 * place + 2)
@@ -128,14 +124,12 @@ def test_text_is_plain_vllms(decoded, name):
 SESSIONS = [[[3, 9, 4], [8, 2], [11, 7, 5, 6], [14]], [[2, 8], [6, 6, 4], [3]]]
 
 
-def test_sessions_with_input_in_chunks(decoded, request, tiny_engine, thinking):
+def test_sessions_with_input_in_chunks(decoded, request, plain_engine, thinking):
     """A chunk's answer ends at max_tokens, and the next chunk goes on behind it."""
     _, ours, engine = decoded
-    params = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
-    params["max_tokens"] = 9
     stock = request.getfixturevalue("plain_v1")
-    arguments = {"sessions": SESSIONS, "params": params}
-    expected = stock.call("stream_sessions", {**tiny_engine, **thinking}, **arguments)
+    arguments = {"sessions": SESSIONS, "params": {**GREEDY, "max_tokens": 9}}
+    expected = stock.call("stream_sessions", {**plain_engine, **thinking}, **arguments)
     assert [len(tokens) for tokens in expected.values()] == [36, 27]
     assert ours.call("stream_sessions", engine, **arguments) == expected
 
@@ -144,5 +138,5 @@ def test_what_vllm_refuses(decoded):
     _, ours, engine = decoded
     for name, *modes in ROWS:
         if name in VALUES and "refused" in modes:
-            with pytest.raises(EngineFailure, match=name):
+            with pytest.raises(EngineFailedError, match=name):
                 ours.generate(engine, prompts(1), params_of(name)[0])
