@@ -114,12 +114,12 @@ def check_drafts(
     insertion = Insertion(
         points=torch.tensor([[ids.shape[1] - 2]]),
         valid=torch.tensor([[True]]),
-        attention_mask=torch.ones_like(ids).bool(),
+        length=ids.shape[1],
         num_prompt_tokens=m,
         num_ept=e,
     )
     with torch.no_grad():
-        ordinary = frozen.ordinary_rows(ids, insertion.attention_mask)
+        ordinary = frozen.ordinary_rows(ids)
         rows = frozen.prompt_rows(prompts.embeddings, insertion, ordinary)
         logits = frozen.logits(insertion.split_points(rows))[0].mean(dim=1)
     ranked = logits.sort(dim=1, descending=True).values
