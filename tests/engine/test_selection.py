@@ -112,7 +112,10 @@ def test_the_compiled_graphs_key_knows_about_ppd():
         ({"num_speculative_tokens": -1}, "num_speculative_tokens is -1"),
         ({"num_speculative_tokens": "four"}, "is 'four'; expected a whole number"),
         ({"num_speculative_tokens": 1000}, "is 1000; expected 1 to 128"),
-        ({"draft_tensor_parallel_size": 1}, "'draft_tensor_parallel_size', which"),
+        (
+            {"draft_tensor_parallel_size": 1},
+            "unknown key 'draft_tensor_parallel_size'; expected",
+        ),
         ({"model": None}, "path is None"),
         ({"model": "/no/such/folder"}, "there is no folder '/no/such/folder'"),
         ({"model": str(MODEL)}, "config.json"),
