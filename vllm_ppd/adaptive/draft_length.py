@@ -25,7 +25,7 @@ __all__ = ["DraftLengthController", "load_buckets"]
 PROBE = 10
 # Standard errors that make an answer clear.
 CLEAR = 2.0
-# Relative variance of a step's time, and of a ratio that was never measured.
+# Relative variance of a step's time, at least, and of a ratio never measured.
 NOISE, UNKNOWN = 0.05, 0.1
 # A step of so many typical times waited for something else than its rows.
 OUTLIER = 4.0
@@ -221,7 +221,6 @@ class _Bucket:
         self._arms[current].is_known, self._arms[current].variance = True, 0.0
         # Seconds of a step with ratio 1, and the number of steps it is known from.
         self._level, self._level_steps = 0.0, 0
-        self._noise = NOISE
         # The arm that is probed; None between probes.
         self._rival: int | None = None
         # Steps until the probe begins or ends; the first begins at once.
@@ -320,7 +319,7 @@ class _Bucket:
         limit = OUTLIER * median(self._block)
         block = [seconds for seconds in self._block if seconds <= limit]
         mean = fmean(block)
-        noise = max(self._noise, pvariance(block) / mean**2)
+        noise = max(NOISE, pvariance(block) / mean**2)
         noise *= 1 / len(block) + 1 / self._level_steps
         arm.learn_ratio(mean / self._level, noise)
         self._rival = None

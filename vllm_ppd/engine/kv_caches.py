@@ -17,7 +17,7 @@ def attention_caches(runner: Any) -> list[list[torch.Tensor]]:
         runner: a model runner whose KV caches are allocated.
 
     Raises:
-        PPDConfigError: a cache that is not plain attention's, or of 8-bit values.
+        PPDConfigError: a cache that is not plain attention's.
     """
     layers = runner.compilation_config.static_forward_context
     groups = []
@@ -33,11 +33,5 @@ def attention_caches(runner: Any) -> list[list[torch.Tensor]]:
             for name in group.layer_names
             if (cache := layers[name].kv_cache) is not None
         }
-        if any(cache.element_size() == 1 for cache in caches.values()):
-            # A checkpoint can ask for it, whatever --kv-cache-dtype says.
-            raise PPDConfigError(
-                "speculative method 'ppd' cannot read a KV cache of 8-bit values, "
-                "which this model has: serve with --kv-cache-dtype bfloat16"
-            )
         groups.append(list(caches.values()))
     return groups
