@@ -35,6 +35,8 @@ Patched where PPD is selected:
 - ``vllm.v1.worker.cpu_worker.CPUModelRunner`` (while PPD's worker builds its runner):
   the CPU worker names the class inline, without the GPU worker's
   ``_make_model_runner`` seam. 0.32, 0.33.
+- on V1, the logger of ``vllm.v1.sample.logits_processor`` (while a runner is built):
+  a filter drops its warning that min_p and logit_bias do not work. 0.32.
 - on V2, ``vllm.v1.worker.gpu.model_runner.init_speculator`` and
   ``vllm.v1.worker.cpu.model_runner.CPUModelRunner`` (while a runner is built): both are
   looked up by name, with no method to override. 0.32, 0.33.

@@ -16,6 +16,7 @@ own code: its runner speculates if it has a ``speculative_config``, which is Non
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,6 +62,11 @@ _NGRAM_CONTEXT = 4096
 _NO_NGRAMS = np.full((1, MAX_NGRAM_DRAFTS), -1)
 
 
+def _is_true_of_ppd(record: logging.LogRecord) -> bool:
+    # 0.32 warns, as it builds a runner that speculates, that they do not work.
+    return not str(record.msg).startswith("min_p and logit_bias")
+
+
 class PPDRunnerMixin:
     """Goes before a V1 ``GPUModelRunner`` in the bases of a model runner."""
 
@@ -68,7 +74,10 @@ class PPDRunnerMixin:
     speculative_config: SpeculativeConfig | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        vllm_says = logging.getLogger("vllm.v1.sample.logits_processor")
+        vllm_says.addFilter(_is_true_of_ppd)
         super().__init__(*args, **kwargs)
+        vllm_says.removeFilter(_is_true_of_ppd)
         # What vLLM's runner has as its own attribute, while a step speculates.
         self._ppd_speculative = self.speculative_config
         # The tree that each request's pending drafts were made for.
