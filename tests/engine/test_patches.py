@@ -35,7 +35,8 @@ from vllm_ppd.plugin import register
 # or names, these in this order; a class `has` fields, or attributes that __init__ sets.
 SEAMS = """
 engine.arg_utils:EngineArgs has speculative_config spec_method spec_model spec_tokens \
-    additional_config attention_backend compilation_config
+    additional_config attention_backend attention_config \
+    compilation_config
     create_speculative_config takes target_model_config target_parallel_config
     add_cli_args takes parser
 sampling_params:SamplingParams._validate_spec_decode takes speculative_config

@@ -133,6 +133,16 @@ def _engine_refusals(
         f"--kv-cache-dtype {cached} with a model of {model.dtype}",
         f"set it to {str(model.dtype).removeprefix('torch.')}",
     )
+    chosen = (args.attention_backend, args.attention_config.backend)
+    chosen += tuple(args.attention_config.backend_per_kind.values())
+    # Strings or members of vLLM's enum; a CPU has one backend, whatever is chosen.
+    names = {str(getattr(each, "name", each)).upper() for each in chosen}
+    names -= {"NONE", "AUTO", "CUSTOM"}
+    yield (
+        on_v2 and bool(names),
+        f"the attention backend {', '.join(sorted(names))}",
+        "it brings its own; leave out --attention-backend and backend_per_kind",
+    )
     yield (
         parallel.worker_cls != "auto",
         f"--worker-cls {parallel.worker_cls}",

@@ -218,7 +218,8 @@ def _prepare_v2(args: Any, device: str) -> None:
     if compilation.cudagraph_mode == CUDAGraphMode.FULL:
         compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
         logger.info("PPD uses CUDA graphs FULL_AND_PIECEWISE instead of FULL")
-    if args.attention_backend is None and args.attention_config.backend is None:
+    # Whatever else was chosen is refused.
+    if args.attention_config.backend is None:
         args.attention_backend = "CUSTOM"
 
 
