@@ -56,26 +56,18 @@ def command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, contextlib\n"
-        "from vllm_ppd.cli.main import main\n"
-        "with contextlib.suppress(SystemExit): main(['--help'])\n"
-        "heavy = {'vllm', 'torch', 'rich', 'numpy'} & set(sys.modules)\n"
-        "print('heavy:', sorted(heavy))"
+        "from vllm_ppd.cli.main import COMMANDS, main\n"
+        "for command in ('', *COMMANDS):\n"
+        "    heavy = {'vllm', 'torch', 'transformers', '' if command else 'numpy'}\n"
+        "    with contextlib.suppress(SystemExit): main([*command.split(), '--help'])\n"
+        "    assert not heavy & set(sys.modules), command\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[-1] == "heavy: []"
-    for name, entry in main.COMMANDS.items():
-        assert name in done.stdout
-        assert entry.example in done.stdout
-
-
-@pytest.mark.parametrize("name", ["demo", "inspect"])
-def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main.main([name, "--help"])
-    assert stop.value.code == 0
-    assert f"example: vllm-ppd {name}" in capsys.readouterr().out
+    said = " ".join(done.stdout.split())
+    for entry in main.COMMANDS.values():
+        assert f"example: {entry.example}" in said
 
 
 def test_no_command_prints_help(capsys: pytest.CaptureFixture) -> None:
@@ -181,10 +173,3 @@ def test_inspect_reports_unreadable_records(prompts: Path, name: str, capsys) ->
     status, described = inspect_json(capsys, str(prompts))
     assert status == 1
     assert name in described["problems"][0]
-
-
-def test_inspect_refuses_other_folders(tmp_path: Path, model: Path, capsys) -> None:
-    assert main.main(["inspect", str(model)]) == 2
-    assert "pass a folder that vllm-ppd train" in capsys.readouterr().err
-    assert main.main(["inspect", str(tmp_path / "nowhere")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1

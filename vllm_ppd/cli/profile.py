@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_ppd.cli.engines import engine_processes
+from vllm_ppd.config import PPDConfig
 from vllm_ppd.hub import resolve_path
-from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.latency import LatencyProfile, cache_file
 
 
@@ -91,9 +91,13 @@ def _check_target(name: str | None, overwrite: bool) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0. Raises ValueError for unusable input, EngineFailedError else."""
+    # Here, because torch takes a second to import.
+    from vllm_ppd.prompt_tokens.tokens import PromptTokens
+
     settings = engine_settings(args)
     _check_target(args.out, args.overwrite)
-    # A name that leads nowhere should not cost an engine's start.
+    # A bad value should not cost an engine's start.
+    PPDConfig.from_speculative(settings["speculative_config"])
     resolve_path(args.model, allow_patterns=("config.json",))
     PromptTokens.load(resolve_path(args.path))
     console = Console(highlight=False, soft_wrap=True)

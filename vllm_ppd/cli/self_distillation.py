@@ -19,8 +19,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from vllm_ppd.cli.demo import engine_settings
-from vllm_ppd.cli.engines import engine_processes
+from vllm_ppd.cli.engines import engine_processes, engine_settings
 from vllm_ppd.train.data import DATA_FOLDER, load_tokenizer, text_files
 from vllm_ppd.train.documents import RENDERED, find_documents, render_chat
 from vllm_ppd.train.model import located_model
@@ -120,8 +119,6 @@ def self_distill(args: argparse.Namespace) -> str:
     path = folder / f"answers-{hashlib.sha256(what.encode()).hexdigest()[:8]}.jsonl"
     given = argparse.Namespace(dtype=args.dtype, eager=False, max_model_len=room)
     settings, _ = engine_settings(given, str(model))
-    # The share of one of the demo's two engines.
-    settings.pop("gpu_memory_utilization", None)
     with engine_processes({"vLLM": settings}, "train") as engines:
         write_answers(path, prompts, tokens, engines["vLLM"], args.quiet)
     return str(path)

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,12 +16,10 @@ from rich.tree import Tree
 
 from vllm_ppd.config import PPDConfig
 from vllm_ppd.hub import resolve_path
-from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.acceptance import ACCEPTANCE_FILE
 from vllm_ppd.search.latency import LatencyProfile, expected_speedup
 from vllm_ppd.search.menu_search import acceptance_for, menu_for
 from vllm_ppd.search.policy_iteration import TreeFigures, entry_figures
-from vllm_ppd.trees.bigram import BIGRAM_FILE
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 
 # Numbers of running requests for which speeds are shown.
@@ -77,6 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0. Raises ValueError subclasses for unusable input."""
+    # Here, because torch takes a second to import.
+    import torch
+
+    from vllm_ppd.prompt_tokens.tokens import PromptTokens
+
     config = PPDConfig(
         args.path, args.max_draft_tokens, args.tree, args.profile or "none"
     )
@@ -139,11 +142,13 @@ def _entry_to_draw(
 def _facts(
     args: argparse.Namespace,
     folder: Path,
-    prompts: PromptTokens,
+    prompts: Any,
     menu: TreeMenu,
     device: str,
     profile: LatencyProfile | None,
 ) -> Table:
+    from vllm_ppd.trees.bigram import BIGRAM_FILE
+
     sources = [_counted(prompts.num_prompt_tokens, "prompt token")]
     if prompts.num_ept > 1:
         sources[0] += f" of {prompts.num_ept} EPT"
