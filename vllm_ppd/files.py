@@ -55,6 +55,19 @@ class FormatError(ValueError):
     """A file of this project's formats that cannot be read, written or used."""
 
 
+def read_object(path: str | os.PathLike[str], kind: str, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file; arguments and errors are those of `read_json`."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(
+            f"{kind} {path} cannot be read as JSON ({error}); {remedy}"
+        ) from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{kind} {path} is no JSON object; {remedy}")
+    return content
+
+
 def read_json(
     path: str | os.PathLike[str],
     *,
@@ -80,14 +93,7 @@ def read_json(
     Raises:
         FormatError: one sentence that names the file, the fault and the remedy.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FormatError(
-            f"{kind} {path} cannot be read ({error}); {remedy}"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON ({error}); {remedy}") from error
+    content = read_object(path, kind, remedy)
     try:
         return check_content(
             content,

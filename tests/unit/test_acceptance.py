@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import numpy as np
 import pytest
 
 from tests.unit.models import random_model
-from tests.unit.refusals import refused
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import MeasurementError
 
@@ -85,50 +83,3 @@ def test_of_a_folder(tmp_path):
     assert_same(AcceptanceModel.of_folder(tmp_path, 2), MODEL)
     with pytest.raises(MeasurementError, match=r"2 prompt tokens, but the folder ho"):
         AcceptanceModel.of_folder(tmp_path, 3)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ([0.5, 0.2], "shape [2]; expected [prompt tokens, ranks]"),
-        ([[[0.5]]], "shape [1, 1, 1]"),
-        ([[]], "shape [1, 0]"),
-        ([], "shape [0]"),
-        (0.5, "shape []"),
-        ([[0.5, 0.2], [0.5]], "not a table of numbers"),
-        ([["0.5"]], "not a table of numbers"),
-        ([[True]], "not a table of numbers"),
-        ([[None]], "not a table of numbers"),
-        ({"1": [0.5]}, "not a table of numbers"),
-        ([[10**400]], "not a table of numbers"),
-        ([[0.5, 1.2]], "outside [0, 1]"),
-        ([[0.5, 0.2], [0.1, -0.25]], "outside [0, 1]"),
-        ([[float("nan")]], "outside [0, 1]"),
-        ([[0.5, 0.4], [0.5, 0.7]], "marginal[1] sums to 1.2"),
-    ],
-)
-def test_bad_tables(values, message):
-    with refused(MeasurementError, message):
-        AcceptanceModel.of(values)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("ngram", [[1.5, 0.2], [0.1, 0.1]], "ngram holds values outside"),
-        ("ngram", [[0.1, 0.2]], "beside has shape"),
-        ("unprompted", [0.1], "unprompted has shape"),
-        ("overall", [[0.1, 0.1, 0.1]], "overall has shape"),
-        ("marginal", [[0.1, 0.1]], "marginal has shape"),
-        ("prompted", 0.5, "not enough values"),
-        ("prompted", [], "not enough values"),
-        ("transitions", [[1, 1], [0, 1]], "transitions has shape"),
-        ("transitions", np.full((2, 3, 3), 0.5).tolist(), "must sum to 1"),
-    ],
-)
-def test_bad_files(tmp_path, name, value, message):
-    path = tmp_path / "acceptance.json"
-    MODEL.save(path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
-    with refused(MeasurementError, path, message):
-        AcceptanceModel.load(path)

@@ -1,252 +1,303 @@
-"""`vllm-ppd train` and `calibrate` given what they cannot use.
-
-Each ends with one sentence that names the thing, exit status 2 (130 for Ctrl-C), and
-every file as it was before.
-"""
+"""Inputs that cannot be used: each gets one sentence, and no file is harmed."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
+import io
 import json
-import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import transformers
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+from vllm.platforms import CpuArchEnum
 
-from tests.unit.tiny_base import SIZES
-from vllm_ppd.calibrate import measure as calibrate_module
+from tests.authors_checkpoint import write_authors_checkpoint
+from tests.unit.bad_inputs import BAD, CUT, FOLDER, GONE, TABLE
+from tests.unit.models import random_model
+from tests.unit.refusals import refused
 from vllm_ppd.cli import main
+from vllm_ppd.cli.engines import EngineProcess
+from vllm_ppd.config import PPDConfig
+from vllm_ppd.engine import select
+from vllm_ppd.engine.refusals import refuse_unsupported, require_supported_vllm
+from vllm_ppd.hub import resolve_path
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
-from vllm_ppd.train.model import FrozenModel
+from vllm_ppd.search.acceptance import AcceptanceModel
+from vllm_ppd.search.latency import LatencyProfile
+from vllm_ppd.search.menu_search import build_menu
+from vllm_ppd.train.data import read_stream
+from vllm_ppd.trees.bigram import BigramTable
+from vllm_ppd.trees.menu import load_menus, save_menus
 
-TRAIN = "--steps 4 --length 24 --batch-size 2 --points 4 --checkpoint-every 2"
-CALIBRATE = "--points 40 --prompt-length 8 --continue 12 --ranks 9"
+CASES = [(heading, *row) for heading, rows in BAD.items() for row in rows]
+TRAIN = (
+    "train --model {model} --out {out} --length 24 --batch-size 2 --points 4 --cpu "
+    "--quiet"
+)
+COMMANDS = {
+    "train": f"{TRAIN} --data {{data}}",
+    "train --steps 4": f"{TRAIN} --data {{data}} --steps 4",
+    "train --self-distill": f"{TRAIN} --steps 4 --self-distill-tokens 9 --self-distill",
+    "calibrate": "calibrate {prompts} --model {model} --data {data} --points 40 "
+    "--prompt-length 8 --continue 12 --ranks 9 --cpu --quiet",
+    **{name: name for name in ("demo", "inspect", "convert", "profile", "tree")},
+}
+CHAT = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": ""}]
+TEXTS = {
+    "void": "",
+    "short": '{"text": "too short"}',
+    "few": 7 * '{"prompt": "a"}\n',
+    "asks": 9 * '{"prompt": "a"}\n',
+    "chats": 30 * (json.dumps({"messages": CHAT}) + "\n"),
+}
+MENU, OTHER_MENU = (build_menu(AcceptanceModel.typical(m), 6) for m in (2, 3))
+PROFILE = LatencyProfile((1, 4), (1, 2), ((1.0, 2.0), (2.0, 4.0)), {"model": "a"})
+# Makers of what is not always there.
+MADE: dict[str, Callable[[Path], Any]] = {
+    "empty": Path.mkdir,
+    "theirs": lambda path: write_authors_checkpoint(path, TABLE),
+    "lora": lambda path: write_authors_checkpoint(path, TABLE, peft_type="LORA"),
+    "pickled": lambda path: write_authors_checkpoint(path, TABLE, pickled=True),
+    "menu": lambda path: save_menus(path, OTHER_MENU, OTHER_MENU),
+    "trees.json": lambda path: save_menus(path, MENU, MENU),
+    "acceptance.json": random_model(3, m=2, ranks=2, classes=2).save,
+    "profile.json": PROFILE.save,
+    "bigram.safetensors": BigramTable.empty(6, 3, (1.0, 1.0)).save,
+}
 
 
-class Workplace:
-    """A model, a text, prompt tokens for the model, and the two commands."""
+class Place(dict):
+    """Files and folders by name, some of them made when they are asked for."""
 
     def __init__(self, folder: Path, model: Path, data: Path, prompts: Path) -> None:
-        self.folder, self.prompts, self.out = folder, prompts, folder / "out"
-        self.model = shutil.copytree(model, folder / "model")
-        self.data = shutil.copy(data, folder / "text.jsonl")
+        self.folder = folder
+        model = shutil.copytree(model, folder / "model")
+        data = shutil.copy(data, folder / "text.jsonl")
+        super().__init__(model=model, data=data, prompts=prompts)
 
-    def run(self, command: str, *more: str, **changed: Any) -> int:
-        paths = {"model": self.model, "data": self.data, "out": self.out, **changed}
-        own = ["train", "--out", str(paths["out"]), *TRAIN.split()]
-        if command == "calibrate":
-            own = ["calibrate", str(self.prompts), *CALIBRATE.split()]
-        given = ["--model", str(paths["model"]), "--data", str(paths["data"])]
-        return main.main([*own, *given, "--cpu", "--quiet", *more])
+    def __missing__(self, name: str) -> Path:
+        path = self.folder / name
+        if name in TEXTS:
+            path = path.with_suffix(".jsonl")
+            path.write_text(TEXTS[name])
+        elif name in MADE:
+            MADE[name](path)
+        return path
 
     def files(self) -> dict[str, bytes]:
         paths = (path for path in self.folder.rglob("*") if path.is_file())
         return {str(path): path.read_bytes() for path in paths}
 
 
+def read_text(path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(path.with_name("model"))
+    read_stream([path], tokenizer, max_tokens=999, least_tokens=24)
+
+
+def load_prompts(path: Path) -> PromptTokens:
+    return PromptTokens.load(path.parent)
+
+
+def fingerprint(path: Path) -> BaseModelFingerprint:
+    return BaseModelFingerprint.of_folder(path.parent)
+
+
+# Where a good file is, and what reads it.
+FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "acceptance.json": ("acceptance.json", AcceptanceModel.load),
+    "trees.json": ("trees.json", load_menus),
+    "profile.json": ("profile.json", lambda p: LatencyProfile.load(p, PROFILE.key)),
+    "bigram.safetensors": ("bigram.safetensors", lambda p: BigramTable.load(p, 6, 2)),
+    "text.jsonl": ("data", read_text),
+    "config.json": ("prompts/config.json", load_prompts),
+    "prompt_tokens.safetensors": ("prompts/prompt_tokens.safetensors", load_prompts),
+    "adapter_config.json": ("theirs/adapter_config.json", load_prompts),
+    "adapter_model.safetensors": ("theirs/adapter_model.safetensors", load_prompts),
+    "adapter_model.bin": ("pickled/adapter_model.bin", load_prompts),
+    "a model's config.json": ("model/config.json", fingerprint),
+    "a model's model.safetensors": ("model/model.safetensors", fingerprint),
+}
+
+
+def good_file(place: Place, heading: str) -> tuple[Path, Callable[[Path], Any]]:
+    where, read = FILES[heading]
+    name, _, rest = where.partition("/")
+    path = Path(place[name]) / rest
+    read(path)
+    return path, read
+
+
+def put(path: Path, change: Any) -> None:
+    """Change a JSON file, or replace a file by something else."""
+    content = path.read_bytes()
+    if callable(change) or (path.suffix == ".json" and isinstance(change, dict)):
+        values = json.loads(content)
+        change(values) if callable(change) else merge(values, change)
+        path.write_text(json.dumps(values))
+        return
+    path.unlink()
+    if change is FOLDER:
+        path.mkdir()
+    elif change is CUT:
+        path.write_bytes(content[:-4])
+    elif isinstance(change, str):
+        path.write_text(change, encoding="latin-1")
+    elif isinstance(change, BigramTable):
+        change.save(path)
+    elif isinstance(change, dict):
+        save_file({name: tensor.clone() for name, tensor in change.items()}, path)
+    elif change is not GONE:
+        torch.save(change, path)
+
+
+def merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if value is ...:
+            del values[key]
+        elif isinstance(value, dict) and key in values:
+            merge(values[key], value)
+        else:
+            values[key] = value
+
+
+class Off(SimpleNamespace):
+    """vLLM's settings; those that are not named are off."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def vllm_settings(
+    on_v2: bool = True, backend: Any = None, per_kind: Any = (), **given: Any
+) -> None:
+    kinds = ("pipeline", "decode_context", "prefill_context")
+    settings: dict[str, Any] = {f"{kind}_parallel_size": 1 for kind in kinds}
+    settings |= {"runner_type": "generate", "worker_cls": "auto"}
+    settings |= {"kv_cache_dtype": "auto", "dtype": torch.bfloat16}
+    attention = SimpleNamespace(backend=backend, backend_per_kind=dict(per_kind))
+    off = Off(**{**settings, "attention_config": attention, **given})
+    refuse_unsupported(off, off, off, on_v2)
+
+
+def run_command(argv: list[str]) -> None:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+        assert main.main(argv) == 2
+    first, *others = said.getvalue().splitlines()
+    # Python says how the command is used, too, if the flags cannot be read.
+    assert first.startswith("usage: ") or not others, said.getvalue()
+    raise ValueError([first, *others][-1])
+
+
+def reading(place: Place, patch: pytest.MonkeyPatch, heading: str, given: Any) -> Any:
+    """What will refuse the input; all files are there then."""
+    if heading in COMMANDS:
+        words = f"{COMMANDS[heading]} {given}".format_map(place).split()
+        for variable in [word for word in words if word[0].isupper()]:
+            words.remove(variable)
+            patch.setenv(*variable.split("="))
+        return lambda: run_command(words)
+    if heading in FILES:
+        path, read = good_file(place, heading)
+        put(path, given)
+        return lambda: read(path)
+    if heading == "prompt tokens":
+        path = Path(place[given])
+        return lambda: PromptTokens.load(path)
+    if heading == "another model":
+        base = BaseModelFingerprint.of_folder(place["model"])
+        other = dataclasses.replace(base, **given)
+        return lambda: PromptTokens.load(place["prompts"]).check_against(other)
+    if heading == "the machine":
+        device, processor, version = given
+        architecture = getattr(CpuArchEnum, processor)
+        platform = SimpleNamespace(
+            device_type=device, get_cpu_architecture=lambda: architecture
+        )
+        patch.setattr(select, "current_platform", platform)
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", version)
+        speculative = {"method": "ppd", "model": "a"}
+        return lambda: select.create_ppd_config(None, speculative, None, None)
+    if heading == "vLLM's settings":
+        return lambda: vllm_settings(**given)
+    if heading == "a path":
+        return lambda: resolve_path(given.format_map(place))
+    if heading == "vLLM's version":
+        return lambda: require_supported_vllm(given)
+    assert heading == "speculative_config"
+    return lambda: PPDConfig.from_speculative({"model": "ppd:x", **given})
+
+
 @pytest.fixture
-def workplace(tmp_path, model_folder, data, prompts_folder) -> Workplace:
-    return Workplace(tmp_path, model_folder, data, prompts_folder)
+def place(tmp_path, model_folder, data, prompts_folder, monkeypatch) -> Place:
+    def no_engine(*_: Any, **__: Any) -> None:
+        raise AssertionError("an engine starts")
 
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host\nsecond line")
 
-@pytest.fixture(params=["train", "calibrate"])
-def command(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-def refused(workplace, capsys, command: str, word: str, *more: str, **changed) -> None:
-    original = workplace.files()
-    assert workplace.run(command, *more, **changed) == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"vllm-ppd {command}: ")
-    assert message.count("\n") == 1, message
-    assert word in message
-    assert workplace.files() == original
-
-
-def test_the_two_commands_work(workplace: Workplace, command: str) -> None:
-    assert workplace.run(command) == 0
+    monkeypatch.setattr(EngineProcess, "__init__", no_engine)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    return Place(tmp_path, model_folder, data, prompts_folder)
 
 
 @pytest.mark.parametrize(
-    ("content", "word"),
-    [
-        (None, "cannot be read: No such file"),
-        (b"", "holds no text"),
-        (b"\n\n", "holds no text"),
-        (b'{"text": "short"}', "tokens; expected at least"),
-        (b'{"text": ""}', "expected at least"),
-        (b'{"text": "\xff\xfe"}', "line 1 is not UTF-8"),
-        (b'{"text": "a"', "line 1 is not JSON"),
-        (b'{"body": "a"}', 'line 1 has neither "text"'),
-        (b'{"text": "a"}\n{"text": 3}', "line 2 has neither"),
-        (b"[1]", "line 1 has neither"),
-        (b'{"messages": ["hi"]}', "line 1 has neither"),
-    ],
+    ("heading", "given", "value", "what_to_do"),
+    CASES,
+    ids=[f"{heading}: {value}" for heading, _, value, _ in CASES],
 )
-def test_data(workplace, capsys, command: str, content, word: str) -> None:
-    bad = workplace.folder / "bad.jsonl"
-    if content is not None:
-        bad.write_bytes(content)
-    refused(workplace, capsys, command, word, data=bad)
+def test_one_sentence(place, monkeypatch, heading, given, value, what_to_do) -> None:
+    read = reading(place, monkeypatch, heading, given)
+    original = place.files()
+    with refused(ValueError, value, what_to_do):
+        read()
+    assert place.files() == original
 
 
-def test_held_out_text_shorter_than_a_window(workplace: Workplace, capsys) -> None:
-    short = workplace.folder / "held_out.txt"
-    short.write_text("too short")
-    word = "gives 10 tokens; expected at least 24"
-    refused(workplace, capsys, "train", word, "--held-out", str(short))
+def test_the_table_has_many_different_rows() -> None:
+    rows = {(heading, repr(given), value) for heading, given, value, _ in CASES}
+    assert len(rows) == len(CASES) >= 60
+    assert all(value and what_to_do for _, _, value, what_to_do in CASES)
 
 
-def chats(workplace: Workplace, answer: str) -> Path:
-    path = workplace.folder / "chat.jsonl"
-    messages = [
-        {"role": "user", "content": "a question of some length"},
-        {"role": "assistant", "content": answer},
-    ]
-    path.write_text(30 * (json.dumps({"messages": messages}) + "\n"))
-    return path
+def places(values: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in a JSON value, and each key or index in it."""
+    for key in values if isinstance(values, dict) else range(len(values)):
+        yield values, key
+        if isinstance(values[key], dict | list):
+            yield from places(values[key])
 
 
-def test_chats_for_a_tokenizer_without_template(workplace, capsys, command) -> None:
-    data = chats(workplace, "an answer")
-    assert workplace.run(command, data=data) == 0
-    shutil.rmtree(workplace.out, ignore_errors=True)
-    for name in ("acceptance.json", "bigram.safetensors", "trees.json"):
-        (workplace.prompts / name).unlink(missing_ok=True)
-    (workplace.model / "chat_template.jinja").unlink()
-    refused(workplace, capsys, command, "has no chat template", data=data)
+@pytest.mark.parametrize("heading", [name for name in FILES if name.endswith(".json")])
+def test_any_value_anywhere(place: Place, heading: str) -> None:
+    """A JSON file with a wrong value is read, or refused by name."""
+    path, read = good_file(place, heading)
+    whole = json.loads(path.read_text())
+    count = len(list(places(whole)))
+    for number in range(0, count, 1 + count // 50):
+        for odd in (None, True, -1, 10**400, 0.5, float("inf"), "a", [], [[]], {}):
+            values = copy.deepcopy(whole)
+            container, key = list(places(values))[number]
+            container[key] = odd
+            path.write_text(json.dumps(values))
+            try:
+                read(path)
+            except ValueError as error:
+                message = str(error)
+                assert str(path.parent) in message and "\n" not in message
 
 
-def test_prompts_to_answer(workplace, capsys, monkeypatch) -> None:
-    prompts, inside = workplace.folder / "prompts.jsonl", workplace.data / "folder"
-    flags = ("--self-distill", str(prompts), "--self-distill-tokens", "9")
-    refused(workplace, capsys, "train", "cannot be read: No such file", *flags)
-    for content, word in {
-        "": "holds no text",
-        '{"question": "a"}': 'nor "prompt"',
-        '{"text": "a"}': "line 1 is no prompt",
-        '{"messages": [{"role": "assistant", "content": "a"}]}': "is no prompt",
-        7 * '{"prompt": "a"}\n': "has 7 prompts",
-    }.items():
-        prompts.write_text(content)
-        refused(workplace, capsys, "train", word, *flags)
-    prompts.write_text(9 * '{"prompt": "a"}\n')
-    refused(workplace, capsys, "train", "cannot be written: Not a", *flags, out=inside)
-    refused(workplace, capsys, "train", "expected at least 1", *flags[:3], "0")
-    with monkeypatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "2")
-        refused(workplace, capsys, "train", "without accelerate launch", *flags)
-    (workplace.model / "chat_template.jinja").unlink()
-    refused(workplace, capsys, "train", "has no chat template", *flags)
-
-
-def test_answers_shorter_than_an_insertion(workplace, capsys) -> None:
-    word = "4 tokens of the assistant in a row"
-    refused(workplace, capsys, "train", word, data=chats(workplace, ""))
-
-
-def test_models_that_are_no_causal_ones(workplace, capsys, command, tmp_path) -> None:
-    config = transformers.BertConfig(vocab_size=257, initializer_range=0.3, **SIZES)
-    encoder = workplace.folder / "encoder"
-    shutil.copytree(workplace.model, encoder)
-    (encoder / "model.safetensors").unlink()
-    torch.manual_seed(0)
-    transformers.BertForMaskedLM(config).save_pretrained(encoder)
-    config = {"architectures": ["T5Model"], "model_type": "t5", "hidden_size": 32}
-    t5 = json.dumps({**config, "vocab_size": 257})
-    for content in ((encoder / "config.json").read_text(), t5):
-        (encoder / "config.json").write_text(content)
-        base = BaseModelFingerprint.of_folder(encoder)
-        table = PromptTokens.load(workplace.prompts).embeddings
-        PromptTokens(table, base).save(workplace.prompts, overwrite=True)
-        refused(workplace, capsys, command, "causal language model", model=encoder)
-
-
-def test_folders_that_are_no_models(workplace, capsys, command) -> None:
-    refused(workplace, capsys, command, "/no/model", model="/no/model")
-    empty = workplace.folder / "empty"
-    empty.mkdir()
-    refused(workplace, capsys, command, "no config.json", model=empty)
-    refused(workplace, capsys, command, "is a file", model=workplace.data)
-
-
-def test_output_that_is_there_already(workplace: Workplace, capsys) -> None:
-    assert workplace.run("train") == 0
-    refused(workplace, capsys, "train", "already has config.json and")
-    # --overwrite replaces prompt tokens, and never a model.
-    word = "refusing to overwrite"
-    refused(workplace, capsys, "train", word, "--overwrite", out=workplace.model)
-    refused(workplace, capsys, "train", "is a file", out=workplace.data)
-    inside = workplace.data / "out"
-    refused(workplace, capsys, "train", "cannot be made", out=inside)
-    assert workplace.run("calibrate") == 0
-    refused(workplace, capsys, "calibrate", "exists already")
-
-
-def interrupt(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def test_a_disk_that_is_full_from_the_start(workplace, capsys, command, full_disk):
-    full_disk()
-    refused(workplace, capsys, command, "No space left on device")
-
-
-def test_a_disk_that_fills_up_while_training(workplace, capsys, monkeypatch, full_disk):
-    """The checkpoint before is whole, and the run goes on from it."""
-    assert workplace.run("train") == 0
-    expected = PromptTokens.load(workplace.out).embeddings
-    shutil.rmtree(workplace.out)
-    sync = os.fsync
-
-    def fills_up(handle: int) -> None:
-        sync(handle)
-        full_disk()
-
-    # The first write is the checkpoint of step 2, the next the prompt tokens.
-    monkeypatch.setattr(os, "fsync", fills_up)
-    assert workplace.run("train") == 2
-    monkeypatch.setattr(os, "fsync", sync)
-    assert "No space left" in capsys.readouterr().err
-    assert os.listdir(workplace.out) == ["checkpoint.safetensors"]
-    assert workplace.run("train", "--resume") == 0
-    assert torch.equal(PromptTokens.load(workplace.out).embeddings, expected)
-
-
-def test_a_checkpoint_of_another_run(workplace, capsys, monkeypatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(PromptTokens, "save", interrupt)
-        assert workplace.run("train") == 130
-    capsys.readouterr()
-    assert os.listdir(workplace.out) == ["checkpoint.safetensors"]
-    refused(workplace, capsys, "train", "continue it with --resume")
-    word = "belongs to another run: it has settings.alpha 0.8 instead of 0.5"
-    refused(workplace, capsys, "train", word, "--resume", "--alpha", "0.5")
-    with workplace.data.open("a") as file:
-        file.write('{"text": "one more"}\n')
-    refused(workplace, capsys, "train", "data_sha256.train.text.jsonl", "--resume")
-    (workplace.out / "checkpoint.safetensors").write_bytes(b"no checkpoint")
-    refused(workplace, capsys, "train", "is not a training checkpoint", "--resume")
-    assert workplace.run("train", "--overwrite") == 0
-
-
-@pytest.mark.parametrize(
-    ("command", "owner", "name"),
-    [
-        ("train", FrozenModel, "load"),
-        ("calibrate", FrozenModel, "load"),
-        ("calibrate", calibrate_module, "continue_prompts"),
-    ],
-)
-def test_ctrl_c(workplace, capsys, monkeypatch, command, owner, name) -> None:
-    monkeypatch.setattr(owner, name, interrupt)
-    original = workplace.files()
-    assert workplace.run(command) == 130
-    assert capsys.readouterr().err.strip() == ""
-    assert workplace.files() == original
-    assert not workplace.out.exists()
+def test_settings_that_are_served() -> None:
+    vllm_settings()
+    vllm_settings(backend="CUSTOM")
+    vllm_settings(attention_backend="auto")
+    vllm_settings(attention_backend="TORCH_SDPA", on_v2=False)

@@ -45,21 +45,13 @@ def test_files(tmp_path):
     np.testing.assert_array_equal(read.ids, table.ids)
     np.testing.assert_allclose(read.gains, table.gains, atol=1e-2)
     np.testing.assert_array_equal(read.base, table.base)
-    with pytest.raises(FormatError, match="is for 6 tokens and 2 prompt tokens"):
-        BigramTable.load(path, 7, 2)
-    path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(FormatError, match=r"bigram\.safetensors cannot be used"):
-        BigramTable.load(path, 6, 2)
     for notes, message in (
-        ({"format": "other"}, "its format is 'other' version None; expected 'ppd_bigr"),
         ({"format": "ppd_bigram", "format_version": "2"}, "version 2; expected"),
         ({"format": "ppd_bigram", "format_version": "1"}, "ids"),
     ):
         save_file({"gains": table.gains}, path, notes)
         with pytest.raises(FormatError, match=message):
             BigramTable.load(path, 6, 2)
-    with pytest.raises(FormatError, match="nothing"):
-        BigramTable.load(tmp_path / "nothing", 6, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,7 @@
 """Tree menus: order, tree ids, limits, files."""
 
-import json
-
 import pytest
 
-from tests.unit.refusals import refused
-from vllm_ppd.files import FormatError, write_json
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu, load_menus, save_menus
 from vllm_ppd.trees.tree import SparseTree, TreeError, TreePolicy, chain_tree
 
@@ -46,42 +42,6 @@ def test_files(tmp_path):
     assert load_menus(path) == (MENU, fixed)
     assert [file.name for file in tmp_path.iterdir()] == ["trees.json"]
     assert TreeMenu.from_dict(MENU.to_dict()) == MENU
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda e: e.clear(), "needs at least one entry"),
-        (lambda e: e.reverse(), "must rise, not [5, 3]"),
-        (lambda e: e.append(e[-1]), "must rise, not [3, 5, 5]"),
-        (lambda e: e.append(3), "entry cannot be used: it must be an object, not int"),
-        (lambda e: e[0].pop("policies"), "'policies' is missing"),
-        (lambda e: e[0].update(polices=[]), "did you mean 'policies'"),
-        (lambda e: e[0].update(policies=[]), "at least one policy"),
-        (lambda e: e[0]["policies"].pop(), "same number of match classes"),
-        (lambda e: e[0]["policies"][0].update(num_ept=2), "same prompt tokens"),
-        (lambda e: e[0]["policies"][0].update(format_version=9), "format_version is 9"),
-        (lambda e: e[0].update(acceptance_length=0.5), "acceptance_length is 0.5"),
-        (lambda e: e[0].update(acceptance_length="1"), "cannot be used"),
-        (lambda e: e[0].update(row_shares=[[2, 0.5]]), "shares that sum to 1"),
-        (lambda e: e[0].update(row_shares=[2]), "cannot be used"),
-        (
-            lambda e: e[0]["policies"][0]["trees"][1].update(ranks=[0, 0]),
-            "tree 1: a tree of 1 draft tokens needs 1 ranks",
-        ),
-    ],
-)
-def test_bad_menus(tmp_path, change, message):
-    path = tmp_path / "trees.json"
-    save_menus(path, MENU, MENU)
-    content = json.loads(path.read_text())
-    entries = content["fixed_rows"]
-    change(entries)
-    write_json(path, content)
-    with refused(TreeError, path, "vllm-ppd calibrate", message):
-        load_menus(path)
-    with refused((TreeError, FormatError), message):
-        TreeMenu.from_dict({"entries": entries})
 
 
 def test_a_menu_of_plain_steps_alone_is_none():

@@ -89,32 +89,6 @@ def test_engine_arguments() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--engine", "fp8"], "'fp8' is no engine argument; expected KEY=VALUE"),
-        (["--engine", "=fp8"], "'=fp8' is no engine argument"),
-        (["--engine", "model=other"], "'model=other' sets what is set already"),
-        (["--engine", "dtype=auto", "dtype=half"], "'dtype=half' sets what is set"),
-        (["--out", "."], "--out is .; expected a file"),
-    ],
-)
-def test_errors_are_sentences(command, engine, argv: list[str], message: str) -> None:
-    error = command(*argv, status=2)
-    assert message in error
-    assert error.count("\n") == 1
-    assert engine.starts == []
-
-
-def test_names_that_lead_nowhere_cost_no_start(engine, tmp_path, capsys) -> None:
-    assert main.main(["profile", str(tmp_path / "no"), str(tmp_path)]) == 2
-    assert "there is no folder" in capsys.readouterr().err
-    (tmp_path / "model").mkdir()
-    assert main.main(["profile", str(tmp_path / "model"), str(tmp_path / "model")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert engine.starts == []
-
-
 def test_it_shows_what_the_engine_goes_by(command) -> None:
     shown = command()
     assert f"{cache_file(KEY)} (measured now)" in shown

@@ -13,6 +13,7 @@ pytest.importorskip("accelerate")
 from vllm_ppd.cli import self_distillation
 from vllm_ppd.cli.self_distillation import read_prompts, write_answers
 from vllm_ppd.train.data import read_stream
+from vllm_ppd.train.settings import TrainingError
 
 
 class FakeEngine:
@@ -49,6 +50,8 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch, tokenizer, cut) -> N
         f"question {i}\n<assistant>said at {(0.0, 0.7, 1.0)[i % 3]}<end>"
         for i in range(10)
     ]
+    with pytest.raises(TrainingError, match=r"cannot be written: .*; choose another"):
+        write_answers(path / "more.jsonl", prompts, 5, engine)
     # The mark at the end is one token; insertions take place in answers alone.
     assert (stream.tokens == 0).sum() == 10
     answers = tokenizer.decode(stream.tokens[stream.allowed])

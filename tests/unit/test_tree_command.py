@@ -160,25 +160,3 @@ def test_a_menu_of_the_users_own(tree, tmp_path: Path) -> None:
     assert "n-gram match" not in shown
     drawn = str(MENU.draft_lengths[-1])
     assert f"Draft length {drawn}, " in tree("--draw", drawn)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--max-draft-tokens", "0"], "num_speculative_tokens is 0; expected 1 to"),
-        (["--draw", "1000"], "--draw is 1000; expected a draft length of the menu"),
-        (["--profile", "nothing.json"], "latency profile nothing.json cannot be read"),
-        (["--tree", "nothing.json"], "the tree menu nothing.json cannot be read"),
-    ],
-)
-def test_errors_are_sentences(tree, argv: list[str], message: str) -> None:
-    error = tree(*argv, status=2)
-    assert message in error
-    assert error.count("\n") == 1
-
-
-def test_a_menu_for_other_prompt_tokens(tree, tmp_path: Path) -> None:
-    file = tmp_path / "other.json"
-    menu = build_menu(AcceptanceModel.typical(3), 4)
-    save_menus(file, menu, menu)
-    assert "is for 3 prompt tokens" in tree("--tree", str(file), status=2)

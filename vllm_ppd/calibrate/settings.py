@@ -9,6 +9,7 @@ from vllm_ppd.train.settings import (
     TrainingError,
     check_choice,
     check_counts,
+    check_seed,
     check_temperature,
 )
 from vllm_ppd.trees.tree import MAX_ROWS
@@ -50,6 +51,7 @@ class CalibrationSettings:
         for name in counts:
             # No bigram table is a choice.
             check_counts(self, name, least=0 if name.startswith("bigram") else 1)
+        check_seed(self.seed)
         check_temperature(self.temperature)
         check_choice(self, "dtype", DTYPES)
 

@@ -8,7 +8,6 @@ rows of one tensor) and needs no model code.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from vllm_ppd.files import read_object
 
 # How names of the input embedding end across Hugging Face model code.
 _EMBEDDING_NAMES = (
@@ -27,6 +28,7 @@ _EMBEDDING_NAMES = (
     "tok_embeddings.weight",
 )
 _MAX_HASHED_ROWS = 256
+_EXPECTED = "expected a Hugging Face model folder"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -97,8 +99,9 @@ class BaseModelFingerprint:
 
         Reads config.json and, through safetensors, up to 256 rows of the input
         embedding. `name` defaults to the folder's own name. A folder
-        without safetensors gets `embedding_sha256=None`. Raises PromptTokensError for a
-        missing folder, an unusable config.json or a corrupt safetensors file.
+        without safetensors gets `embedding_sha256=None`. Raises FormatError or
+        PromptTokensError for a missing folder, an unusable config.json or a corrupt
+        safetensors file.
         """
         folder = Path(path)
         config = _read_config(folder)
@@ -110,6 +113,7 @@ class BaseModelFingerprint:
             isinstance(architectures, list)
             and architectures
             and isinstance(architectures[0], str)
+            and architectures[0]
         ):
             raise PromptTokensError(
                 f"{folder / 'config.json'} names no architecture "
@@ -151,19 +155,13 @@ class BaseModelFingerprint:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise PromptTokensError(f"there is no model folder {str(folder)!r}")
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
         raise PromptTokensError(
-            f"{str(folder)!r} has no config.json; expected a Hugging Face model folder"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PromptTokensError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise PromptTokensError(f"{path} holds no JSON object")
-    return config
+            f"there is no model folder {str(folder)!r}; check the path"
+        )
+    path = folder / "config.json"
+    if not path.exists():
+        raise PromptTokensError(f"{str(folder)!r} has no config.json; {_EXPECTED}")
+    return read_object(path, "the model's configuration", _EXPECTED)
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -177,10 +175,10 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
 def _first_int(folder: Path, config: dict[str, Any], keys: tuple[str, ...]) -> int:
     for key in keys:
         value = config.get(key)
-        if type(value) is int:
+        if type(value) is int and value > 0:
             return value
     raise PromptTokensError(
-        f"{folder / 'config.json'} has no integer {' or '.join(keys)}; "
+        f"{folder / 'config.json'} has no positive {' or '.join(keys)}; "
         "is it the folder of a language model?"
     )
 

@@ -10,7 +10,6 @@ and no code in it is run.
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
-from vllm_ppd.files import write_bytes, write_json
+from vllm_ppd.files import read_object, write_bytes, write_json
 from vllm_ppd.prompt_tokens.fingerprint import PromptTokensError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -63,9 +62,9 @@ def read_checkpoint(folder: Path) -> tuple[torch.Tensor, str | None]:
         path on the machine that trained, if the folder names one.
 
     Raises:
-        PromptTokensError: one sentence with the path, for a missing or corrupt file,
-            another kind of adapter, and the variants of the authors' code that
-            parallel prompt decoding does not have.
+        FormatError, PromptTokensError: one sentence with the path, for a missing or
+            corrupt file, another kind of adapter, and the variants of the authors' code
+            that parallel prompt decoding does not have.
     """
     path = folder / ADAPTER_CONFIG
     config = _read_config(path)
@@ -125,12 +124,7 @@ def write_checkpoint(folder: Path, embeddings: torch.Tensor, base_model: str) ->
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PromptTokensError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise PromptTokensError(f"{path} holds no JSON object")
+    config = read_object(path, "the adapter's configuration", "restore the file")
     # The authors' loader removes peft_type from the file it reads.
     kind = config.get("peft_type", _PEFT_TYPE)
     if kind != _PEFT_TYPE:
@@ -164,11 +158,11 @@ def _check_variant(path: Path, config: dict[str, Any], m: int, e: int) -> None:
             )
     attention = config.get("vt_attention_type", "decoder")
     # With one EPT "decoder" and "ensemble" are the same mask, with one token all are.
-    equal = {"ensemble"} | ({"decoder"} if e == 1 else set())
+    equal = ["decoder", "ensemble"] if e == 1 else ["ensemble"]
     if attention not in equal and not (m == e == 1):
         raise PromptTokensError(
             f"{path} has vt_attention_type {attention!r} with {m} prompt tokens of {e} "
-            f"EPT, which cannot be decoded; expected {' or '.join(sorted(equal))}"
+            f"EPT, which cannot be decoded; expected {' or '.join(equal)}"
         )
 
 

@@ -124,9 +124,9 @@ class PromptTokens:
     def load(cls, path: str | os.PathLike[str]) -> PromptTokens:
         """Read a prompt-token folder, or one in the authors' layout, strictly.
 
-        The latter has only a name of its base model. Raises PromptTokensError, one
-        sentence with the path, for anything missing, unknown, mistyped, corrupt or
-        inconsistent.
+        The latter has only a name of its base model. Raises FormatError or
+        PromptTokensError, one sentence with the path, for anything missing, unknown,
+        mistyped, corrupt or inconsistent.
         """
         folder = Path(path)
         if _has_peft_layout(folder):
@@ -152,7 +152,7 @@ class PromptTokens:
         try:
             return cls(embeddings, base)
         except PromptTokensError as error:
-            raise PromptTokensError(f"{folder}: {error}") from error
+            raise PromptTokensError(f"{folder}: {error}; {_REMEDY}") from error
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a prompt-token folder; other files in it are left alone.
@@ -249,7 +249,7 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False) 
         # --overwrite may replace prompt tokens, but never a model's config.json.
         try:
             _read_config(folder)
-        except PromptTokensError as error:
+        except (FormatError, PromptTokensError) as error:
             raise PromptTokensError(f"refusing to overwrite: {error}") from error
 
 
@@ -283,7 +283,9 @@ def _has_peft_layout(folder: Path) -> bool:
 def _read_config(folder: Path) -> tuple[tuple[int, ...], BaseModelFingerprint]:
     """(m, e, hidden) and the base model, as config.json has them."""
     if not folder.exists():
-        raise PromptTokensError(f"there is no prompt-token folder {str(folder)!r}")
+        raise PromptTokensError(
+            f"there is no prompt-token folder {str(folder)!r}; {_REMEDY}"
+        )
     if not folder.is_dir():
         raise PromptTokensError(
             f"{str(folder)!r} is a file; expected the folder that holds {CONFIG_FILE} "
@@ -296,17 +298,14 @@ def _read_config(folder: Path) -> tuple[tuple[int, ...], BaseModelFingerprint]:
             f"{str(folder)!r} {state}; expected a prompt-token folder with "
             f"{CONFIG_FILE} and {TENSOR_FILE}"
         )
-    try:
-        config = read_json(
-            path,
-            kind="the configuration of prompt tokens",
-            format=FORMAT,
-            version=FORMAT_VERSION,
-            keys=(*_SIZES, "base_model"),
-            remedy=_REMEDY,
-        )
-    except FormatError as error:
-        raise PromptTokensError(str(error)) from error
+    config = read_json(
+        path,
+        kind="the configuration of prompt tokens",
+        format=FORMAT,
+        version=FORMAT_VERSION,
+        keys=(*_SIZES, "base_model"),
+        remedy=_REMEDY,
+    )
     try:
         return _checked(config)
     except ValueError as error:

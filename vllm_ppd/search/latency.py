@@ -78,6 +78,10 @@ class LatencyProfile:
     key: Mapping[str, Any]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.key, Mapping):
+            raise MeasurementError(
+                f"key of a profile is {self.key!r}; expected an object"
+            )
         for name in ("num_running", "rows"):
             values = tuple(int(n) for n in getattr(self, name))
             object.__setattr__(self, name, values)
@@ -164,7 +168,7 @@ class LatencyProfile:
         )
         try:
             profile = cls(**content)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise MeasurementError(f"{path}: {error}; {_REMEDY}") from error
         key = profile.key if key is None else key
         for name in sorted({*key, *profile.key}):

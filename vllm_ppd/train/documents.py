@@ -58,10 +58,11 @@ class Document:
             if self.path.suffix != ".jsonl":
                 return text
             record = json.loads(text)
-        except UnicodeDecodeError as error:
-            raise TrainingError(f"{self.place} is not UTF-8 text: {error}") from error
-        except json.JSONDecodeError as error:
-            raise TrainingError(f"{self.place} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise TrainingError(
+                f"{self.place} cannot be read ({error}); expected UTF-8 text, and in "
+                ".jsonl files one JSON object on every line"
+            ) from error
         content = content_of(record) if isinstance(record, dict) else None
         if content is None:
             raise TrainingError(
@@ -117,10 +118,14 @@ def find_documents(path: str | os.PathLike[str]) -> list[Document]:
             pieces = _lines(file) if path.suffix == ".jsonl" else _blocks(file)
             documents = [Document(path, *piece) for piece in pieces]
     except OSError as error:
-        raise TrainingError(f"{path} cannot be read: {error.strerror}") from error
+        raise _unreadable(path, error) from error
     if not documents:
         raise TrainingError(f"{path} holds no text; expected at least one document")
     return documents
+
+
+def _unreadable(path: Path, error: OSError) -> TrainingError:
+    return TrainingError(f"{path} cannot be read: {error.strerror}; check the path")
 
 
 def sha256_of_files(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
@@ -134,7 +139,7 @@ def sha256_of_files(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise TrainingError(f"{path} cannot be read: {error.strerror}") from error
+            raise _unreadable(path, error) from error
         same = sum(name.split(" (")[0] == path.name for name in hashes)
         hashes[f"{path.name} ({same + 1})" if same else path.name] = digest
     return hashes

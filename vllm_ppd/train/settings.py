@@ -17,6 +17,7 @@ __all__ = [
     "TrainingError",
     "check_choice",
     "check_counts",
+    "check_seed",
     "check_temperature",
 ]
 
@@ -51,6 +52,12 @@ def check_temperature(value: float) -> None:
     """Raise TrainingError for what cannot be a sampling temperature."""
     if not (math.isfinite(value) and value >= 0):
         raise TrainingError(f"temperature is {value}; expected 0 (greedy) or above")
+
+
+def check_seed(value: int) -> None:
+    """Raise TrainingError for what is no seed of torch's."""
+    if not -(2**63) <= value < 2**63:
+        raise TrainingError(f"seed is {value}; expected a whole number of 64 bits")
 
 
 def check_choice(settings: Any, name: str, choices: Sequence[str]) -> None:
@@ -121,6 +128,7 @@ class TrainSettings:
             name for name in _OPTIONAL_COUNTS if getattr(self, name) is not None
         ]
         check_counts(self, *_COUNTS, *optional)
+        check_seed(self.seed)
         for name in ("learning_rate", "minutes"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

@@ -25,7 +25,7 @@ from vllm_ppd.train.data import Batch, TokenStream
 from vllm_ppd.train.forward import evaluate, insertion_loss
 from vllm_ppd.train.model import FrozenModel, OrdinaryRows, PromptTable
 from vllm_ppd.train.scores import Scores
-from vllm_ppd.train.settings import TrainSettings
+from vllm_ppd.train.settings import TrainSettings, check_counts
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 # Scores cost about as much as the loss; the progress bar needs only a sample of them.
@@ -48,6 +48,10 @@ class Schedule:
     """At most; with a time budget, all evaluations together take a tenth of it."""
     checkpoint_every: int = 100
     """Steps."""
+
+    def __post_init__(self) -> None:
+        check_counts(self, "evaluations", least=0)
+        check_counts(self, "evaluation_sequences", "checkpoint_every")
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,7 +88,7 @@ class MenuEntry:
             policies = tuple(TreePolicy.from_dict(each) for each in data["policies"])
             shares = tuple((rows, share) for rows, share in data["row_shares"])
             return cls(policies, data["acceptance_length"], shares)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise TreeError(f"a menu entry cannot be used: {error}") from error
 
 

@@ -263,6 +263,6 @@ class TreePolicy:
             try:
                 check_keys(tree, ("parents", "ranks", "prompts"))
                 trees.append(SparseTree(**tree, num_ept=content["num_ept"]))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise TreeError(f"tree {num_prompted}: {error}") from error
         return cls(tuple(trees))
