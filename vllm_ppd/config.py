@@ -55,36 +55,34 @@ class PPDConfig:
                 f"the prompt tokens' path is {self.path!r}; expected a folder or a hub "
                 'id, as in speculative_config={"method": "ppd", "model": PATH}'
             )
-        rows = self.num_speculative_tokens
-        if rows is not None:
-            if isinstance(rows, bool) or not isinstance(rows, int):
+        rows, seconds = self.num_speculative_tokens, self.measure_seconds
+        for name, fits, expected in (
+            (
+                "num_speculative_tokens",
+                rows is None or (type(rows) is int and 1 <= rows < MAX_ROWS),
+                f"a whole number from 1 to {MAX_ROWS - 1}, or leave it out (to serve "
+                "without speculation, leave out the whole speculative_config)",
+            ),
+            ("tree", self.tree is None or isinstance(self.tree, str), "a file's path"),
+            (
+                "profile",
+                isinstance(self.profile, str) and self.profile != "",
+                "'auto', 'measure', 'none' or a file's path",
+            ),
+            (
+                "measure_seconds",
+                isinstance(seconds, int | float)
+                and not isinstance(seconds, bool)
+                and 0 < seconds < math.inf,
+                "a number above 0",
+            ),
+            ("bigram", isinstance(self.bigram, bool), "true or false"),
+            ("ngram", isinstance(self.ngram, bool), "true or false"),
+            ("online", isinstance(self.online, bool), "true or false"),
+        ):
+            if not fits:
                 raise PPDConfigError(
-                    f"num_speculative_tokens is {rows!r}; expected a whole number, or "
-                    "leave it out"
-                )
-            if not 1 <= rows < MAX_ROWS:
-                raise PPDConfigError(
-                    f"num_speculative_tokens is {rows}; expected 1 to {MAX_ROWS - 1}, "
-                    "or leave it out (to serve without speculation, leave out the "
-                    "whole speculative_config)"
-                )
-        if self.tree is not None and not isinstance(self.tree, str):
-            raise PPDConfigError(f"tree is {self.tree!r}; expected a file's path")
-        if not isinstance(self.profile, str) or not self.profile:
-            raise PPDConfigError(
-                f"profile is {self.profile!r}; expected 'auto', 'measure', 'none' or "
-                "a file's path"
-            )
-        seconds = self.measure_seconds
-        is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-        if not is_number or not 0 < seconds < math.inf:
-            raise PPDConfigError(
-                f"measure_seconds is {seconds!r}; expected a number above 0"
-            )
-        for name in ("bigram", "ngram", "online"):
-            if not isinstance(getattr(self, name), bool):
-                raise PPDConfigError(
-                    f"{name} is {getattr(self, name)!r}; expected true or false"
+                    f"{name} is {getattr(self, name)!r}; expected {expected}"
                 )
 
     def max_rows(self, device: str, num_ept: int) -> int:

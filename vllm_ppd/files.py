@@ -12,21 +12,23 @@ import difflib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace `path` by `content` atomically; the folder must exist.
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of `path` at the end of the block.
 
-    Raises OSError (disk full, no permission) and then leaves no trace.
+    The folder must exist. Whatever the block raises, or OSError (disk full, no
+    permission), then leaves no trace.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files private; a checkpoint should follow the user's umask.
@@ -38,6 +40,12 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace `path` by `content` atomically; the folder must exist. Raises OSError."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def write_json(

@@ -17,7 +17,7 @@ NAN = float("nan")
 CUT, FOLDER, GONE = object(), object(), object()  # what can become of a file
 TABLE = torch.ones(3, 2, 32)  # three prompt tokens with two EPT
 ROWS = TABLE.reshape(6, 32)
-WHOLE = "expected a whole number, or leave it out"
+WHOLE = "expected a whole number from 1 to 128, or leave it out"
 AS_TRAINED = "pass a folder that vllm-ppd train or convert wrote"
 CALIBRATE = "with vllm-ppd calibrate, or remove it"
 AGAIN = "measure again with vllm-ppd profile"
@@ -35,6 +35,11 @@ def policy(**changes: Any) -> Callable[[dict], Any]:
     return entry(lambda first: first["policies"][0].update(changes))
 
 
+def one_tree(*fields: list[int]) -> Callable[[dict], Any]:
+    tree = dict(zip(("parents", "ranks", "prompts"), fields, strict=True))
+    return policy(trees=[tree] * 3)
+
+
 def any_json(what_to_do: str) -> list[tuple[Any, str, str]]:
     """What any JSON file of this project's formats can be."""
     return [
@@ -44,7 +49,6 @@ def any_json(what_to_do: str) -> list[tuple[Any, str, str]]:
         ("[1]", "is no JSON object", what_to_do),
         ('{"format": "a"}', "expected an object with format 'ppd", what_to_do),
         ({"format_version": 9}, "format_version is 9; this release", what_to_do),
-        ({"format_version": "1"}, "format_version is '1'; this rel", what_to_do),
         ({"format_version": True}, "format_version is True; this", what_to_do),
         ({"zzz": 1}, "unknown key 'zzz'; expected", what_to_do),
     ]
@@ -55,19 +59,15 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
     "speculative_config": [
         ({"model": None}, "path is None", "expected a folder or a hub id, as in"),
         ({"model": ""}, "path is ''", "expected a folder or a hub id, as in"),
-        ({"model": "ppd:"}, "path is ''", "expected a folder or a hub id, as in"),
-        ({"num_speculative_tokens": 0}, "is 0", "expected 1 to 128, or leave it out"),
-        ({"num_speculative_tokens": -3}, "is -3", "expected 1 to 128, or leave it"),
-        ({"num_speculative_tokens": 129}, "is 129", "expected 1 to 128, or leave it"),
+        ({"num_speculative_tokens": 0}, "is 0", "from 1 to 128, or leave it out"),
+        ({"num_speculative_tokens": 129}, "is 129", "from 1 to 128, or leave it"),
         ({"num_speculative_tokens": "7"}, "is '7'", WHOLE),
         ({"num_speculative_tokens": 2.5}, "is 2.5", WHOLE),
         ({"num_speculative_tokens": True}, "is True", WHOLE),
         ({"tree": 3}, "tree is 3", "expected a file's path"),
         ({"profile": ""}, "profile is ''", "expected 'auto', 'measure', 'none' or a"),
-        ({"profile": 3}, "profile is 3", "expected 'auto', 'measure', 'none' or a"),
         ({"measure_seconds": 0}, "measure_seconds is 0", "expected a number above 0"),
         ({"measure_seconds": NAN}, "measure_seconds is nan", "expected a number above"),
-        ({"measure_seconds": "9"}, "measure_seconds is '9'", "expected a number above"),
         ({"bigram": None}, "bigram is None", "expected true or false"),
         ({"ngram": "yes"}, "ngram is 'yes'", "expected true or false"),
         ({"online": 1}, "online is 1", "expected true or false"),
@@ -143,8 +143,8 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ({"base_model": {"hidden_size": 8}}, "32 wide", AS_TRAINED),
         ({"base_model": {"hidden_size": 32.0}}, "is 32.0", "expected a positive int"),
         ({"base_model": {"name": None}}, "name of the base model is None", "expected"),
-        ({"base_model": {"revision": 3}}, "revision of the base model is 3", "a str"),
-        ({"base_model": {"embedding_sha256": "ab"}}, "is 'ab'", "expected 64 lower"),
+        ({"base_model": {"revision": 3}}, "revision of the base model is 3", "a name"),
+        ({"base_model": {"embedding_sha256": "ab"}}, "is 'ab'", "expected 64 hex"),
     ],
     "prompt_tokens.safetensors": [
         (CUT, "is not a readable safetensors file", "copy it again"),
@@ -161,7 +161,6 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ({"vocab_size": 301}, "vocabulary size 301 instead of 257", "use prompt tok"),
         ({"architecture": "B"}, "architecture B instead of Llama", "use prompt tokens"),
         ({"embedding_sha256": "b" * 64}, "embedding hash bbbbbbbbbbbb", "use prompt"),
-        ({"vocab_size": 1, "architecture": "X"}, "size 1 instead of 257, arch", "use"),
     ],
     "a model's config.json": [
         ("{", "cannot be read as JSON", "expected a Hugging Face model folder"),
@@ -186,8 +185,6 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ({"virtual_tokens_per_special_token": 0}, "is 0", "expected a positive"),
         ({"num_virtual_tokens": 5}, "num_virtual_tokens 5", "make it 6; restore the"),
         ({"token_dim": 8}, "token_dim 8", "make it 32; restore the file"),
-        ({"use_custom_lm_head": True}, "vocabulary head of its own", "expected False"),
-        ({"use_prefix_tuning": True}, "prefix tuning", "expected False"),
         ({"num_exits": 2}, "num_exits 2", "expected 1"),
         ({"aggregation_type": "weighted"}, "'weighted'", "expected 'mean'"),
         ({"vt_attention_type": "decoder"}, "'decoder'", "expected ensemble"),
@@ -209,14 +206,11 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         *any_json(CALIBRATE),
         ({"transition": 1}, "'transition'", "did you mean 'transitions'?"),
         ({"ngram": [[1.5, 0.2], [0.1, 0.1]]}, "ngram holds values outside", CALIBRATE),
-        ({"ngram": [[0.1, 0.2]]}, "beside has shape", CALIBRATE),
         ({"unprompted": [0.1]}, "unprompted has shape [1]", CALIBRATE),
         ({"overall": [[0.1, 0.1, 0.1]]}, "overall has shape [1, 3]", CALIBRATE),
         ({"marginal": [[0.1, 0.1]]}, "marginal has shape [1, 2]", CALIBRATE),
         ({"marginal": [["a"]]}, "marginal is not a table of numbers", CALIBRATE),
-        ({"marginal": [[NAN]]}, "marginal holds values outside [0, 1]", CALIBRATE),
         ({"marginal": [[0.5], [1.0001]]}, "marginal holds values outside", CALIBRATE),
-        ({"marginal": [[0.5], [0.6, 0.6]]}, "marginal is not a table", CALIBRATE),
         ({"marginal": [[0, 0], [0.6, 0.6]]}, "marginal[1] sums to 1.2", CALIBRATE),
         ({"prompted": 0.5}, "not enough values", CALIBRATE),
         ({"transitions": [[1, 1], [0, 1]]}, "transitions has shape", CALIBRATE),
@@ -243,6 +237,11 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         (policy(trees=[3, 4]), "must be an object, not int", CALIBRATE),
         (policy(trees=[{"parent": []}] * 3), "tree 0: unknown key", "an 'parents'?"),
         (policy(trees=[{"parents": []}] * 3), "'ranks' is missing", CALIBRATE),
+        (one_tree([1], [0], [1, 1]), "has parent 1", "must be an earlier node"),
+        (one_tree([0, 0], [0, 0], [1, 1, 1]), "the same rank", CALIBRATE),
+        (one_tree([0], [0, 1], [1, 1]), "needs 1 ranks", CALIBRATE),
+        (one_tree([0], [0], [1]), "needs 1 ranks and 2 prompt counts", CALIBRATE),
+        (one_tree([0], [-1], [1, 1]), "must not be negative", CALIBRATE),
         (policy(num_ept=2), "same prompt tokens", CALIBRATE),
         (policy(num_ept=0), "num_ept is 0", "at least 1"),
         (policy(num_ept="one"), "not supported between", CALIBRATE),
@@ -254,7 +253,6 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ({"rows": 3}, "not iterable", "measure again with vllm-ppd profile"),
         ({"num_running": [1]}, "[2, 2] times", "expected 1 rows of 2"),
         ({"seconds": [[1, 2]]}, "[2] times", "expected 2 rows of 2"),
-        ({"seconds": [[1, 2], [1]]}, "[2, 1] times", "expected 2 rows of 2"),
         ({"seconds": [[1, 2], [1, -1]]}, "finite and positive", "measure again"),
         ({"seconds": [[1, 2], [1, "fast"]]}, "'fast'", "measure again"),
         ({"key": 3}, "key of a profile is 3", "expected an object"),
@@ -303,7 +301,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ("{prompts} {data}", "text.jsonl is a file", "expected a folder to write into"),
         ("{prompts} {model}", "already has config.json", "choose another folder"),
         ("{theirs} {out}", "'lmsys/vicuna-tiny'", "hub id with --model"),
-        ("{theirs} {out} --model /no", "no folder '/no'", "check the path"),
+        ("{narrow} {out} --model {model}", "size 32 instead of 16", "use prompt"),
         ("{theirs} {prompts} --model {model}", "already has config.json", "overwrit"),
         ("{theirs} {theirs} --model {model}", "is a PEFT checkpoint", "choose another"),
         ("{prompts} {prompts} --overwrite", "already has config.json", "choose an"),
@@ -325,7 +323,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ("{model} {model}", "is not the configuration of prompt tokens", AS_TRAINED),
     ],
     "tree": [
-        ("{prompts} --max-draft-tokens 0", "is 0", "expected 1 to 128, or leave it"),
+        ("{prompts} --max-draft-tokens 0", "is 0", "from 1 to 128, or leave it"),
         ("{prompts} --draw 1000", "--draw is 1000", "expected a draft length of the"),
         ("{prompts} --profile /no", "latency profile /no cannot be read", "measure ag"),
         ("{prompts} --tree /no", "the tree menu /no cannot be read", CALIBRATE),
@@ -339,16 +337,13 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ("--steps 4 --minutes 1", "minutes is 1.0", "exactly one of the"),
         ("--steps 0", "steps is 0", "a whole number of at least 1"),
         ("--minutes 0", "minutes is 0.0", "expected a number above 0"),
-        ("--minutes nan", "minutes is nan", "expected a number above"),
     ],
     "train --steps 4": [
         ("--points 0", "points is 0", "a whole number of at least 1"),
         ("--updates 0", "updates is 0", "a whole number of at least 1"),
         ("--num-ept 1.5", "'1.5'", "--num-ept: invalid int value"),
         ("--learning-rate -1", "learning_rate is -1", "expected a number ab"),
-        ("--learning-rate nan", "learning_rate is nan", "expected a number"),
         ("--alpha 1.5", "alpha is 1.5", "expected above 0, at most 1"),
-        ("--loss mse", "'mse'", "choose from"),
         ("--dtype int8", "'int8'", "choose from"),
         ("--length 3", "length is 3, too short", "expected at least 4"),
         ("--length 99", "length 99 exceeds the model's 64", "lower the len"),
@@ -367,6 +362,9 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ("--model /no", "no folder '/no'", "check the path"),
         ("--model {data}", "is a file", "expected a folder or a hub"),
         ("--model {empty}", "no config.json", "expected a Hugging Face"),
+        ("--model {no_weights}", "cannot be loaded", "expected its config.json and"),
+        ("--model {no_tokenizer}", "no usable tokenizer", "expected its files beside"),
+        ("--model {no_template} --data {chats}", "has no chat template", "use {"),
     ],
     "train --self-distill": [
         ("/no", "cannot be read: No such file", "check the path"),
@@ -374,6 +372,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ("{data}", "line 1 is no prompt", 'expected "prompt" (a string), "turns"'),
         ("{few}", "has 7 prompts", "expected 8, as some answers are held out"),
         ("{asks} --self-distill-tokens 0", "tokens is 0", "expected at least 1"),
+        ("{asks} --model {no_template}", "has no chat template", "use {"),
         ("{asks} WORLD_SIZE=2", "--self-distill", "first without accelerate launch"),
     ],
     "calibrate": [
@@ -390,6 +389,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ("--seed 99999999999999999999", "seed is 9999", "expected a whole number"),
         ("--out {nowhere}", "is no folder that can be written", "choose another one"),
         ("--data /no", "cannot be read: No such file", "check the path"),
+        ("--model {no_template} --data {chats}", "has no chat template", "use {"),
         ("--model /no", "no folder '/no'", "check the path"),
     ],
 }

@@ -65,6 +65,7 @@ PROFILE = LatencyProfile((1, 4), (1, 2), ((1.0, 2.0), (2.0, 4.0)), {"model": "a"
 MADE: dict[str, Callable[[Path], Any]] = {
     "empty": Path.mkdir,
     "theirs": lambda path: write_authors_checkpoint(path, TABLE),
+    "narrow": lambda path: write_authors_checkpoint(path, TABLE[..., :16]),
     "lora": lambda path: write_authors_checkpoint(path, TABLE, peft_type="LORA"),
     "pickled": lambda path: write_authors_checkpoint(path, TABLE, pickled=True),
     "menu": lambda path: save_menus(path, OTHER_MENU, OTHER_MENU),
@@ -72,6 +73,14 @@ MADE: dict[str, Callable[[Path], Any]] = {
     "acceptance.json": random_model(3, m=2, ranks=2, classes=2).save,
     "profile.json": PROFILE.save,
     "bigram.safetensors": BigramTable.empty(6, 3, (1.0, 1.0)).save,
+}
+
+
+# What copies of the model lack.
+WITHOUT = {
+    "no_weights": "model.safetensors",
+    "no_tokenizer": "tokenizer.json",
+    "no_template": "chat_template.jinja",
 }
 
 
@@ -91,6 +100,9 @@ class Place(dict):
             path.write_text(TEXTS[name])
         elif name in MADE:
             MADE[name](path)
+        elif name in WITHOUT:
+            left_out = shutil.ignore_patterns(WITHOUT[name])
+            shutil.copytree(self["model"], path, ignore=left_out)
         return path
 
     def files(self) -> dict[str, bytes]:
@@ -227,14 +239,15 @@ def reading(place: Place, patch: pytest.MonkeyPatch, heading: str, given: Any) -
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", version)
         speculative = {"method": "ppd", "model": "a"}
         return lambda: select.create_ppd_config(None, speculative, None, None)
-    if heading == "vLLM's settings":
-        return lambda: vllm_settings(**given)
-    if heading == "a path":
-        return lambda: resolve_path(given.format_map(place))
-    if heading == "vLLM's version":
-        return lambda: require_supported_vllm(given)
-    assert heading == "speculative_config"
-    return lambda: PPDConfig.from_speculative({"model": "ppd:x", **given})
+    functions: dict[str, Callable[[], Any]] = {
+        "vLLM's settings": lambda: vllm_settings(**given),
+        "vLLM's version": lambda: require_supported_vllm(given),
+        "a path": lambda: resolve_path(given.format_map(place)),
+        "speculative_config": lambda: PPDConfig.from_speculative(
+            {"model": "ppd:x", **given}
+        ),
+    }
+    return functions[heading]
 
 
 @pytest.fixture
@@ -282,6 +295,8 @@ def test_any_value_anywhere(place: Place, heading: str) -> None:
     """A JSON file with a wrong value is read, or refused by name."""
     path, read = good_file(place, heading)
     whole = json.loads(path.read_text())
+    # Weights take time to read.
+    path.with_name("model.safetensors").unlink(missing_ok=True)
     count = len(list(places(whole)))
     for number in range(0, count, 1 + count // 50):
         for odd in (None, True, -1, 10**400, 0.5, float("inf"), "a", [], [[]], {}):

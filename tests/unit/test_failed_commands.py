@@ -68,27 +68,6 @@ def refused(workplace, capsys, command: str, word: str, *more: str, **changed) -
     assert workplace.files() == original
 
 
-def test_the_two_commands_work(workplace: Workplace, command: str) -> None:
-    assert workplace.run(command) == 0
-
-
-def test_chats_for_a_tokenizer_without_template(workplace, capsys, command) -> None:
-    data = workplace.folder / "chat.jsonl"
-    turns = {"user": "a question of some length", "assistant": "an answer"}
-    chat = [{"role": role, "content": said} for role, said in turns.items()]
-    data.write_text(30 * (json.dumps({"messages": chat}) + "\n"))
-    assert workplace.run(command, data=data) == 0
-    shutil.rmtree(workplace.out, ignore_errors=True)
-    for name in ("acceptance.json", "bigram.safetensors", "trees.json"):
-        (workplace.prompts / name).unlink(missing_ok=True)
-    (workplace.model / "chat_template.jinja").unlink()
-    refused(workplace, capsys, command, "has no chat template", data=data)
-    prompts = workplace.folder / "prompts.jsonl"
-    prompts.write_text(9 * '{"prompt": "a"}\n')
-    flags = ("--self-distill", str(prompts))
-    refused(workplace, capsys, "train", "has no chat template", *flags)
-
-
 def test_models_that_are_no_causal_ones(workplace, capsys, command, tmp_path) -> None:
     config = transformers.BertConfig(vocab_size=257, initializer_range=0.3, **SIZES)
     encoder = workplace.folder / "encoder"

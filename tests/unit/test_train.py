@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.unit.refusals import refused
 from tests.unit.tiny_base import SETTINGS
 from vllm_ppd.cli import train as command
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
@@ -231,28 +229,6 @@ def test_short_evaluations_are_of_the_first_windows(model_and_stream) -> None:
 def test_updates_follow_the_length() -> None:
     for length, updates in ((8, 1), (256, 8), (1000, 31)):
         assert TrainSettings(steps=1, length=length).updates == updates
-
-
-def test_damaged_models(job: TrainJob, model_folder: Path, tmp_path: Path) -> None:
-    """Weights that are cut short, of another shape, or not there at all."""
-    broken = tmp_path / "broken"
-    shutil.copytree(model_folder, broken)
-    weights = broken / "model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-100])
-    job = dataclasses.replace(job, model=str(broken))
-    with refused(ValueError, "not a readable safetensors file"):
-        job.run()
-    with refused(TrainingError, "cannot be loaded"):
-        FrozenModel.load(broken)
-    weights.unlink()
-    with refused(TrainingError, "cannot be loaded"):
-        job.run()
-    weights.write_bytes(content)
-    (broken / "tokenizer.json").unlink()
-    with refused(TrainingError, "no usable tokenizer"):
-        job.run()
-    assert not Path(job.out).exists()
 
 
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:

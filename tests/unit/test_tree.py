@@ -83,22 +83,6 @@ def test_every_prefix_is_the_tree_it_claims_to_be(num_ept):
             assert (part.row_depths == tree.row_depths[:kept]).all()
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (((1,), (0,), (1, 1)), "parent must be an earlier node"),
-        (((0, 0), (0, 0), (1, 1, 1)), "same rank"),
-        (((0,), (0, 1), (1, 1)), "needs 1 ranks"),
-        (((0,), (0,), (1,)), "2 prompt counts"),
-        (((0,), (-1,), (1, 1)), "not be negative"),
-        (((), (), (3,), 0), "num_ept is 0"),
-    ],
-)
-def test_bad_trees_are_refused(fields, message):
-    with pytest.raises(TreeError, match=message):
-        SparseTree(*fields)
-
-
 def test_the_ngram_path_is_the_rank_0_chain():
     tree = SparseTree((0, 0, 1, 1, 2), (1, 0, 0, 1, 0), (0,) * 6)
     assert tree.ngram_path == (True, False, True, False, False, True)

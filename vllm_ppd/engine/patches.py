@@ -74,14 +74,13 @@ def wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
     current = getattr(owner, name)
     if hasattr(current, _MARK):
         return
-    wrapper = make(current)
+    wrapper = functools.wraps(current)(make(current))
     setattr(wrapper, _MARK, current)
     is_static = isinstance(vars(owner).get(name), staticmethod)
     setattr(owner, name, staticmethod(wrapper) if is_static else wrapper)
 
 
 def _with_ppd_method(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def create_speculative_config(
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
@@ -98,7 +97,6 @@ def _with_ppd_method(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_speculative_model_flag(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
         # vLLM, or another plugin, may already have the flag.
@@ -118,7 +116,6 @@ def _with_speculative_model_flag(original: Callable[..., Any]) -> Callable[..., 
 
 
 def _with_measured_profile(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
         kv_cache_config = original(self, vllm_config)
         if _runs_ppd(vllm_config):
@@ -131,7 +128,6 @@ def _with_measured_profile(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_controller(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         self.ppd_observer = None
@@ -144,7 +140,6 @@ def _with_controller(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_observation(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def update_from_output(
         self: Any, scheduler_output: Any, model_runner_output: Any
     ) -> Any:
@@ -160,7 +155,6 @@ def _with_observation(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_right_frontier(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def _handle_stopped_request(self: Any, request: Any) -> bool:
         if self.ppd_observer is not None:
             # All tokens but the last are in the KV cache, and what is in flight.
@@ -172,7 +166,6 @@ def _with_right_frontier(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_all_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         if getattr(speculative_config, "ppd", None) is None:
             original(self, speculative_config)

@@ -28,7 +28,7 @@ from vllm_ppd.engine.refusals import refuse_unsupported, require_supported_vllm
 from vllm_ppd.engine.settings import KEY, PPDSpeculativeConfig, ServingSettings
 from vllm_ppd.hub import resolve_path
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
-from vllm_ppd.prompt_tokens.tokens import PromptTokens, PromptTokensError
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.menu_search import menu_for
 from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable
 
@@ -228,8 +228,14 @@ def _fingerprint(model: Any) -> BaseModelFingerprint:
     text = model.hf_text_config
     architectures = getattr(model.hf_config, "architectures", None) or ["unknown"]
     try:
-        return BaseModelFingerprint.of_folder(_resolve_local(model), name=model.model)
-    except ValueError as error:
+        folder = model.model
+        if not Path(folder).is_dir():
+            folder = snapshot_download(
+                folder, revision=model.revision, local_files_only=True
+            )
+        return BaseModelFingerprint.of_folder(folder, name=model.model)
+    # huggingface_hub raises many unrelated types.
+    except Exception as error:
         logger.warning(
             "the base model's embedding could not be compared with the one the "
             "prompt tokens were trained for (%s)",
@@ -243,18 +249,6 @@ def _fingerprint(model: Any) -> BaseModelFingerprint:
         vocab_size=text.vocab_size,
         embedding_sha256=None,
     )
-
-
-def _resolve_local(model: Any) -> str:
-    """The target's folder: its path, or its snapshot in the hub's local cache."""
-    if Path(model.model).is_dir():
-        return str(model.model)
-    try:
-        return snapshot_download(
-            model.model, revision=model.revision, local_files_only=True
-        )
-    except Exception as error:
-        raise PromptTokensError(f"no local copy of {model.model}") from error
 
 
 def _runs_in_processes(parallel: Any) -> bool:

@@ -36,6 +36,18 @@ class PromptTokensError(ValueError):
     """Prompt tokens, or a base model, that cannot be read, written or used together."""
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
 @dataclass(frozen=True)
 class BaseModelFingerprint:
     """Identity of a base model.
@@ -58,35 +70,23 @@ class BaseModelFingerprint:
     """See `embedding_sha256`; None when the folder has no readable safetensors."""
 
     def __post_init__(self) -> None:
-        unknown = [
-            f for f in ("architecture", "vocab_size") if getattr(self, f) is None
-        ]
-        for field in ("name", "architecture"):
-            value = getattr(self, field)
-            if field not in unknown and not (isinstance(value, str) and value):
-                raise PromptTokensError(
-                    f"{field} of the base model is {value!r}; expected a name"
-                )
-        for field in ("hidden_size", "vocab_size"):
-            value = getattr(self, field)
-            if field not in unknown and (type(value) is not int or value < 1):
-                raise PromptTokensError(
-                    f"{field} of the base model is {value!r}; "
-                    "expected a positive integer"
-                )
-        if self.revision is not None and not isinstance(self.revision, str):
-            raise PromptTokensError(
-                f"revision of the base model is {self.revision!r}; "
-                "expected a string or null"
-            )
-        digest = self.embedding_sha256
-        if digest is not None and not (
-            isinstance(digest, str) and _SHA256.fullmatch(digest)
+        for field, fits, expected in (
+            ("name", _is_name, "a name"),
+            ("architecture", _is_name, "a name or null"),
+            ("hidden_size", _is_size, "a positive integer"),
+            ("vocab_size", _is_size, "a positive integer or null"),
+            ("revision", _is_name, "a name or null"),
+            (
+                "embedding_sha256",
+                _is_digest,
+                "64 hexadecimal digits or null",
+            ),
         ):
-            raise PromptTokensError(
-                f"embedding_sha256 of the base model is {digest!r}; "
-                "expected 64 lower-case hexadecimal digits or null"
-            )
+            value = getattr(self, field)
+            if not (fits(value) or (value is None and "null" in expected)):
+                raise PromptTokensError(
+                    f"{field} of the base model is {value!r}; expected {expected}"
+                )
 
     @classmethod
     def of_folder(
@@ -108,21 +108,16 @@ class BaseModelFingerprint:
         text = _text_config(config)
         hidden_size = _first_int(folder, text, ("hidden_size", "n_embd", "d_model"))
         vocab_size = _first_int(folder, text, ("vocab_size",))
-        architectures = config.get("architectures")
-        if not (
-            isinstance(architectures, list)
-            and architectures
-            and isinstance(architectures[0], str)
-            and architectures[0]
-        ):
+        names = config.get("architectures")
+        if not (isinstance(names, list) and names and _is_name(names[0])):
             raise PromptTokensError(
                 f"{folder / 'config.json'} names no architecture "
-                f"(architectures is {architectures!r}); is it a model's folder?"
+                f"(architectures is {names!r}); is it a model's folder?"
             )
         return cls(
             name=name or folder.resolve().name,
             revision=revision,
-            architecture=architectures[0],
+            architecture=names[0],
             hidden_size=hidden_size,
             vocab_size=vocab_size,
             embedding_sha256=_hash_embedding(folder, hidden_size, vocab_size),

@@ -107,11 +107,6 @@ class AcceptanceModel:
             source: see the attribute.
         """
         table = _checked_numbers("marginal", marginal)
-        if table.ndim != 2 or 0 in table.shape:
-            raise MeasurementError(
-                f"marginal has shape {list(table.shape)}; expected [prompt tokens, "
-                "ranks], each at least 1"
-            )
         m, k = table.shape
         return cls(
             prompted=table,

@@ -85,7 +85,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            f"{os.fspath(folder)!r} has no usable tokenizer: {reason}"
+            f"{os.fspath(folder)!r} has no usable tokenizer ({reason}); expected its "
+            "files beside the model's"
         ) from error
 
 
@@ -260,18 +261,12 @@ def text_files(
     """
     files = []
     for source in sources:
-        name = DatasetName.parse(source)
-        files.append(
-            Path(source)
-            if name is None
-            else copy_dataset(
-                name,
-                folder,
-                max_bytes=_BYTES_PER_TOKEN * max_tokens,
-                seed=seed,
-                quiet=quiet,
-            )
-        )
+        name, size = DatasetName.parse(source), _BYTES_PER_TOKEN * max_tokens
+        if name is None:
+            files.append(Path(source))
+        else:
+            copy = copy_dataset(name, folder, max_bytes=size, seed=seed, quiet=quiet)
+            files.append(copy)
     return files
 
 

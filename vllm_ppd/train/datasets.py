@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vllm_ppd.files import replacing
 from vllm_ppd.train.documents import content_of
 from vllm_ppd.train.settings import TrainingError
 
@@ -95,22 +95,18 @@ def copy_dataset(
     target = Path(folder) / name.file_name(max_bytes, seed)
     if target.is_file():
         return target
-    rows = _rows(_library(name), name, seed)
+    try:
+        import datasets
+    except ImportError as error:
+        raise TrainingError(
+            f"{str(name)!r} is a Hugging Face data set, which needs the package "
+            "datasets: pip install datasets, or give a .jsonl or text file"
+        ) from error
+    rows = _rows(datasets, name, seed)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(
-            prefix=f".{target.name}.", dir=target.parent
-        )
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                _write(rows, file, name, max_bytes, quiet)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(target) as file:
+            _write(rows, file, name, max_bytes, quiet)
     except OSError as error:
         raise TrainingError(
             f"the copy of data set {name} cannot be written to {target}: "
@@ -136,28 +132,16 @@ def _write(
                     'expected "text", "messages", "conversations" or "prompt"'
                 )
             key = "text" if isinstance(content, str) else "messages"
-            line = json.dumps({key: content}, ensure_ascii=False) + "\n"
-            size = len(line.encode())
+            line = json.dumps({key: content}, ensure_ascii=False).encode() + b"\n"
             file.write(line)
-            bar.update(size)
-            written += size
+            bar.update(len(line))
+            written += len(line)
             if written >= max_bytes:
                 break
     if not written:
         raise TrainingError(
             f"data set {name} has no rows; expected at least one document"
         )
-
-
-def _library(name: DatasetName) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise TrainingError(
-            f"{str(name)!r} is a Hugging Face data set, which needs the package "
-            "datasets: pip install datasets, or give a .jsonl or text file"
-        ) from error
-    return datasets
 
 
 def _rows(datasets: Any, name: DatasetName, seed: int) -> Iterator[Mapping[str, Any]]:

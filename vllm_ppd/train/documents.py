@@ -19,16 +19,6 @@ from typing import Any
 
 from vllm_ppd.train.settings import TrainingError
 
-__all__ = [
-    "RENDERED",
-    "Document",
-    "content_of",
-    "find_documents",
-    "render_chat",
-    "sha256_of_files",
-]
-
-
 RENDERED = "rendered"
 """Role of what the chat template made of all messages before the model's answer."""
 _PLAIN_BYTES = 1 << 16
@@ -205,6 +195,7 @@ def render_chat(
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            f"the chat template refuses the messages: {reason}"
+            f"the chat template refuses the messages ({reason}); use others, or "
+            '{"text": ...} lines'
         ) from error
     return text, spans

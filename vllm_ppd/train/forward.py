@@ -13,7 +13,7 @@ from vllm_ppd.train.insertion import Insertion, sample_insertion
 from vllm_ppd.train.loss import NO_TOKEN, Targets, prompt_loss
 from vllm_ppd.train.model import FrozenModel, OrdinaryRows
 from vllm_ppd.train.scores import Scores
-from vllm_ppd.train.settings import LossKind, TrainingError, TrainSettings
+from vllm_ppd.train.settings import LossKind, TrainSettings
 
 
 def insertion_loss(
@@ -33,8 +33,8 @@ def insertion_loss(
 
     `ids` is int64 [batch, T]. `ordinary` is what an earlier pass over them left; the
     pass is made here without it. `with_greedy` also counts what lies on the greedy
-    path, for which the vocabulary head runs over every ordinary row. Raises ValueError
-    when no insertion point is valid.
+    path, for which the vocabulary head runs over every ordinary row. At least one
+    insertion point must be valid.
     """
     if ordinary is None:
         ordinary = model.ordinary_rows(ids)
@@ -87,7 +87,8 @@ def evaluate(
     points are the same at every call, also the first few of them.
 
     Args:
-        model, embeddings, stream, settings: of the run.
+        model, embeddings, settings: of the run.
+        stream: of at least one window.
         sequences: how many windows there are.
         limit: take the first so many of them only.
         seconds: begin no further batch of windows after so long.
@@ -95,16 +96,8 @@ def evaluate(
 
     Returns:
         the scores, and of how many windows they are.
-
-    Raises:
-        TrainingError: the stream is shorter than a window.
     """
     last = stream.tokens.numel() - settings.length
-    if last < 0:
-        raise TrainingError(
-            f"the held-out text has {stream.tokens.numel()} tokens; expected at least "
-            f"one window of {settings.length}: use more text or a smaller length"
-        )
     starts = torch.linspace(0, last, min(sequences, last + 1)).long()
     generator = torch.Generator().manual_seed(_SEED)
     starts = starts[torch.randperm(starts.numel(), generator=generator)][:limit]

@@ -98,16 +98,8 @@ def sample_insertion(
 
     `allowed` is bool [batch, T]: in chats, the assistant's turns. A root p qualifies
     when p .. p + m are all allowed. Everything is on the CPU, so that one seed means
-    the same points on every device. Raises ValueError when T does not leave room for m
-    tokens after a root.
+    the same points on every device. T must leave room for m tokens after a root.
     """
-    length = allowed.shape[1]
-    if length <= num_prompt_tokens:
-        raise ValueError(
-            f"sequences of {length} tokens are too short to insert "
-            f"{num_prompt_tokens} prompt tokens; expected at least "
-            f"{num_prompt_tokens + 1}: raise the length or lower the prompt tokens"
-        )
     # A window of m + 1 allowed tokens starts at each place that qualifies.
     places = allowed.unfold(1, num_prompt_tokens + 1, 1).all(dim=2)
     score = torch.rand(places.shape, generator=generator)
@@ -126,7 +118,7 @@ def sample_insertion(
     return Insertion(
         points=points,
         valid=places.gather(1, points),
-        length=length,
+        length=allowed.shape[1],
         num_prompt_tokens=num_prompt_tokens,
         num_ept=num_ept,
     )

@@ -56,11 +56,8 @@ def prompt_loss(
 
     `prompt_hidden` [V, m, e, hidden] carries the gradient; `head` maps [..., hidden] to
     float32 logits; `chunk_elements` bounds the elements of one tensor of logits.
-    Raises ValueError for V = 0.
     """
     count, distances, ept, _ = prompt_hidden.shape
-    if count == 0:
-        raise ValueError("no insertion points; expected at least one per batch")
     tokens, on_path = targets.tokens, targets.on_path
     if on_path is None:
         on_path = torch.zeros_like(tokens, dtype=torch.bool)

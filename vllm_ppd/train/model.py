@@ -98,7 +98,8 @@ class FrozenModel:
         ) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise TrainingError(
-                f"{str(folder)!r} cannot be loaded as a causal language model: {reason}"
+                f"{str(folder)!r} cannot be loaded as a causal language model "
+                f"({reason}); expected its config.json and weights"
             ) from error
         return cls(model.to(device), max_length)
 

@@ -38,15 +38,8 @@ class Scores:
 
     @classmethod
     def zeros(cls, distances: int) -> Scores:
-        names = [field.name for field in fields(cls)]
-        return cls(
-            **{
-                name: torch.zeros(
-                    distances, dtype=torch.float64 if name == "kl" else torch.int64
-                )
-                for name in names
-            }
-        )
+        zeros = {field.name: torch.zeros(distances).long() for field in fields(cls)}
+        return cls(**{**zeros, "kl": torch.zeros(distances).double()})
 
     def __add__(self, other: Scores) -> Scores:
         names = [field.name for field in fields(self)]

@@ -7,20 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-__all__ = [
-    "DTYPES",
-    "INITS",
-    "RATE_STEPS",
-    "TOKENS_PER_UPDATE",
-    "LossKind",
-    "TrainSettings",
-    "TrainingError",
-    "check_choice",
-    "check_counts",
-    "check_seed",
-    "check_temperature",
-]
-
 LossKind = Literal["kl", "labels"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 INITS = ("text", "vocabulary")
@@ -148,10 +134,8 @@ class TrainSettings:
         """Cosine from the peak at progress 0 to zero at 1 and beyond.
 
         steps: of the whole run, or what it will come to at its present speed.
-        Raises TrainingError while `learning_rate` is None.
         """
-        if self.learning_rate is None:
-            raise TrainingError("learning_rate is None; expected it resolved by now")
+        assert self.learning_rate is not None  # resolved by now
         part = min(1.0, steps / self.rate_steps) if self.rate_steps else 1.0
         done = min(max(progress, 0.0), 1.0)
         return self.learning_rate * part * 0.5 * (1.0 + math.cos(math.pi * done))

@@ -138,7 +138,8 @@ class Trainer:
                 self._evaluate_if_due(progress)
                 if progress >= 1.0:
                     break
-                if stop or self._checkpoint_due():
+                every = self.schedule.checkpoint_every
+                if stop or (self._step > 0 and self._step % every == 0):
                     self._save_checkpoint()
                 if stop:
                     raise Interrupted(
@@ -278,9 +279,6 @@ class Trainer:
             for each in (self._history[-1]["progress"], progress)
         )
         return here > last
-
-    def _checkpoint_due(self) -> bool:
-        return self._step > 0 and self._step % self.schedule.checkpoint_every == 0
 
     def _save_checkpoint(self) -> None:
         if not self.accelerator.is_main_process:

@@ -18,7 +18,7 @@ from vllm_ppd.engine.refusals import opts_out
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
-from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
+from vllm_ppd.trees.tree import TreePolicy, chain_tree
 
 # Far below any tree's id.
 _NO_TREE = -(1 << 30)
@@ -171,22 +171,15 @@ def _chain_policy(entry: MenuEntry) -> TreePolicy:
     as prompt rows reach, and as many prompt tokens as fit, the first ones of every
     node first, so that the next step has prompt rows wherever this one ends.
     """
-    trees = entry.policies[0]
-    return TreePolicy(
-        tuple(
-            _chain(num_prompted, entry.max_rows, trees.num_prompt_tokens, trees.num_ept)
-            for num_prompted in range(len(trees.trees))
-        )
-    )
-
-
-def _chain(
-    num_prompted: int, max_rows: int, num_prompt_tokens: int, num_ept: int
-) -> SparseTree:
-    # One prompt token per node at least, or the draft after it would be the last.
-    length = max(0, min(num_prompted, max_rows // (1 + num_ept) - 1))
-    nodes = length + 1
-    tokens = min((max_rows - nodes) // num_ept, nodes * num_prompt_tokens)
-    each, more = divmod(tokens, nodes)
-    prompts = [each + (node < more) for node in range(nodes)]
-    return chain_tree(length, prompts, num_ept)
+    first = entry.policies[0]
+    m, num_ept = first.num_prompt_tokens, first.num_ept
+    trees = []
+    for num_prompted in range(m + 1):
+        # One prompt token per node at least, or the draft after it would be the last.
+        length = max(0, min(num_prompted, entry.max_rows // (1 + num_ept) - 1))
+        nodes = length + 1
+        tokens = min((entry.max_rows - nodes) // num_ept, nodes * m)
+        each, more = divmod(tokens, nodes)
+        prompts = [each + (node < more) for node in range(nodes)]
+        trees.append(chain_tree(length, prompts, num_ept))
+    return TreePolicy(tuple(trees))
