@@ -76,7 +76,7 @@ def test_a_machine_is_measured_once(
     file.write_text(file.read_text()[:100])
     said = starts(3)
     assert "ignoring a latency profile and measuring again" in said
-    assert "is not JSON" in said and "PPD measures this machine: 100%" in said
+    assert "as JSON (" in said and "PPD measures this machine: 100%" in said
     assert LatencyProfile.load(file, profile.key).rows == profile.rows
     assert list(file.parent.iterdir()) == [file]
 

@@ -60,6 +60,7 @@ def command(request: pytest.FixtureRequest) -> str:
 
 def refused(workplace, capsys, command: str, word: str, *more: str, **changed) -> None:
     original = workplace.files()
+    capsys.readouterr()
     assert workplace.run(command, *more, **changed) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"vllm-ppd {command}: ")
