@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.engine.conftest import cpu_only
-from vllm_ppd.kernels.cpu import CpuTreeAttention, load_library
+from vllm_ppd.kernels.cpu.build import load_library
+from vllm_ppd.kernels.cpu.tree_attention import CpuTreeAttention
 from vllm_ppd.kernels.tree_attention import TreeBatch
 
 pytestmark = [pytest.mark.engine, cpu_only]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tests.kernels.implementations import DEVICE
-from vllm_ppd.kernels.cpu import key_view, value_view
+from vllm_ppd.kernels.cpu.layout import key_view, value_view
 from vllm_ppd.kernels.tree_attention import TreeBatch
 from vllm_ppd.trees.layout import pack_mask
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_ppd.kernels.cpu import load_library
+from vllm_ppd.kernels.cpu.build import load_library
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.kernels.implementations import needs_triton
-from vllm_ppd.kernels.cpu import build, load_library
+from vllm_ppd.kernels.cpu import build
+from vllm_ppd.kernels.cpu.build import load_library
 
 ROOT = Path(__file__).parents[2]
 # Bytes of shared memory that a block may have (CUDA programming guide, table of

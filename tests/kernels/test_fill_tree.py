@@ -13,7 +13,7 @@ from tests.kernels.implementations import (
     needs_triton,
 )
 from tests.kernels.trees import random_drafting
-from vllm_ppd.kernels.cpu import CpuTreeFiller
+from vllm_ppd.kernels.cpu.fill_tree import CpuTreeFiller
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.bigram import BigramTensors
 from vllm_ppd.trees.drafting import POOL, fill_trees

@@ -8,13 +8,10 @@ import pytest
 import torch
 
 from tests.kernels.implementations import DEVICE, kernels, needs_triton
-from vllm_ppd.kernels.cpu import (
-    CpuKVCompactor,
-    key_view,
-    kv_compact,
-    load_library,
-    value_view,
-)
+from vllm_ppd.kernels.cpu import kv_compact
+from vllm_ppd.kernels.cpu.build import load_library
+from vllm_ppd.kernels.cpu.kv_compact import CpuKVCompactor
+from vllm_ppd.kernels.cpu.layout import key_view, value_view
 
 
 @pytest.fixture(params=["reference", "compiled"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_ppd.kernels.cpu import CpuBigramLearner
+from vllm_ppd.kernels.cpu.bigram import CpuBigramLearner
 from vllm_ppd.trees.bigram import (
     OBSERVED,
     ROW_MEMORY,

@@ -12,7 +12,7 @@ from tests.kernels.implementations import (
     needs_compiler,
     needs_triton,
 )
-from vllm_ppd.kernels.cpu import match_ngrams_cpu
+from vllm_ppd.kernels.cpu.tree_walk import match_ngrams_cpu
 from vllm_ppd.trees.ngram import match_ngrams
 
 

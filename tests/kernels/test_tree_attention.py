@@ -27,7 +27,7 @@ from tests.kernels.implementations import (
     needs_compiler,
     needs_triton,
 )
-from vllm_ppd.kernels.cpu import CpuTreeAttention
+from vllm_ppd.kernels.cpu.tree_attention import CpuTreeAttention
 from vllm_ppd.kernels.tree_attention import tree_attention_reference
 
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -20,7 +20,7 @@ from tests.kernels.trees import (
     random_rows,
     tables_of,
 )
-from vllm_ppd.kernels.cpu import walk_greedy_cpu
+from vllm_ppd.kernels.cpu.tree_walk import walk_greedy_cpu
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.verify import TreeWalk, kv_moves

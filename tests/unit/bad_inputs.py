@@ -286,6 +286,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ("--temperature -1", "temperature is -1", "expected 0 (greedy) or above"),
         ("--temperature nan", "temperature is nan", "expected 0 (greedy) or above"),
         ("--dtype int8", "'int8'", "choose from"),
+        ("--prompt=", "--prompt is ''", "expected a text to continue"),
         ("--model org/other", "--model is given without --prompts", "name the prompt"),
         ("--model /no --prompts /", "there is no folder '/no'", "check the path"),
         ("--model {model} --prompts /no", "no folder '/no'", "check the path"),
@@ -299,6 +300,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
     ],
     "convert": [
         ("{prompts} {data}", "text.jsonl is a file", "expected a folder to write into"),
+        ("{prompts} /proc/x", "cannot be written to /proc/x", "choose another folder"),
         ("{prompts} {model}", "already has config.json", "choose another folder"),
         ("{theirs} {out}", "'lmsys/vicuna-tiny'", "hub id with --model"),
         ("{narrow} {out} --model {model}", "size 32 instead of 16", "use prompt"),

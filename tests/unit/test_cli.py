@@ -83,7 +83,8 @@ def test_module_is_the_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(ValueError("no such x"), 2), (EngineFailedError("dead"), 1)]
+    ("error", "status"),
+    [(ValueError("no x"), 2), (EngineFailedError("dead"), 1), (OSError("no y"), 1)],
 )
 def test_errors_are_sentences(monkeypatch, capsys, error, status) -> None:
     command(monkeypatch, error)
@@ -165,6 +166,14 @@ def test_inspect_says_what_does_not_fit(prompts: Path, model: Path, capsys) -> N
     assert "hidden size 16 instead of 8" in described["problems"][0]
     assert main.main(["inspect", str(prompts), "--model", str(model)]) == 1
     assert "problem: these prompt tokens" in capsys.readouterr().out
+
+
+def test_inspect_leaves_out_what_is_no_number(prompts: Path, capsys) -> None:
+    scores = {"model_top1": ["a"], "model_top10": [[]]}
+    record = {"steps": 10**400, "seconds": [3], "held_out": scores, "settings": 3}
+    (prompts / "training.json").write_text(json.dumps(record))
+    assert main.main(["inspect", str(prompts)]) == 0
+    assert "recorded" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["training.json", ACCEPTANCE_FILE, MENU_FILE])

@@ -1,4 +1,4 @@
-"""The authors' checkpoints: read, written, and refused where they cannot be decoded."""
+"""The authors' checkpoints, read and written; test_bad_input.py has unusable ones."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ class Calibration:
                 (folder / BIGRAM_FILE).unlink(missing_ok=True)
         except OSError as error:
             raise TrainingError(
-                f"the calibration cannot be written to {folder}: {error.strerror}"
+                f"the calibration cannot be written to {folder}: {error.strerror}; "
+                "choose another folder with --out"
             ) from error
 
 

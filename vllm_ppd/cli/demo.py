@@ -98,6 +98,8 @@ def check(args: argparse.Namespace) -> tuple[str, str]:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {getattr(args, name)}; expected at least 1")
     check_temperature(args.temperature)
+    if "" in (args.prompt or ()):
+        raise ValueError("--prompt is ''; expected a text to continue")
     if args.model and not args.prompts:
         raise ValueError(
             "--model is given without --prompts; name the prompt tokens that were "

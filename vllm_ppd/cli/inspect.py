@@ -143,8 +143,8 @@ def _print(description: dict[str, Any]) -> None:
         rows = [
             (label, scores[f"{key}_top1"], scores[f"{key}_top10"])
             for key, label in _ACCURACIES
-            if isinstance(scores.get(f"{key}_top1"), list)
-            and isinstance(scores.get(f"{key}_top10"), list)
+            if _are_numbers(scores.get(f"{key}_top1"))
+            and _are_numbers(scores.get(f"{key}_top10"))
         ]
         console.print(_accuracies("held-out accuracy after training", rows))
     if acceptance := description["acceptance"]:
@@ -190,7 +190,7 @@ def _training_facts(description: dict[str, Any]) -> Iterator[tuple[str, str]]:
     counts = [
         f"{record[key]:,.0f} {unit}"
         for key, unit in units
-        if isinstance(record.get(key), int | float)
+        if _are_numbers([record.get(key)])
     ]
     device = f" on {record['device']}" if isinstance(record.get("device"), str) else ""
     yield "training", (", ".join(counts) or "recorded") + device
@@ -198,6 +198,13 @@ def _training_facts(description: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if isinstance(settings, dict):
         pairs = (f"{key} {value}" for key, value in settings.items())
         yield "trained with", ", ".join(p for p in pairs if not p.endswith(" None"))
+
+
+def _are_numbers(values: Any) -> bool:
+    """Whether a value in a training record is a list of numbers that can be shown."""
+    return isinstance(values, list) and all(
+        isinstance(each, int | float) and abs(each) < 1e15 for each in values
+    )
 
 
 def _accuracies(title: str, rows: list[tuple[str, list, list]]) -> Table:

@@ -113,7 +113,10 @@ def _run(argv: Sequence[str]) -> int:
     debug = args.debug
     try:
         return args.run(args)
-    except (ValueError, EngineFailedError) as error:
+    except BrokenPipeError:
+        raise
+    # An OSError that no command foresees says which file it is about.
+    except (ValueError, OSError, EngineFailedError) as error:
         if debug:
             traceback.print_exc()
         print(f"vllm-ppd {args.command}: {error}", file=sys.stderr)

@@ -188,7 +188,8 @@ class PromptTokens:
             write_json(folder / CONFIG_FILE, config)
         except OSError as error:
             raise PromptTokensError(
-                f"prompt tokens cannot be written to {folder}: {error}"
+                f"prompt tokens cannot be written to {folder}: {error}; choose another "
+                "folder"
             ) from error
 
     def save_peft(
@@ -224,7 +225,8 @@ class PromptTokens:
             write_checkpoint(folder, self.embeddings, base_model)
         except OSError as error:
             raise PromptTokensError(
-                f"prompt tokens cannot be written to {folder}: {error}"
+                f"prompt tokens cannot be written to {folder}: {error}; choose another "
+                "folder"
             ) from error
 
 

@@ -58,7 +58,8 @@ class Checkpoint:
             write_bytes(path, serialise(tensors, metadata=metadata))
         except OSError as error:
             raise TrainingError(
-                f"the checkpoint cannot be written to {path}: {error.strerror}"
+                f"the checkpoint cannot be written to {path}: {error.strerror}; make "
+                "room and continue with --resume, or choose another folder"
             ) from error
 
     @classmethod

@@ -110,7 +110,7 @@ def copy_dataset(
     except OSError as error:
         raise TrainingError(
             f"the copy of data set {name} cannot be written to {target}: "
-            f"{error.strerror}"
+            f"{error.strerror}; choose another folder"
         ) from error
     return target
 

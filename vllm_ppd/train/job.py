@@ -186,7 +186,8 @@ class TrainJob:
             (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         except OSError as error:
             raise TrainingError(
-                f"{folder / RECORD_FILE} cannot be written: {error.strerror}"
+                f"{folder / RECORD_FILE} cannot be written: {error.strerror}; make "
+                "room and continue with --resume"
             ) from error
 
     def _init(self, base: BaseModelFingerprint) -> str | PromptTokens:

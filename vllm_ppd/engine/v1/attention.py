@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_ppd.engine.attention import TreeImplMixin, current_step
-from vllm_ppd.kernels.cpu import CpuTreeAttention
+from vllm_ppd.kernels.cpu.tree_attention import CpuTreeAttention
 from vllm_ppd.kernels.tree_attention import TreeBatch
 
 

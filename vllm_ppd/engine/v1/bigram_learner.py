@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_ppd.kernels.cpu import CpuBigramLearner
+from vllm_ppd.kernels.cpu.bigram import CpuBigramLearner
 from vllm_ppd.trees.bigram import OnlineBigram
 from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.verify import TreeWalk

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vllm_ppd.engine.kv_caches import attention_caches
-from vllm_ppd.kernels.cpu import CpuKVCompactor
+from vllm_ppd.kernels.cpu.kv_compact import CpuKVCompactor
 
 
 class KVMover:

@@ -39,7 +39,7 @@ from vllm_ppd.engine.v1.measure import MeasuredSteps
 from vllm_ppd.engine.v1.sampling import sample_as_without_drafts, walk_trees
 from vllm_ppd.engine.v1.served_trees import PPDProposer
 from vllm_ppd.engine.v1.step_trees import StepTrees
-from vllm_ppd.kernels.cpu import match_ngrams_cpu
+from vllm_ppd.kernels.cpu.tree_walk import match_ngrams_cpu
 from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.drafting import DraftInputs
 from vllm_ppd.trees.layout import TreeStep, ranges

@@ -23,7 +23,7 @@ from vllm.v1.sample.logits_processor.builtin import (
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from vllm_ppd.kernels.cpu import walk_greedy_cpu
+from vllm_ppd.kernels.cpu.tree_walk import walk_greedy_cpu
 from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
 

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 
 from vllm_ppd.engine.settings import serving_settings
 from vllm_ppd.engine.soft_tokens import add_soft_tokens
-from vllm_ppd.kernels.cpu import CpuTreeFiller
+from vllm_ppd.kernels.cpu.fill_tree import CpuTreeFiller
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import TreeMenu
