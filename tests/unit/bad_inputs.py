@@ -324,6 +324,11 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ("/no {prompts}", "no folder '/no'", "check the path"),
         ("{model} {model}", "is not the configuration of prompt tokens", AS_TRAINED),
     ],
+    "verify": [
+        ("--concurrency 1 0", "concurrency is 0", "whole number of at least 1"),
+        ("--prompts /no", "/no cannot be read", "check the path"),
+        ("--ppd model=b", "'model=b' sets what", "leave it out"),
+    ],
     "tree": [
         ("{prompts} --max-draft-tokens 0", "is 0", "from 1 to 128, or leave it"),
         ("{prompts} --draw 1000", "--draw is 1000", "expected a draft length of the"),

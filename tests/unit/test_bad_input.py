@@ -50,6 +50,7 @@ COMMANDS = {
     "calibrate": "calibrate {prompts} --model {model} --data {data} --points 40 "
     "--prompt-length 8 --continue 12 --ranks 9 --cpu --quiet",
     **{name: name for name in ("demo", "inspect", "convert", "profile", "tree")},
+    "verify": "verify {model} {prompts}",
 }
 CHAT = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": ""}]
 TEXTS = {

@@ -24,11 +24,11 @@ class FakeEngine:
 
     def call(self, method: str, *arguments: Any) -> Any:
         self.calls.append(method)
-        if method == "start":
-            return None
-        if self.calls.count("answer") > self.batches:
+        if method != "complete":
+            return arguments
+        if self.calls.count(method) > self.batches:
             raise KeyboardInterrupt
-        return [(f"said at {heat}<end>", 9) for _, heat in arguments[0]]
+        return [((9,), f"said at {each['temperature']}<end>") for each in arguments[1]]
 
 
 @pytest.mark.parametrize("cut", [0, 7])
@@ -43,7 +43,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch, tokenizer, cut) -> N
     path.write_bytes(content[: len(content) - cut])
     write_answers(path, prompts, 5, engine)
     write_answers(path, prompts, 5, engine)  # nothing is left to do
-    assert engine.calls == ["start", "answer", "answer"]
+    assert engine.calls == ["start", *["encode", "complete"] * 2]
 
     stream = read_stream([path], tokenizer, max_tokens=999, least_tokens=1)
     assert sorted(tokenizer.decode(stream.tokens).split("<user>")[1:]) == [

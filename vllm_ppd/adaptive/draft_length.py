@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from statistics import fmean, median, pvariance
 from typing import Any
 
-__all__ = ["DraftLengthController", "load_buckets"]
-
 # Steps of a probe.
 PROBE = 10
 # Standard errors that make an answer clear.

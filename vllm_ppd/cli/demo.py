@@ -44,48 +44,28 @@ _HEAD = re.compile(r"^[ \t]*(?:async def|def|class) .*:[ \t]*$", re.M)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", help="Folder or hub id of a model (default: the demo model)."
-    )
-    parser.add_argument(
-        "--prompts",
-        metavar="PATH",
-        help="Folder or hub id of prompt tokens for that model (default: the demo's).",
-    )
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="Text to continue; may be repeated (default: excerpts of held-out text).",
-    )
-    parser.add_argument(
-        "--num-prompts", type=int, default=3, help="Number of excerpts (default: 3)."
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=int,
-        default=128,
-        help="Tokens to generate after each prompt (default: 128).",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="Sampling temperature; 0 is greedy decoding (default: 0).",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", help="Folder or hub id of a model (default: the demo model).")
+    text = "Folder or hub id of prompt tokens for that model (default: the demo's)."
+    add("--prompts", metavar="PATH", help=text)
+    text = "Text to continue; may be repeated (default: excerpts of held-out text)."
+    add("--prompt", action="append", metavar="TEXT", help=text)
+    for flag, kind, value, text in (
+        ("--num-prompts", int, 3, "Number of excerpts"),
+        ("--max-tokens", int, 128, "Tokens to generate after each prompt"),
+        ("--temperature", float, 0.0, "Sampling temperature; 0 is greedy decoding"),
+    ):
+        add(flag, type=kind, default=value, help=f"{text} (default: {value:g}).")
+    add(
         "--dtype",
         default="auto",
         choices=("auto", "bfloat16", "float16", "float32"),
         help="Data type; auto is the faster of bfloat16 and float32 on a CPU, and the "
         "checkpoint's own on a GPU (default: auto).",
     )
-    parser.add_argument("--max-model-len", type=int, help="As in vllm serve.")
-    parser.add_argument(
-        "--eager",
-        action="store_true",
-        help="Do not compile the model: starts sooner, runs slower.",
-    )
+    add("--max-model-len", type=int, help="As in vllm serve.")
+    text = "Do not compile the model: starts sooner, runs slower."
+    add("--eager", action="store_true", help=text)
 
 
 def check(args: argparse.Namespace) -> tuple[str, str]:

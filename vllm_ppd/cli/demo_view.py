@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from statistics import median
 
 from rich.columns import Columns
@@ -56,16 +56,14 @@ class Comparison:
 
     @property
     def first_difference(self) -> int | None:
-        """Index of the first token id that differs in the first round, or None.
+        """Of the texts of the first round."""
+        return first_difference(self.ppd[0].ids, self.plain[0].ids)
 
-        Texts of which one continues the other differ where the shorter ends.
-        """
-        ours, theirs = self.ppd[0].ids, self.plain[0].ids
-        if ours == theirs:
-            return None
-        pairs = zip(ours, theirs, strict=False)
-        common = min(len(ours), len(theirs))
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), common)
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+    """Index of the first token id that differs, or that one of them lacks; or None."""
+    pairs = enumerate(zip_longest(ours, theirs))
+    return next((i for i, (a, b) in pairs if a != b), None)
 
 
 def _step_ms(generations: Sequence[Generation]) -> float:

@@ -43,6 +43,10 @@ COMMANDS = {
         "measure the acceptance of prompt tokens and search the trees to serve",
         "vllm-ppd calibrate PATH --model MODEL --data HELD_OUT.jsonl",
     ),
+    "verify": Command(
+        "certify on this machine that a model answers with PPD as it does without",
+        "vllm-ppd verify MODEL PATH --out certificate.json",
+    ),
     "profile": Command(
         "measure how long decode steps of a model take on this machine",
         "vllm-ppd profile MODEL PATH --out profile.json",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from vllm_ppd.search.latency import LatencyProfile, cache_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="Folder or hub id of the model to be served.")
-    parser.add_argument("path", help="Folder or hub id of its prompt tokens.")
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", help="Folder or hub id of the model to be served.")
+    add("path", help="Folder or hub id of its prompt tokens.")
+    add(
         "--engine",
         nargs="+",
         action="extend",
@@ -32,19 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Engine arguments that you serve with, as vLLM's Python API names them: "
         "--engine dtype=float32 tensor_parallel_size=2 enforce_eager=true.",
     )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        metavar="SECONDS",
-        help="Time budget of the measurement; more time gives finer curves.",
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="Measure even if a profile is on file."
-    )
-    parser.add_argument("--out", metavar="FILE", help="Also write the profile here.")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="Allow --out to replace a file."
-    )
+    text = "Time budget of the measurement; more time gives finer curves."
+    add("--budget", type=float, metavar="SECONDS", help=text)
+    text = "Measure even if a profile is on file."
+    add("--force", action="store_true", help=text)
+    add("--out", metavar="FILE", help="Also write the profile here.")
+    add("--overwrite", action="store_true", help="Allow --out to replace a file.")
 
 
 def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -57,25 +52,31 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.budget is not None:
         speculative["measure_seconds"] = args.budget
     settings: dict[str, Any] = {"model": args.model, "speculative_config": speculative}
-    for text in args.engine:
-        key, equals, value = text.partition("=")
-        key = key.lstrip("-").replace("-", "_")
-        if not equals or not key.isidentifier():
-            raise ValueError(
-                f"{text!r} is no engine argument; expected KEY=VALUE, such as "
-                "dtype=float32"
-            )
-        if key in settings:
-            raise ValueError(f"{text!r} sets what is set already; leave it out")
-        try:
-            settings[key] = json.loads(value)
-        except ValueError:
-            settings[key] = value
+    settings |= key_values(args.engine, settings)
     # Without it the engine would leave room for two more beside it.
     return {"gpu_memory_utilization": 0.9, **settings}
 
 
-def _check_target(name: str | None, overwrite: bool) -> None:
+def key_values(texts: list[str], taken: Container[str]) -> dict[str, Any]:
+    """Values, JSON or words, by key; raises ValueError for what is not KEY=VALUE."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.lstrip("-").replace("-", "_")
+        if not equals or not key.isidentifier():
+            raise ValueError(
+                f"{text!r} sets nothing; expected KEY=VALUE, such as dtype=float32"
+            )
+        if key in taken or key in found:
+            raise ValueError(f"{text!r} sets what is set already; leave it out")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def check_target(name: str | None, overwrite: bool) -> None:
     """Raise ValueError unless the file of --out can, and may, be written."""
     if name is None:
         return
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_ppd.prompt_tokens.tokens import PromptTokens
 
     settings = engine_settings(args)
-    _check_target(args.out, args.overwrite)
+    check_target(args.out, args.overwrite)
     # A bad value should not cost an engine's start.
     PPDConfig.from_speculative(settings["speculative_config"])
     resolve_path(args.model, allow_patterns=("config.json",))

@@ -63,6 +63,7 @@ def write_answers(
     Raises TrainingError when the file cannot be written, EngineFailedError.
     """
     pairs = list(zip(prompts, cycle(TEMPERATURES), strict=False))
+    marks = {"skip_special_tokens": False, "include_stop_str_in_output": True}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
@@ -79,14 +80,18 @@ def write_answers(
             bar = tqdm(desc="answers", total=len(pairs), initial=done, disable=quiet)
             for first in range(done, len(pairs), BATCH):
                 part, began = pairs[first : first + BATCH], time.monotonic()
-                answers = engine.call("answer", part, tokens)
-                for (prompt, temperature), (text, _) in zip(part, answers, strict=True):
+                ids = engine.call("encode", [prompt for prompt, _ in part], True)
+                params = [
+                    {"temperature": t, "max_tokens": tokens, **marks} for _, t in part
+                ]
+                answers = engine.call("complete", ids, params)
+                for (prompt, temperature), (_, text) in zip(part, answers, strict=True):
                     roles = ((RENDERED, prompt), ("assistant", text))
                     chat = [{"role": role, "content": said} for role, said in roles]
                     line = json.dumps({"messages": chat, "temperature": temperature})
                     file.write(line.encode() + b"\n")
                 file.flush()
-                speed = sum(n for _, n in answers) / (time.monotonic() - began)
+                speed = sum(len(new) for new, _ in answers) / (time.monotonic() - began)
                 bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
                 bar.update(len(part))
             bar.close()

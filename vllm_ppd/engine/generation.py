@@ -84,9 +84,11 @@ class Engine:
         dtype = self.llm.llm_engine.vllm_config.model_config.dtype
         return str(dtype).removeprefix("torch.")
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, with the tokenizer's own begin-of-text token."""
-        return [self.tokenizer.encode(text) for text in texts]
+    def encode(self, texts: list[str], whole: bool = False) -> list[list[int]]:
+        """Token ids of each text, with the tokenizer's own begin-of-text token unless
+        the text is `whole`."""
+        encode = self.tokenizer.encode
+        return [encode(text, add_special_tokens=not whole) for text in texts]
 
     def generate(self, prompt: list[int], params: dict[str, Any]) -> Generation:
         """Run one request to its end; params are those of `vllm.SamplingParams`."""
@@ -112,20 +114,21 @@ class Engine:
             )
         )
 
-    def answer(
-        self, prompts: list[tuple[str, float]], max_tokens: int
-    ) -> list[tuple[str, int]]:
-        """Texts, special tokens kept, and token counts for prompts and temperatures."""
+    def complete(
+        self, prompts: Sequence[list[int]], params: Sequence[dict[str, Any]]
+    ) -> list[tuple[tuple[int, ...], str]]:
+        """Token ids and texts of answers to prompts, which run together."""
         from vllm import SamplingParams
 
-        kept = {"skip_special_tokens": False, "include_stop_str_in_output": True}
-        params = {"max_tokens": max_tokens, **kept}
-        sampling = [SamplingParams(temperature=t, **params) for _, t in prompts]
-        encode = self.tokenizer.encode
-        ids = [encode(text, add_special_tokens=False) for text, _ in prompts]
-        inputs = [{"prompt_token_ids": each} for each in ids]
+        inputs = [{"prompt_token_ids": each} for each in prompts]
+        sampling = [SamplingParams(**each) for each in params]
         outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
-        return [(o.outputs[0].text, len(o.outputs[0].token_ids)) for o in outputs]
+        return [(tuple(o.outputs[0].token_ids), o.outputs[0].text) for o in outputs]
+
+    def accepted(self) -> int:
+        """Draft tokens that were accepted so far."""
+        name = "vllm:spec_decode_num_accepted_tokens"
+        return sum(m.value for m in self.llm.get_metrics() if m.name == name)
 
     def _split(self, ids: Sequence[int], text: str) -> tuple[str, str]:
         """A step's text as (accepted draft tokens, the model's own token)."""

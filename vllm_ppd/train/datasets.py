@@ -22,8 +22,6 @@ from vllm_ppd.files import replacing
 from vllm_ppd.train.documents import content_of
 from vllm_ppd.train.settings import TrainingError
 
-__all__ = ["DatasetName", "copy_dataset"]
-
 # owner/name, then perhaps :configuration and @split.
 _NAME = re.compile(
     r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
