@@ -9,7 +9,7 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 # Tests that start servers or several workers want the machine's memory to themselves.
 ALONE_TESTS := $(wildcard tests/e2e tests/engine/v2/test_parallel_v2.py)
 
-.PHONY: help setup demo test test-unit lint format clean
+.PHONY: help setup demo test test-unit verify lint format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,11 @@ test: test-unit ## all tests; those that need a GPU are skipped without one
 
 test-unit: setup ## quick: tests that start no engine and compile no kernel
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 tests/unit
+
+verify: setup ## an hour or more: PPD against plain vLLM over a table of settings
+	@$(RUN) python benchmarks/exactness.py --out benchmarks/results/exactness_v1.json
+	@$(RUN) python benchmarks/exactness.py --runner v2 \
+		--out benchmarks/results/exactness_v2.json
 
 lint: setup ## ruff and mypy, changing nothing
 	@$(RUN) ruff check .

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ppd.cli.engines import EngineProcess, engine_processes
+from vllm_ppd.engine.generation import Engine as PackageEngine
 from vllm_ppd.engine.generation import Generation, Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,6 +106,23 @@ class Engine(EngineProcess):
             lengths=None if lengths is None else list(lengths),
         )
         return Batch.of(**result)
+
+
+class InterpretedEngine(PackageEngine):
+    """An engine on V2 without a GPU."""
+
+    def start(self) -> str:
+        """Set Triton's interpreter up, and start."""
+        # One process, which has what is patched here.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+        # vLLM finds a platform there, and Triton a driver.
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "triton_cpu_stub")]
+        from tests.engine.v2 import engine
+
+        engine._look_up_builtins_once()
+        engine._sort_for_top_k()
+        return super().start()
 
 
 @contextlib.contextmanager
