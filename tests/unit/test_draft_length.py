@@ -143,6 +143,25 @@ def test_a_losing_entry_is_left_and_costs_little(running, start, seed):
     assert speed > 0.97 * loser.speed(0)
 
 
+@pytest.mark.parametrize("running", [1, 4, 16, 64])
+def test_what_all_probes_cost_is_limited(running):
+    plain = machine(cpu, HARD, running, lengths=CPU_LENGTHS)
+    plain.run(500)
+    assert plain.tokens / plain.time > 0.96 * plain.speed(0)
+    plain.run(19_500)
+    assert plain.tokens / plain.time > 0.985 * plain.speed(0)
+
+
+def test_what_promises_most_is_probed_first():
+    ratios = [[gpu(length + 1) / gpu(1) for length in LENGTHS]]
+    controller = DraftLengthController(
+        LENGTHS, 8, None, [EASY[length] for length in LENGTHS], ratios, uniform=True
+    )
+    served = Machine(controller, gpu, EASY)
+    served.run(20)
+    assert set(served.used) == {0, served.best()}
+
+
 @pytest.mark.parametrize("running", [1, 4, 16])
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_changes_nothing_that_pays_ten_per_cent(running, seed):

@@ -10,7 +10,12 @@ from tests.unit.models import DEMO, published_model, random_model
 from tests.unit.test_tree_search import all_trees
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve, LatencyProfile, expected_speedup
-from vllm_ppd.search.menu_search import build_menu, menu_for, prior_lengths
+from vllm_ppd.search.menu_search import (
+    build_menu,
+    menu_for,
+    prior_lengths,
+    step_ratios,
+)
 from vllm_ppd.search.policy_iteration import (
     best_policy,
     entry_figures,
@@ -196,6 +201,11 @@ def test_the_profile_decides_how_each_load_starts():
     curve = profile.curve(4)
     speedups = {e.num_draft_tokens: expected_speedup(e, curve) for e in menu.entries}
     assert lengths[2] == max(speedups, key=lambda length: speedups[length])
+    ratios = step_ratios(menu, profile, [4])[0]
+    assert speedups == {
+        e.num_draft_tokens: pytest.approx(e.acceptance_length / ratio)
+        for e, ratio in zip(menu.entries, ratios, strict=True)
+    }
     # A menu that does not say what it accepts starts with plain decoding.
     silent = TreeMenu(tuple(MenuEntry(entry.policies) for entry in menu.entries))
     assert prior_lengths(silent, profile, [1, 16]) == [0, 0]

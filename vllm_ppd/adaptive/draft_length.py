@@ -6,10 +6,13 @@ it compares it with others, the most promising first. What counts is
 
     speed = mean acceptance length / seconds of a step.
 
-The acceptance length of a draft length is averaged over many steps, because tokens per
-step are very noisy. Step times are split into a level, which follows the machine's
-own drift and is known from the draft length in force, and a ratio of each draft length
-to it, which hardly changes and becomes more exact with each probe.
+The acceptance length depends on the text alone. It is averaged over many steps of all
+loads, because tokens per step are very noisy. Step times are split into a level, which
+follows the machine's own drift and is known from the draft length in force, and a ratio
+of each draft length to it, which hardly changes and becomes more exact with each probe.
+
+What probes may cost is limited, so that traffic for which no draft pays is
+served as fast as without them.
 """
 
 from __future__ import annotations
@@ -21,18 +24,18 @@ from typing import Any
 
 # Steps of a probe.
 PROBE = 10
+# Share of a load's steps that probes may cost; one probe may cost half of its own.
+BUDGET = 0.006
 # Standard errors that make an answer clear.
 CLEAR = 2.0
 # Relative variance of a step's time, at least, and of a ratio never measured.
-NOISE, UNKNOWN = 0.05, 0.1
+NOISE, UNKNOWN = 0.03, 0.1
 # A step of so many typical times waited for something else than its rows.
 OUTLIER = 4.0
+# Request-steps that say something of a text.
+FEW = 64
 # Steps, or request-steps, after which an average counts half.
 MEMORY = 4096
-# Share of the time that probes of one draft length may cost in the long run.
-BUDGET = 0.005
-# Longest wait between probes, in steps.
-LAST_WAIT = 250
 
 
 def load_buckets(max_num_running: int) -> list[int]:
@@ -49,7 +52,11 @@ class DraftLengthController:
         max_num_running: most requests that run at once.
         prior: draft length that each bucket of `load_buckets` starts with; None for 0
             everywhere, which is plain decoding.
-        uniform: one bucket for all loads, which starts with the first of `prior`.
+        acceptance: mean acceptance length that is expected of each draft length; None
+            where it is not known.
+        step_ratios: [bucket][draft length] step time over plain decoding's that is
+            expected.
+        uniform: one bucket for all loads, the first of `prior` and `step_ratios`.
         adapts: whether draft lengths may change.
 
     Attributes:
@@ -62,26 +69,30 @@ class DraftLengthController:
         draft_lengths: Sequence[int],
         max_num_running: int,
         prior: Sequence[int] | None = None,
+        acceptance: Sequence[float | None] = (),
+        step_ratios: Sequence[Sequence[float]] | None = None,
         uniform: bool = False,
         adapts: bool = True,
     ):
         ends = [max_num_running] if uniform else load_buckets(max_num_running)
+        lengths = (0, *draft_lengths)
+        expected = [1.0, *(acceptance or [None] * len(draft_lengths))]
+        self._arms = [_Arm(*arm) for arm in zip(lengths, expected, strict=True)]
+        self._index = {length: index for index, length in enumerate(lengths)}
         self.schedule = [0] * (max_num_running + 1)
         self._adapts = adapts
         self._changes: list[str] = []
-        self._buckets: list[_Bucket] = []
         # By number of running requests; index 0 is not used.
         self._bucket_of: list[_Bucket] = []
+        for index, end in enumerate(ends):
+            first = ends[index - 1] + 1 if index else 1
+            start = lengths.index(prior[index]) if prior else 0
+            ratios = step_ratios[index] if step_ratios else [1.0] * len(draft_lengths)
+            bucket = _Bucket(self._arms, [1.0, *ratios], first, end, start)
+            self._bucket_of += [bucket] * (end + 1 - len(self._bucket_of))
+            self._write(bucket)
         # Draft length of the last step, whatever its load.
         self._last_length = -1
-        lengths = (0, *draft_lengths)
-        for index, end in enumerate(ends):
-            first = self._buckets[-1].end + 1 if self._buckets else 1
-            start = 0 if prior is None else prior[index]
-            bucket = _Bucket(lengths, first, end, lengths.index(start))
-            self._buckets.append(bucket)
-            self._bucket_of += [bucket] * (end - len(self._bucket_of) + 1)
-            self._write(bucket)
 
     def observe(
         self, num_running: int, draft_length: int, num_tokens: int, seconds: float
@@ -99,18 +110,28 @@ class DraftLengthController:
         self._last_length = draft_length
         if not self._adapts or seconds <= 0:
             return
-        bucket = self._bucket_of[num_running]
-        length, current = bucket.length, bucket.current
-        bucket.count(draft_length, num_running, num_tokens, seconds, settled)
-        if bucket.length != length:
+        bucket, index = self._bucket_of[num_running], self._index[draft_length]
+        scheduled, in_force = bucket.scheduled, bucket.in_force
+        bucket.steps += 1
+        bucket.debt = max(bucket.debt - BUDGET, 0.0)
+        if settled:
+            self._count(index, num_running, num_tokens)
+        if bucket.rival is None:
+            if settled and index == in_force:
+                bucket.follow_level(seconds)
+            if bucket.quiet_steps >= PROBE and not bucket.debt:
+                bucket.begin_probe()
+        elif index == bucket.rival:
+            bucket.count_probe(seconds, num_tokens / num_running)
+            if len(bucket.block) == PROBE or bucket.lost >= PROBE / 2:
+                bucket.end_probe()
+        if bucket.scheduled != scheduled:
             self._write(bucket)
-        if bucket.current != current:
-            self._changes.append(bucket.describe(current))
+        if bucket.in_force != in_force:
+            self._changes.append(bucket.describe(in_force))
 
     def take_changes(self) -> list[str]:
         """What has changed since the last call, a line for each."""
-        if not self._changes:
-            return self._changes
         changes, self._changes = self._changes, []
         return changes
 
@@ -121,254 +142,244 @@ class DraftLengthController:
 
     def snapshot(self) -> list[dict[str, Any]]:
         """The buckets in which steps were observed, as JSON values."""
-        return [bucket.to_dict() for bucket in self._buckets if bucket.steps]
+        buckets = dict.fromkeys(self._bucket_of)
+        return [bucket.to_dict() for bucket in buckets if bucket.steps]
+
+    def _count(self, index: int, requests: int, tokens: int) -> None:
+        """Count a step; if the text has changed, it has for all draft lengths."""
+        if self._arms[index].count(requests, tokens):
+            for other in self._arms[:index] + self._arms[index + 1 :]:
+                other.expect(other.accepted, 1)
+            for bucket in self._bucket_of:
+                bucket.debt = 0.0
 
     def _write(self, bucket: _Bucket) -> None:
+        length = self._arms[bucket.scheduled].draft_length
         for num_running in range(bucket.first, bucket.end + 1):
-            self.schedule[num_running] = bucket.length
+            self.schedule[num_running] = length
 
 
 class _Arm:
-    """What is known of one draft length at one load.
+    """What the text accepts of one draft length, whatever the load.
 
     Attributes:
-        accepted, requests: draft tokens accepted, and request-steps; fading.
-        late_accepted, late_requests: the part of them that was not yet compared with
-            what came before.
-        ratio: its step time over the level.
-        variance: of the ratio, relative; 0 for the arm in force.
-        is_known: it was measured.
-        not_before: step from which on it may be probed again.
+        draft_length: 0 for plain decoding.
+        expected: draft tokens accepted per request and step, before any was seen.
     """
 
-    def __init__(self, length: int):
-        self.length = length
-        self.accepted = self.requests = 0.0
-        self.late_accepted = self.late_requests = 0.0
-        self.ratio, self.variance = 1.0, UNKNOWN
-        self.is_known = False
-        self.not_before = 0.0
-        self._aged_at = 0
+    def __init__(self, draft_length: int, acceptance_length: float | None):
+        self.draft_length = draft_length
+        known = acceptance_length or 1.5
+        self.expected = max(known - 1, 1 / FEW) if draft_length else 0.0
+        # Request-steps and what they accepted: those of long ago, which fade, and the
+        # latest, which are compared with them whenever they have doubled.
+        self._requests, self._total = 1.0, self.expected
+        self._late_requests = self._late_total = 0.0
+        self._compare_at = FEW
 
     @property
-    def acceptance_length(self) -> float:
-        """Tokens per request and step."""
-        if not self.length:
-            return 1.0
-        return 1.0 + self.accepted / max(self.requests, 1.0)
+    def requests(self) -> float:
+        return self._requests + self._late_requests
 
     @property
-    def speed(self) -> float:
-        """Tokens per request and time, in units of the level."""
-        return self.acceptance_length / self.ratio
+    def accepted(self) -> float:
+        return (self._total + self._late_total) / self.requests
 
     @property
-    def speed_variance(self) -> float:
-        """Relative variance of the speed.
+    def variance(self) -> float:
+        """Relative variance of the acceptance length."""
+        variance = _variance(self.accepted, self.requests) / (1 + self.accepted) ** 2
+        return min(variance, 2 * UNKNOWN) if self.draft_length else 0.0
 
-        The number of tokens is taken for geometric, with three times the variance,
-        because the steps of one text are alike.
-        """
-        if not self.length:
-            return self.variance
-        length, requests = self.acceptance_length, max(self.requests, 1.0)
-        accepted = 3 * (length * (length - 1) + 1 / requests) / requests
-        return self.variance + min(accepted / length**2, 2 * UNKNOWN)
+    def fade(self, kept: float) -> None:
+        """Trust less what was seen long ago."""
+        kept = max(kept, 1 / self._requests)
+        self._requests *= kept
+        self._total *= kept
 
-    def add(self, requests: int, tokens: int) -> None:
-        """Count a step."""
-        self.requests += requests
-        self.accepted += tokens - requests
-        self.late_requests += requests
-        self.late_accepted += tokens - requests
+    def expect(self, accepted: float, requests: float) -> None:
+        """Take this for what is accepted, as if seen in at most so many requests."""
+        self._requests = min(self.requests, requests)
+        self._total = accepted * self._requests
+        self._late_requests = self._late_total = 0.0
+        self._compare_at = FEW
 
-    def age(self, step: int) -> None:
-        """Trust less what was seen at an earlier step."""
-        kept = 0.5 ** ((step - self._aged_at) / MEMORY)
-        self.scale(kept, kept)
-        self.variance += 2 * (1 - kept) * NOISE / PROBE
-        self._aged_at = step
+    def count(self, requests: int, tokens: int) -> bool:
+        """Count a step; says whether the latest ones differ from those before."""
+        self._late_requests += requests
+        self._late_total += tokens - requests
+        late = self._late_requests
+        if late < self._compare_at:
+            return False
+        self._compare_at *= 2
+        new, old = self._late_total / late, self._total / self._requests
+        error = math.sqrt(_variance(old, late) + _variance(old, self._requests))
+        if abs(new - old) > max(2 * CLEAR * error, 0.1 * (1 + old)):
+            self.expect(new, late)
+            return True
+        if late >= MEMORY / 8:
+            self.expect(self.accepted, MEMORY)
+        return False
 
-    def scale(self, requests: float, accepted: float) -> None:
-        self.requests *= requests
-        self.accepted *= accepted
 
-    def resemble(self, other: _Arm) -> None:
-        """Expect of an arm that was never measured what its neighbour showed."""
-        self.ratio, self.variance = other.ratio, UNKNOWN + other.variance
-        self.requests, self.accepted = 1.0, other.acceptance_length - 1
+def _variance(accepted: float, requests: float) -> float:
+    """Variance of a mean over so many request-steps, which accept so many draft tokens.
 
-    def learn_ratio(self, ratio: float, variance: float) -> None:
-        """Take in a measured ratio of so much relative variance."""
-        kept = variance / (self.variance + variance)
-        self.ratio *= (ratio / self.ratio) ** (1 - kept)
-        self.variance *= kept
+    That of geometric numbers, times three because the steps of one text are alike.
+    """
+    return 3 * (accepted * (1 + accepted) + 1 / requests) / requests
 
 
 class _Bucket:
-    """One load bucket: what is in force, what is known, and the probe under way.
+    """One load bucket: what is in force, what steps take, and the probe under way.
 
-    An *arm* is a draft length; arm 0 is plain decoding.
+    Draft lengths go by their index; 0 is plain decoding.
     """
 
-    def __init__(self, lengths: tuple[int, ...], first: int, end: int, current: int):
-        self.first, self.end, self.current = first, end, current
+    def __init__(
+        self,
+        arms: list[_Arm],
+        ratios: Sequence[float],
+        first: int,
+        end: int,
+        in_force: int,
+    ):
+        self.first, self.end, self.in_force = first, end, in_force
         self.steps = 0
-        self._arms = [_Arm(length) for length in lengths]
-        self._arm_of = {arm.length: arm for arm in self._arms}
-        self._arms[current].is_known, self._arms[current].variance = True, 0.0
+        self._arms = arms
         # Seconds of a step with ratio 1, and the number of steps it is known from.
         self._level, self._level_steps = 0.0, 0
-        # The arm that is probed; None between probes.
-        self._rival: int | None = None
-        # Steps until the probe begins or ends; the first begins at once.
-        self._left = 3
-        # What the probe has cost, in steps of the arm in force, and its step times.
-        self._lost = 0.0
-        self._block: list[float] = []
-        # Step at which the answer or the traffic last changed.
-        self._changed_at = 0
+        # Step times over the level: as expected, as measured, and relative variance,
+        # which is 0 for the draft length in force.
+        self._expected = [ratio / ratios[in_force] for ratio in ratios]
+        self._ratios = list(self._expected)
+        self._variances = [UNKNOWN] * len(ratios)
+        self._variances[in_force] = 0.0
+        self._measured = {in_force}
+        # Step at which variances last grew, and that of the last probe of plain steps.
+        self._aged_at = self._plain_at = 0
+        # The draft length that is probed; None between probes.
+        self.rival: int | None = None
+        # Steps since the last probe; the first one begins soon.
+        self.quiet_steps = PROBE - 3
+        # What probes have cost in excess of their budget, in steps.
+        self.debt = 0.0
+        # Step times of the probe, and what it cost in steps of the arm in force.
+        self.block: list[float] = []
+        self.lost = 0.0
 
     @property
-    def length(self) -> int:
-        """The draft length to schedule now."""
-        return self._arms[self.current if self._rival is None else self._rival].length
+    def scheduled(self) -> int:
+        """The index of the draft length to schedule now."""
+        return self.in_force if self.rival is None else self.rival
 
     def to_dict(self) -> dict[str, Any]:
-        arm = self._arms[self.current]
+        arm = self._arms[self.in_force]
         return {
             "max_num_running": self.end,
-            "draft_length": arm.length,
-            "acceptance_length": round(arm.acceptance_length, 3),
+            "draft_length": arm.draft_length,
+            "acceptance_length": round(1 + arm.accepted, 3),
             "observed_steps": self.steps,
         }
 
     def describe(self, before: int) -> str:
-        arm = self._arms[self.current]
+        arm = self._arms[self.in_force]
         requests = f"{self.end} request{'s' * (self.end > 1)}"
         return (
-            f"draft length {self._arms[before].length} -> {arm.length} for up to "
-            f"{requests} (acceptance length {arm.acceptance_length:.2f})"
+            f"draft length {self._arms[before].draft_length} -> {arm.draft_length} "
+            f"for up to {requests} (acceptance length {1 + arm.accepted:.2f})"
         )
 
-    def count(
-        self, length: int, requests: int, tokens: int, seconds: float, settled: bool
-    ) -> None:
-        """Note a step; settled: the step before had the same draft length."""
-        self.steps += 1
-        self._left -= 1
-        arm = self._arm_of[length]
-        if settled:
-            arm.add(requests, tokens)
-        if self._rival is None:
-            if settled and length == self.length:
-                self._follow_level(seconds / arm.ratio)
-            if self.steps % 32 == 0 and self._notice_change(arm):
-                self._left = 0
-            if self._left <= 0:
-                self._begin_probe()
-        elif length == self.length:
-            own = self._arms[self.current]
-            self._block.append(seconds)
-            self._lost += seconds / (self._level * own.ratio)
-            self._lost -= tokens / requests / own.acceptance_length
-            if self._left <= 0 or self._lost >= PROBE:
-                self._end_probe(self._rival)
-
-    def _follow_level(self, seconds: float) -> None:
-        """Let the level follow a step with the arm in force."""
+    def follow_level(self, seconds: float) -> None:
+        """Let the level follow a step with the draft length in force."""
+        self.quiet_steps += 1
+        seconds /= self._ratios[self.in_force]
         self._level_steps = min(self._level_steps + 1, 2 * PROBE)
         level = self._level or seconds
         self._level = (
             level + (min(seconds, OUTLIER * level) - level) / self._level_steps
         )
 
-    def _begin_probe(self) -> None:
-        """Probe the arm that may be fastest; plain decoding comes first."""
-        self._notice_change(self._arms[self.current])
-        for arm in self._arms:
-            arm.age(self.steps)
-        self._arms[self.current].variance = 0.0
-        self._left = self._wait()
-        if not self._level:
+    def begin_probe(self) -> None:
+        """Probe what may be fastest, plain decoding first; or nothing."""
+        self._age()
+        self.quiet_steps = 0
+        scores = [-math.inf] * len(self._arms)
+        for index in range(len(self._arms)):
+            if index != self.in_force:
+                self._expect(index)
+                gain, error = self._gain(index)
+                scores[index] = gain + CLEAR * error
+        best = max(range(len(scores)), key=scores.__getitem__)
+        # Whatever was measured once, drafts must never be slower than plain decoding.
+        is_due = self.steps > self._plain_at + MEMORY / 4
+        if self.in_force and (scores[0] > 0 or is_due):
+            best, self._plain_at = 0, self.steps
+        elif scores[best] <= 0:
             return
-        known = [index for index, arm in enumerate(self._arms) if arm.is_known]
-        best_score = 0.0
-        for index, arm in enumerate(self._arms):
-            if index == self.current or arm.not_before > self.steps:
-                continue
-            near = min(known, key=lambda other: abs(other - index))
-            if not arm.is_known:
-                arm.resemble(self._arms[near])
-            gain, error = self._gain(arm)
-            # Of arms that were never measured, those near to what is known come first.
-            score = gain + CLEAR * error - 0.001 * abs(index - near)
-            if index == 0:
-                score += 1.0
-            if score > best_score:
-                self._rival, best_score = index, score
-        if self._rival is not None:
-            self._arms[self._rival].is_known = True
-            self._left, self._lost, self._block = PROBE, 0.0, []
+        self.rival = best
+        self._measured.add(best)
+        self.block, self.lost = [], 0.0
 
-    def _end_probe(self, rival: int) -> None:
-        """Decide between the arm in force and its rival."""
-        arm = self._arms[rival]
-        limit = OUTLIER * median(self._block)
-        block = [seconds for seconds in self._block if seconds <= limit]
+    def count_probe(self, seconds: float, tokens: float) -> None:
+        """Note a step of the probe and the tokens per request that it emitted."""
+        self.block.append(seconds)
+        self.lost += seconds / (self._level * self._ratios[self.in_force])
+        self.lost -= tokens / (1 + self._arms[self.in_force].accepted)
+
+    def end_probe(self) -> None:
+        """Decide between the draft length in force and its rival."""
+        rival, self.rival = self.scheduled, None
+        limit = OUTLIER * median(self.block)
+        block = [seconds for seconds in self.block if seconds <= limit]
         mean = fmean(block)
         noise = max(NOISE, pvariance(block) / mean**2)
         noise *= 1 / len(block) + 1 / self._level_steps
-        arm.learn_ratio(mean / self._level, noise)
-        self._rival = None
-        self._notice_change(arm)
-        gain, error = self._gain(arm)
-        # In the long run small gains count too, and an error is soon undone.
-        is_early = self.steps < self._changed_at + 4 * LAST_WAIT
-        if gain > (CLEAR if is_early else CLEAR / 2) * error:
-            self.current, self._changed_at = rival, self.steps
-            # From now on the level is measured with this arm.
-            for other in self._arms:
-                other.variance += arm.variance
-            arm.variance = 0.0
-        # A rival that seems to be faster is probed again at once.
-        self._left = PROBE if gain > error / 2 else self._wait()
-        arm.not_before = self.steps + self._lost / BUDGET
+        kept = noise / (self._variances[rival] + noise)
+        self._ratios[rival] *= (mean / self._level / self._ratios[rival]) ** (1 - kept)
+        self._variances[rival] *= kept
+        gain, error = self._gain(rival)
+        # Less than clear is enough, since an error is soon undone.
+        if gain > 0.625 * CLEAR * error:
+            self.in_force = rival
+            # Perhaps the text is another: what was seen in few steps counts little.
+            for arm in self._arms:
+                if arm.requests < MEMORY / 8:
+                    arm.expect(arm.accepted, 1)
+            # From now on the level is measured with this one.
+            own = self._variances[rival]
+            self._variances = [variance + own for variance in self._variances]
+            self._variances[rival] = 0.0
+        # A rival that seems to be faster is soon probed again.
+        self.debt = max(self.lost, 0.0 if gain > 0 else 1.0)
 
-    def _wait(self) -> int:
-        """Steps until the next probe: more while nothing changes."""
-        return min(max((self.steps - self._changed_at) // 16, PROBE), LAST_WAIT)
+    def _age(self) -> None:
+        """Trust less what was measured at earlier steps."""
+        kept = 0.5 ** ((self.steps - self._aged_at) / MEMORY)
+        self._aged_at = self.steps
+        aged = 2 * (1 - kept) * NOISE / PROBE
+        self._variances = [variance + aged for variance in self._variances]
+        self._variances[self.in_force] = 0.0
+        for arm in self._arms:
+            arm.fade(kept)
 
-    def _gain(self, arm: _Arm) -> tuple[float, float]:
-        """Log of an arm's speed over that of the arm in force; standard error."""
-        own = self._arms[self.current]
-        error = math.sqrt(arm.speed_variance + own.speed_variance)
-        return math.log(arm.speed / own.speed), error
+    def _expect(self, index: int) -> None:
+        """Correct what was expected by what the nearest measured one showed."""
+        if index not in self._measured:
+            near = min(self._measured, key=lambda other: abs(other - index))
+            correction = self._ratios[near] / self._expected[near]
+            self._ratios[index] = self._expected[index] * correction
+            self._variances[index] = UNKNOWN + self._variances[near]
+        seen = [i for i, arm in enumerate(self._arms) if i and arm.requests >= FEW]
+        if index and self._arms[index].requests <= 1 and seen:
+            near = min(seen, key=lambda other: abs(other - index))
+            correction = self._arms[near].accepted / self._arms[near].expected
+            self._arms[index].expect(self._arms[index].expected * correction, 1)
 
-    def _notice_change(self, arm: _Arm) -> bool:
-        """Compare an arm's late steps with those before: has the traffic changed?"""
-        accepted, requests = arm.late_accepted, arm.late_requests
-        before = arm.requests - requests
-        if not arm.length or requests < 32:
-            return False
-        if requests > MEMORY / 8 or before < 32:
-            arm.late_accepted = arm.late_requests = 0.0
-        if before < 32:
-            return False
-        old, new = max(arm.accepted - accepted, 0.0) / before, accepted / requests
-        variance = 4 * (old * (1 + old) + 1 / requests)
-        error = math.sqrt(variance / requests + variance / before)
-        if arm.requests > MEMORY:
-            arm.scale(0.5, 0.5)
-        if abs(new - old) < max(3 * error, 0.1 * (1 + old)):
-            return False
-        # What one arm accepts changes for all, roughly in proportion.
-        change = max(new, 0.02) / max(old, 0.02)
-        for other in self._arms:
-            kept = min(1.0, 16 / max(other.requests, 1.0))
-            other.scale(kept, kept * change)
-            other.late_accepted = other.late_requests = 0.0
-            other.not_before = 0.0
-        arm.requests, arm.accepted = requests, accepted
-        self._changed_at = self.steps
-        return True
+    def _gain(self, index: int) -> tuple[float, float]:
+        """Log of a draft length's speed over that in force; standard error."""
+        speeds, variance = [], 0.0
+        for i in (index, self.in_force):
+            speeds.append((1 + self._arms[i].accepted) / self._ratios[i])
+            variance += self._arms[i].variance + self._variances[i]
+        return math.log(speeds[0] / speeds[1]), math.sqrt(variance)

@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from vllm_ppd.adaptive.draft_length import DraftLengthController, load_buckets
 from vllm_ppd.engine.settings import ServingSettings, serving_settings
-from vllm_ppd.search.menu_search import prior_lengths
+from vllm_ppd.search.menu_search import prior_lengths, step_ratios
 
 logger = init_logger("vllm.ppd")
 
@@ -42,16 +42,24 @@ def make_controller(
     lengths = list(menu.draft_lengths)
     buckets = load_buckets(max_num_running)
     profile = settings.latency_profile()
-    prior = None
+    if uniform:
+        # One length for all loads: the one that the largest load can bear.
+        buckets = buckets[-1:]
+    prior = ratios = None
+    acceptance = [entry.acceptance_length for entry in menu.entries]
     if profile is not None:
         prior = prior_lengths(menu, profile, buckets)
-        if uniform:
-            # One length for all loads: the one that the largest load can bear.
-            prior = [prior[-1]] * len(buckets)
+        ratios = step_ratios(menu, profile, buckets)
     elif not settings.adapts:
         prior = [lengths[-1]] * len(buckets)
     return DraftLengthController(
-        lengths, max_num_running, prior, uniform=uniform, adapts=settings.adapts
+        lengths,
+        max_num_running,
+        prior,
+        acceptance,
+        ratios,
+        uniform=uniform,
+        adapts=settings.adapts,
     )
 
 

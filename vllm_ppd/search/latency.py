@@ -184,14 +184,22 @@ class LatencyProfile:
 def expected_speedup(entry: MenuEntry, curve: LatencyCurve) -> float | None:
     """Tokens per second of a menu entry relative to plain decoding; None if not known.
 
-    The mean acceptance length, times the seconds of a plain step, over the mean seconds
-    of the entry's steps. A step costs at least what one of 2 rows costs: drafting is
-    never free.
+    The mean acceptance length over the mean `step_ratio`.
     """
     if entry.acceptance_length is None or not entry.row_shares:
         return None
-    seconds = sum(share * curve(max(rows, 2)) for rows, share in entry.row_shares)
-    return entry.acceptance_length * curve(1) / seconds
+    return entry.acceptance_length / step_ratio(entry, curve)
+
+
+def step_ratio(entry: MenuEntry, curve: LatencyCurve) -> float:
+    """Mean seconds of a menu entry's steps over those of a plain step.
+
+    A step costs at least what one of 2 rows costs: drafting is never free. An entry of
+    which the mean rows are not known always has its most.
+    """
+    shares = entry.row_shares or ((entry.max_rows, 1.0),)
+    seconds = sum(share * curve(max(rows, 2)) for rows, share in shares)
+    return seconds / curve(1)
 
 
 def cache_file(key: Mapping[str, Any]) -> Path:

@@ -14,7 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from vllm_ppd.search.acceptance import AcceptanceModel
-from vllm_ppd.search.latency import LatencyCurve, LatencyProfile, expected_speedup
+from vllm_ppd.search.latency import (
+    LatencyCurve,
+    LatencyProfile,
+    expected_speedup,
+    step_ratio,
+)
 from vllm_ppd.search.policy_iteration import (
     SearchedPolicy,
     best_policy,
@@ -31,7 +36,7 @@ ROW_COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _LEAST_GAIN = 1.005
 # An engine starts with drafts if they promise so much over plain decoding: promises are
 # of one temperature, and err by a few per cent even there.
-_LEAST_SPEEDUP = 1.1
+_LEAST_SPEEDUP = 1.25
 
 
 def build_menu(
@@ -188,3 +193,11 @@ def prior_lengths(
                 best, best_speedup = entry.num_draft_tokens, speedup
         lengths.append(best)
     return lengths
+
+
+def step_ratios(
+    menu: TreeMenu, profile: LatencyProfile, buckets: Sequence[int]
+) -> list[list[float]]:
+    """[bucket][entry] step time over plain decoding's, by the machine's profile."""
+    curves = [profile.curve(num_running) for num_running in buckets]
+    return [[step_ratio(entry, curve) for entry in menu.entries] for curve in curves]
