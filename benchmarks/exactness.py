@@ -79,6 +79,7 @@ def certificate(args: Any, name: str) -> dict[str, Any]:
         argv = ["verify", args.model, args.prompts, "--prompts", str(file)]
         argv += ["--max-tokens", str(tokens), "--samples", str(samples)]
         argv += ["--concurrency", *map(str, loads), "--out", str(out)]
+        argv += ["--engine", f"dtype={args.dtype}"]
         if vllm_ppd.main([*argv, *SETTINGS[name]]) == 2 or not out.exists():
             raise SystemExit(f"setting {name!r} could not be run")
         found = json.loads(out.read_text())
@@ -91,6 +92,7 @@ def main() -> int:
     """Run the settings; exit status 1 if any token differs."""
     parser = parser_of(__doc__)
     add_model_arguments(parser)
+    parser.set_defaults(dtype="float32")
     parser.add_argument("--runner", choices=SIZES, default="v1", help="of vLLM")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, metavar="NAME")
     held_out = ROOT / "demo_model" / "held_out.jsonl"
