@@ -59,6 +59,15 @@ def write_json(
     write_bytes(path, (text + "\n").encode())
 
 
+@contextlib.contextmanager
+def explained(kind: type[ValueError], what: str, remedy: str) -> Iterator[None]:
+    """A block whose OSError becomes an error of this kind: what failed, why, remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror}; {remedy}") from error
+
+
 class FormatError(ValueError):
     """A file of this project's formats that cannot be read, written or used."""
 
@@ -77,40 +86,22 @@ def read_object(path: str | os.PathLike[str], kind: str, remedy: str) -> dict[st
 
 
 def read_json(
-    path: str | os.PathLike[str],
-    *,
-    kind: str,
-    format: str,
-    version: int,
-    keys: Collection[str],
-    optional: Collection[str] = (),
-    remedy: str,
+    path: str | os.PathLike[str], *, kind: str, remedy: str, **expected: Any
 ) -> dict[str, Any]:
     """The content of a JSON file of ours, read strictly.
 
     Args:
         path: the file.
         kind: what it is, for messages: "the tree menu".
-        format, version: what its keys "format" and "format_version" must say.
-        keys, optional: all other keys that it must have, and may have.
         remedy: what the user can do about a bad file.
-
-    Returns:
-        the values of `keys` and `optional`.
+        expected: see `check_content`.
 
     Raises:
         FormatError: one sentence that names the file, the fault and the remedy.
     """
     content = read_object(path, kind, remedy)
     try:
-        return check_content(
-            content,
-            kind=kind,
-            format=format,
-            version=version,
-            keys=keys,
-            optional=optional,
-        )
+        return check_content(content, kind=kind, **expected)
     except FormatError as error:
         raise FormatError(f"{path}: {error}; {remedy}") from error
 
@@ -124,7 +115,14 @@ def check_content(
     keys: Collection[str],
     optional: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The same for a JSON value that is already parsed."""
+    """The values of `keys` and `optional` in a JSON value of ours; raises FormatError.
+
+    Args:
+        content: the value.
+        kind: what it is, for messages.
+        format, version: what its keys "format" and "format_version" must say.
+        keys, optional: all other keys that it must have, and may have.
+    """
     if not isinstance(content, dict) or content.get("format") != format:
         what = content.get("format") if isinstance(content, dict) else type(content)
         raise FormatError(

@@ -279,9 +279,9 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ('{"messages": ["hi"]}', "line 1 has neither", "expected one of them"),
     ],
     "demo": [
-        ("--max-tokens 0", "--max-tokens is 0", "expected at least 1"),
+        ("--max-tokens 0", "max_tokens is 0", "number of at least 1"),
         ("--max-tokens many", "'many'", "--max-tokens: invalid int value"),
-        ("--num-prompts -1", "--num-prompts is -1", "expected at least 1"),
+        ("--num-prompts -1", "num_prompts is -1", "number of at least 1"),
         ("--num-prompts 9999", "texts that are long enough", "lower --num-prompts"),
         ("--temperature -1", "temperature is -1", "expected 0 (greedy) or above"),
         ("--temperature nan", "temperature is nan", "expected 0 (greedy) or above"),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,16 +13,16 @@ from typing import Any
 
 import torch
 
-import vllm_ppd
 from vllm_ppd.calibrate.counts import AcceptanceCounts, count_bigrams
 from vllm_ppd.calibrate.measure import Measurement, measure
 from vllm_ppd.calibrate.settings import CalibrationSettings
+from vllm_ppd.files import explained
 from vllm_ppd.hub import resolve_path
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, tensor_file
 from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
 from vllm_ppd.search.menu_search import build_menu
 from vllm_ppd.train.data import TokenStream, load_tokenizer, read_stream, text_files
-from vllm_ppd.train.documents import sha256_of_files
+from vllm_ppd.train.documents import sha256_of_files, versions
 from vllm_ppd.train.model import FrozenModel, located_model
 from vllm_ppd.train.settings import TrainingError
 from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable
@@ -48,7 +46,8 @@ class Calibration:
 
         Raises TrainingError if the folder cannot be written.
         """
-        try:
+        what = f"the calibration cannot be written to {folder}"
+        with explained(TrainingError, what, "choose another folder with --out"):
             with tempfile.TemporaryDirectory(prefix=".calibrate-", dir=folder) as new:
                 self.acceptance.save(Path(new, ACCEPTANCE_FILE))
                 if self.bigram is not None:
@@ -59,11 +58,6 @@ class Calibration:
             if self.bigram is None:
                 # The new acceptance probabilities are not those of an earlier table.
                 (folder / BIGRAM_FILE).unlink(missing_ok=True)
-        except OSError as error:
-            raise TrainingError(
-                f"the calibration cannot be written to {folder}: {error.strerror}; "
-                "choose another folder with --out"
-            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,16 +185,11 @@ class CalibrationJob:
 
 def _record(measured: Measurement, settings: CalibrationSettings) -> dict[str, Any]:
     """Everything about a measurement besides its rates, as JSON."""
-    versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers")}
     return {
         "points": measured.num_points,
         "prompts": measured.num_prompts,
         "effective_points": [round(n, 1) for n in measured.effective_points()],
         "top1_half_width_95": measured.half_widths(),
         "settings": dataclasses.asdict(settings),
-        "versions": {
-            **versions,
-            "vllm_ppd": vllm_ppd.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions("torch", "transformers"),
     }

@@ -16,22 +16,14 @@ from vllm_ppd.hub import resolve_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        metavar="SRC",
-        help="Folder or hub id of the prompt tokens to read, in either layout.",
-    )
-    parser.add_argument(
-        "destination", metavar="DST", help="Folder to write, in the other layout."
-    )
-    parser.add_argument(
-        "--model",
-        help="Folder or hub id of the base model; required if SRC is in the authors' "
-        "layout (for a hub id, only the JSON files are downloaded).",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="Replace prompt tokens in DST."
-    )
+    add = parser.add_argument
+    text = "Folder or hub id of the prompt tokens to read, in either layout."
+    add("source", metavar="SRC", help=text)
+    add("destination", metavar="DST", help="Folder to write, in the other layout.")
+    text = "Folder or hub id of the base model; required if SRC is in the authors' "
+    text += "layout (for a hub id, only the JSON files are downloaded)."
+    add("--model", help=text)
+    add("--overwrite", action="store_true", help="Replace prompt tokens in DST.")
 
 
 def convert(

@@ -24,7 +24,7 @@ from vllm_ppd.cli.engines import EngineProcess, engine_processes, engine_setting
 from vllm_ppd.engine.generation import Generation
 from vllm_ppd.hub import resolve_path
 from vllm_ppd.train.documents import find_documents
-from vllm_ppd.train.settings import check_temperature
+from vllm_ppd.train.settings import check_counts, check_temperature
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "demo_model" / "model"
@@ -73,10 +73,7 @@ def check(args: argparse.Namespace) -> tuple[str, str]:
 
     Raises ValueError for arguments that cannot work together.
     """
-    for name in ("num_prompts", "max_tokens"):
-        if getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is {getattr(args, name)}; expected at least 1")
+    check_counts(args, "num_prompts", "max_tokens")
     check_temperature(args.temperature)
     if "" in (args.prompt or ()):
         raise ValueError("--prompt is ''; expected a text to continue")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from vllm_ppd.cli.engines import engine_processes, engine_settings
+from vllm_ppd.files import explained
 from vllm_ppd.train.data import DATA_FOLDER, load_tokenizer, text_files
 from vllm_ppd.train.documents import RENDERED, find_documents, render_chat
 from vllm_ppd.train.model import located_model
@@ -64,7 +65,8 @@ def write_answers(
     """
     pairs = list(zip(prompts, cycle(TEMPERATURES), strict=False))
     marks = {"skip_special_tokens": False, "include_stop_str_in_output": True}
-    try:
+    what = f"{path} cannot be written"
+    with explained(TrainingError, what, "choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
             file.seek(0)
@@ -95,10 +97,6 @@ def write_answers(
                 bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
                 bar.update(len(part))
             bar.close()
-    except OSError as error:
-        raise TrainingError(
-            f"{path} cannot be written: {error.strerror}; choose another folder"
-        ) from error
 
 
 def self_distill(args: argparse.Namespace) -> str:

@@ -34,43 +34,23 @@ _LEGEND = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="Folder or hub id of prompt tokens.")
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        help="Kind of machine to show the menu for (default: cuda if there is a GPU).",
-    )
-    parser.add_argument(
-        "--profile",
-        metavar="FILE",
-        help="Latency profile of a machine, as vllm-ppd profile writes it: also show "
-        "the expected speed.",
-    )
-    parser.add_argument(
-        "--max-draft-tokens",
-        type=int,
-        metavar="N",
-        help="Upper limit of draft tokens and prompt rows per request and step, as "
-        "num_speculative_tokens in vllm serve (default: 15 on CPU, 63 on CUDA).",
-    )
-    parser.add_argument(
-        "--tree", metavar="FILE", help="Show the tree menu of this file instead."
-    )
-    parser.add_argument(
-        "--draw",
-        type=int,
-        metavar="LENGTH",
-        help="Draft length whose tree is drawn (default: the fastest for one request "
-        "with --profile, else one from the middle of the menu).",
-    )
-    parser.add_argument(
-        "--no-ngram", action="store_true", help="As if n-gram drafts were switched off."
-    )
-    parser.add_argument(
-        "--no-bigram",
-        action="store_true",
-        help="As if the bigram table were switched off.",
-    )
+    add = parser.add_argument
+    add("path", help="Folder or hub id of prompt tokens.")
+    text = "Kind of machine to show the menu for (default: cuda if there is a GPU)."
+    add("--device", choices=("cpu", "cuda"), help=text)
+    text = "Latency profile of a machine, as vllm-ppd profile writes it: also show the "
+    add("--profile", metavar="FILE", help=f"{text}expected speed.")
+    text = "Upper limit of draft tokens and prompt rows per request and step, as "
+    text += "num_speculative_tokens in vllm serve (default: 15 on CPU, 63 on CUDA)."
+    add("--max-draft-tokens", type=int, metavar="N", help=text)
+    add("--tree", metavar="FILE", help="Show the tree menu of this file instead.")
+    text = "Draft length whose tree is drawn (default: the fastest for one request "
+    text += "with --profile, else one from the middle of the menu)."
+    add("--draw", type=int, metavar="LENGTH", help=text)
+    text = "As if n-gram drafts were switched off."
+    add("--no-ngram", action="store_true", help=text)
+    text = "As if the bigram table were switched off."
+    add("--no-bigram", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:

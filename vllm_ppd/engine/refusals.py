@@ -48,30 +48,25 @@ def _model_refusals(model: Any) -> Iterator[tuple[bool, str, str]]:
         f"runner {model.runner_type!r}",
         "it decodes generative models only",
     )
-    yield model.is_encoder_decoder, "an encoder-decoder model", "serve it without PPD"
-    yield model.is_diffusion, "a diffusion model", "serve it without PPD"
-    yield model.use_mla, "a model with MLA attention", "serve it without PPD"
+    for refused, what in (
+        (model.is_encoder_decoder, "an encoder-decoder model"),
+        (model.is_diffusion, "a diffusion model"),
+        (model.use_mla, "a model with MLA attention"),
+        (bool(model.attention_chunk_size), "a model with chunked local attention"),
+        (model.uses_alibi, "a model with ALiBi positions"),
+        (model.uses_mrope, "a model with M-RoPE positions"),
+        (model.rswa_window is not None, "reference sliding-window attention"),
+    ):
+        yield refused, what, "serve it without PPD"
     yield (
         model.is_hybrid or model.has_inner_state or model.is_attention_free,
         "a model with Mamba, linear or other recurrent layers",
         "tree rows need attention in every layer; serve it without PPD",
     )
     yield (
-        bool(model.attention_chunk_size),
-        "a model with chunked local attention",
-        "serve it without PPD",
-    )
-    yield model.uses_alibi, "a model with ALiBi positions", "serve it without PPD"
-    yield model.uses_mrope, "a model with M-RoPE positions", "serve it without PPD"
-    yield (
         model.is_mm_prefix_lm or model.is_multimodal_model,
         "a multimodal model",
         "serve it without PPD, or serve its text-only variant",
-    )
-    yield (
-        model.rswa_window is not None,
-        "reference sliding-window attention",
-        "serve it without PPD",
     )
     yield model.enable_prompt_embeds, "--enable-prompt-embeds", "leave it out"
 
@@ -80,11 +75,18 @@ def _engine_refusals(
     args: Any, model: Any, parallel: Any, on_v2: bool
 ) -> Iterator[tuple[bool, str, str]]:
     """(refused, what, why or remedy) for vLLM's EngineArgs and ParallelConfig."""
-    yield (
-        bool(args.async_scheduling) and not on_v2,
-        "--async-scheduling on a CPU",
-        "leave it out",
-    )
+    ec_connector = getattr(args, "ec_transfer_config", None) is not None
+    for refused, what in (
+        (args.async_scheduling and not on_v2, "--async-scheduling on a CPU"),
+        (parallel.enable_dbo, "--enable-dbo"),
+        (ec_connector, "an encoder-cache connector (--ec-transfer-config)"),
+        (args.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
+        (args.watermark_config, "output watermarking"),
+        (args.return_sampling_mask, "--return-sampling-mask"),
+        (args.enable_batch_sharded_sampling, "--enable-batch-sharded-sampling"),
+        (args.scheduler_cls, f"--scheduler-cls {args.scheduler_cls}"),
+    ):
+        yield bool(refused), what, "leave it out"
     yield (
         parallel.pipeline_parallel_size > 1,
         f"--pipeline-parallel-size {parallel.pipeline_parallel_size}",
@@ -96,30 +98,12 @@ def _engine_refusals(
         "context parallelism",
         "leave it at 1",
     )
-    yield bool(parallel.enable_dbo), "--enable-dbo", "leave it out"
     yield (
         args.kv_transfer_config is not None,
         "a KV connector (--kv-transfer-config)",
         "it would send KV before the accepted path is in place; leave it out",
     )
-    yield (
-        getattr(args, "ec_transfer_config", None) is not None,
-        "an encoder-cache connector (--ec-transfer-config)",
-        "leave it out",
-    )
     yield bool(args.enable_lora), "--enable-lora", "serve the merged model"
-    yield (
-        bool(args.kv_sharing_fast_prefill),
-        "--kv-sharing-fast-prefill",
-        "leave it out",
-    )
-    yield bool(args.watermark_config), "output watermarking", "leave it out"
-    yield bool(args.return_sampling_mask), "--return-sampling-mask", "leave it out"
-    yield (
-        bool(args.enable_batch_sharded_sampling),
-        "--enable-batch-sharded-sampling",
-        "leave it out",
-    )
     plugins = [entry.name for entry in entry_points(group=LOGITSPROCS_GROUP)]
     yield (
         bool(args.logits_processors or plugins),
@@ -147,11 +131,6 @@ def _engine_refusals(
         parallel.worker_cls != "auto",
         f"--worker-cls {parallel.worker_cls}",
         "PPD brings its own worker; leave it out",
-    )
-    yield (
-        bool(args.scheduler_cls),
-        f"--scheduler-cls {args.scheduler_cls}",
-        "leave it out",
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from safetensors.torch import save as serialise
 from vllm_ppd.files import (
     FormatError,
     check_keys,
+    explained,
     read_json,
     write_bytes,
     write_json,
@@ -182,15 +184,10 @@ class PromptTokens:
         content = serialise(
             {TENSOR_NAME: self.embeddings.cpu()}, metadata={"format": "pt"}
         )
-        try:
+        with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_bytes(folder / TENSOR_FILE, content)
             write_json(folder / CONFIG_FILE, config)
-        except OSError as error:
-            raise PromptTokensError(
-                f"prompt tokens cannot be written to {folder}: {error}; choose another "
-                "folder"
-            ) from error
 
     def save_peft(
         self, path: str | os.PathLike[str], base_model: str, *, overwrite: bool = False
@@ -221,13 +218,8 @@ class PromptTokens:
         if existing:
             # Never another kind of adapter, nor one that this would not read.
             PromptTokens.load(folder)
-        try:
+        with _writing(folder):
             write_checkpoint(folder, self.embeddings, base_model)
-        except OSError as error:
-            raise PromptTokensError(
-                f"prompt tokens cannot be written to {folder}: {error}; choose another "
-                "folder"
-            ) from error
 
 
 def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -259,6 +251,11 @@ def tensor_file(path: str | os.PathLike[str]) -> Path:
     """The file that a loadable folder's embeddings are in, in either layout."""
     folder = Path(path)
     return weights_file(folder) if _has_peft_layout(folder) else folder / TENSOR_FILE
+
+
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    what = f"prompt tokens cannot be written to {folder}"
+    return explained(PromptTokensError, what, "choose another folder")
 
 
 def _require_folder(folder: Path) -> None:

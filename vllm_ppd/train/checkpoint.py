@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 
-from vllm_ppd.files import write_bytes
+from vllm_ppd.files import explained, write_bytes
 from vllm_ppd.train.settings import TrainingError
 
 _TENSORS = ("table", "exp_avg", "exp_avg_sq")
@@ -54,13 +54,10 @@ class Checkpoint:
         about = {name: getattr(self, name) for name in _FIGURES}
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
         metadata = {_METADATA: json.dumps(about)}
-        try:
+        what = f"the checkpoint cannot be written to {path}"
+        remedy = "make room and continue with --resume, or choose another folder"
+        with explained(TrainingError, what, remedy):
             write_bytes(path, serialise(tensors, metadata=metadata))
-        except OSError as error:
-            raise TrainingError(
-                f"the checkpoint cannot be written to {path}: {error.strerror}; make "
-                "room and continue with --resume, or choose another folder"
-            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], run: dict[str, Any]) -> Checkpoint:

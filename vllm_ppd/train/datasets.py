@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_ppd.files import replacing
+from vllm_ppd.files import explained, replacing
 from vllm_ppd.train.documents import content_of
 from vllm_ppd.train.settings import TrainingError
 
@@ -101,15 +101,11 @@ def copy_dataset(
             "datasets: pip install datasets, or give a .jsonl or text file"
         ) from error
     rows = _rows(datasets, name, seed)
-    try:
+    what = f"the copy of data set {name} cannot be written to {target}"
+    with explained(TrainingError, what, "choose another folder"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as file:
             _write(rows, file, name, max_bytes, quiet)
-    except OSError as error:
-        raise TrainingError(
-            f"the copy of data set {name} cannot be written to {target}: "
-            f"{error.strerror}; choose another folder"
-        ) from error
     return target
 
 

@@ -10,13 +10,18 @@ Files ending in .jsonl hold one JSON object a line: {"text": ...}, or {"messages
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import vllm_ppd
+from vllm_ppd.files import explained
 from vllm_ppd.train.settings import TrainingError
 
 RENDERED = "rendered"
@@ -103,19 +108,16 @@ def find_documents(path: str | os.PathLike[str]) -> list[Document]:
     path = Path(path)
     if path.is_dir():
         raise TrainingError(f"{path} is a folder; expected a .jsonl or text file")
-    try:
-        with open(path, "rb") as file:
-            pieces = _lines(file) if path.suffix == ".jsonl" else _blocks(file)
-            documents = [Document(path, *piece) for piece in pieces]
-    except OSError as error:
-        raise _unreadable(path, error) from error
+    with _reading(path), open(path, "rb") as file:
+        pieces = _lines(file) if path.suffix == ".jsonl" else _blocks(file)
+        documents = [Document(path, *piece) for piece in pieces]
     if not documents:
         raise TrainingError(f"{path} holds no text; expected at least one document")
     return documents
 
 
-def _unreadable(path: Path, error: OSError) -> TrainingError:
-    return TrainingError(f"{path} cannot be read: {error.strerror}; check the path")
+def _reading(path: Path) -> AbstractContextManager[None]:
+    return explained(TrainingError, f"{path} cannot be read", "check the path")
 
 
 def sha256_of_files(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
@@ -125,14 +127,20 @@ def sha256_of_files(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
     """
     hashes: dict[str, str] = {}
     for path in map(Path, paths):
-        try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise _unreadable(path, error) from error
+        with _reading(path), open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         same = sum(name.split(" (")[0] == path.name for name in hashes)
         hashes[f"{path.name} ({same + 1})" if same else path.name] = digest
     return hashes
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of packages, of this project and of Python, for records of runs."""
+    return {
+        **{name: importlib.metadata.version(name) for name in packages},
+        "vllm_ppd": vllm_ppd.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, int, int]]:

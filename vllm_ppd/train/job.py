@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-import vllm_ppd
-from vllm_ppd.files import write_json
+from vllm_ppd.files import explained, write_json
 from vllm_ppd.hub import resolve_path
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, check_destination
@@ -23,7 +20,7 @@ from vllm_ppd.train.data import (
     read_stream,
     text_files,
 )
-from vllm_ppd.train.documents import sha256_of_files
+from vllm_ppd.train.documents import sha256_of_files, versions
 from vllm_ppd.train.model import (
     FrozenModel,
     default_learning_rate,
@@ -102,7 +99,10 @@ class TrainJob:
         if held_out_files:
             held_out = self._read(held_out_files, tokenizer, settings.length, quiet)
         else:
-            train_stream, held_out = self._split(train_stream)
+            part = int(train_stream.tokens.numel() * _HELD_OUT_PART)
+            train_stream, held_out = train_stream.split(
+                max(settings.length, min(part, _HELD_OUT_TOKENS))
+            )
         described = dataclasses.asdict(settings)
         if settings.init not in INITS:
             described["init"] = Path(settings.init).name
@@ -124,7 +124,10 @@ class TrainJob:
             train_stream,
             settings.seed,
         )
-        self._make_folder()
+        with explained(
+            TrainingError, f"{folder} cannot be made", "choose another folder"
+        ):
+            folder.mkdir(parents=True, exist_ok=True)
         trainer = Trainer(
             model=model,
             train_stream=train_stream,
@@ -158,14 +161,6 @@ class TrainJob:
         # Held-out text does not follow the seed, so that runs can be compared.
         return files(self.data, self.settings.seed), files(self.held_out, 0)
 
-    def _make_folder(self) -> None:
-        try:
-            Path(self.out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(
-                f"{self.out} cannot be made: {error.strerror}; choose another folder"
-            ) from error
-
     def check_folder(self) -> None:
         """Raise a ValueError subclass for an output folder that is in use."""
         folder = Path(self.out)
@@ -180,15 +175,11 @@ class TrainJob:
     def _write(self, prompts: PromptTokens, record: dict[str, Any]) -> None:
         folder = Path(self.out)
         prompts.save(folder, overwrite=self.overwrite)
-        try:
+        what = f"{folder / RECORD_FILE} cannot be written"
+        with explained(TrainingError, what, "make room and continue with --resume"):
             write_json(folder / RECORD_FILE, record)
             # Last: until all is written, the run can be continued.
             (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-        except OSError as error:
-            raise TrainingError(
-                f"{folder / RECORD_FILE} cannot be written: {error.strerror}; make "
-                "room and continue with --resume"
-            ) from error
 
     def _init(self, base: BaseModelFingerprint) -> str | PromptTokens:
         if self.settings.init in INITS:
@@ -209,11 +200,6 @@ class TrainJob:
             quiet=quiet,
         )
 
-    def _split(self, text: TokenStream) -> tuple[TokenStream, TokenStream]:
-        """Without held-out files: the text and its end."""
-        part = int(text.tokens.numel() * _HELD_OUT_PART)
-        return text.split(max(self.settings.length, min(part, _HELD_OUT_TOKENS)))
-
     def _record(
         self,
         run_id: dict[str, Any],
@@ -221,12 +207,6 @@ class TrainJob:
         tokens: int,
         accelerator: Accelerator,
     ) -> dict[str, Any]:
-        versions = {
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "accelerate", "safetensors")
-        }
-        versions |= {"vllm_ppd": vllm_ppd.__version__}
-        versions |= {"python": platform.python_version()}
         return {
             "format_version": RECORD_VERSION,
             **run_id,
@@ -237,7 +217,7 @@ class TrainJob:
             "positions": result.positions,
             "positions_per_second": round(result.positions_per_second, 1),
             "device": accelerator.device.type,
-            "versions": versions,
+            "versions": versions("torch", "transformers", "accelerate", "safetensors"),
             "held_out": result.history[-1],
             "history": result.history,
         }
