@@ -33,7 +33,6 @@ from harness import (
     Measured,
     decoder_settings,
     encode_prompts,
-    engine_dtype,
     measure_cell,
     report_cell,
     text_lengths,
@@ -51,7 +50,7 @@ from results import (
     say,
 )
 
-from vllm_ppd.cli.engines import EngineFailedError
+from vllm_ppd.cli.engines import EngineFailedError, engine_settings
 from vllm_ppd.files import write_json
 
 
@@ -108,16 +107,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def engine_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Arguments of `Engine` by decoder."""
-    base: dict[str, Any] = {
-        "model": args.model,
-        "dtype": engine_dtype(args.dtype),
-        "seed": 0,
-        "enforce_eager": args.eager,
-        # Every round reads its prompts, like the first.
-        "enable_prefix_caching": False,
-    }
-    if args.max_model_len:
-        base["max_model_len"] = args.max_model_len
+    # Without a prefix cache every round reads its prompts, like the first.
+    base, _ = engine_settings(args.model, args.dtype, args.eager, args.max_model_len)
     options = {}
     for name in args.decoders:
         prompts, checkout = args.prompts, ROOT
@@ -136,46 +127,30 @@ def engine_options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def table(cells: list[dict[str, Any]]) -> str:
     """The results as a Markdown table, one row per condition and decoder."""
-    rows = [
-        (
-            "batch",
-            "temperature",
-            "decoder",
-            "tokens/s (min-max)",
-            "against plain (min-max)",
-            "against other",
-            "acceptance length",
-            "promised",
-            "ms/step",
-            "ids as plain",
-            "repeated",
-        )
-    ]
+    rows: list[dict[str, Any]] = []
+    speeds = "{median:,.0f} ({min:,.0f}-{max:,.0f})"
+    ratios = "{median:.2f}x ({min:.2f}-{max:.2f})"
     for cell in cells:
         for name, figures in cell["decoders"].items():
-            same = figures["same_ids_as_plain"]
-            ratio, other = figures.get("ratio"), figures.get("ratio_other")
-            promised = figures.get("promised_length")
-            rows.append(
-                (
-                    str(cell["batch"]),
-                    f"{cell['temperature']:g}",
-                    name,
-                    "{median:,.0f} ({min:,.0f}-{max:,.0f})".format(
-                        **figures["tokens_per_s"]
-                    ),
-                    "{median:.2f}x ({min:.2f}-{max:.2f})".format(**ratio)
-                    if ratio
-                    else "-",
-                    f"{other['median']:.3f}" if other else "-",
-                    f"{figures['acceptance_length']['median']:.2f}",
-                    f"{promised['median']:.2f}" if promised else "-",
-                    f"{figures['ms_per_step']['median']:.2f}",
-                    f"{same['identical']}/{same['requests']}" if same else "-",
-                    f"{figures['repeated_4grams']:.0%}",
-                )
-            )
-    return markdown(rows)
+            same, ratio = figures["same_ids_as_plain"], figures.get("ratio")
+            other = figures.get("ratio_other", {}).get("median")
+            promised = figures.get("promised_length", {}).get("median")
+            alike = f"{same['identical']}/{same['requests']}" if same else "-"
+            row = {
+                "batch": cell["batch"],
+                "temperature": f"{cell['temperature']:g}",
+                "decoder": name,
+                "tokens/s (min-max)": speeds.format(**figures["tokens_per_s"]),
+                "against plain (min-max)": ratios.format(**ratio) if ratio else "-",
+                "against other": f"{other:.3f}" if other else "-",
+                "acceptance length": f"{figures['acceptance_length']['median']:.2f}",
+                "promised": f"{promised:.2f}" if promised else "-",
+                "ms/step": f"{figures['ms_per_step']['median']:.2f}",
+                "ids as plain": alike,
+                "repeated": f"{figures['repeated_4grams']:.0%}",
+            }
+            rows.append(row)
+    return markdown([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -194,7 +169,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for start in range(1, args.starts + 1):
         ordered = dict(reversed(options.items())) if start % 2 == 0 else options
-        with running(ordered, say) as engines:
+        with running(ordered) as engines:
             menus = {name: engine.card["menu"] for name, engine in engines.items()}
             cards = {name: engines[name].card for name in options}
             for cell in cells:
@@ -205,16 +180,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 count = max(args.num_prompts, args.waves * cell.batch)
                 work = prompts[:count], cell, lengths[:count], args.rounds
                 measured[cell].append(measure_cell(engines, *work, menus))
+                reports = [report_cell(*pair) for pair in measured.items() if pair[1]]
+                so_far = {**vars(args), "starts": start}
                 results = results_document(
-                    "compare_decoders",
-                    card,
-                    {**vars(args), "starts": start},
-                    [
-                        report_cell(c, starts)
-                        for c, starts in measured.items()
-                        if starts
-                    ],
-                    engines=cards,
+                    "compare_decoders", card, so_far, reports, engines=cards
                 )
                 if args.out:  # what there is, should the run be stopped
                     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -127,7 +127,7 @@ class InterpretedEngine(PackageEngine):
 
 @contextlib.contextmanager
 def running(
-    options: Mapping[str, Mapping[str, Any]], say: Any = print
+    options: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[dict[str, Engine]]:
     """Engines by name, from their options, that end with the block.
 
@@ -136,7 +136,7 @@ def running(
     """
     with engine_processes(options, "benchmark", Engine) as engines:
         for name, engine in engines.items():
-            say(f"starting {name}")
+            print(f"starting {name}", file=sys.stderr, flush=True)
             engine.card = engine.call("start")
         yield engines
 

@@ -30,6 +30,7 @@ from results import (
 
 from vllm_ppd.cli import main as vllm_ppd
 from vllm_ppd.cli import verify
+from vllm_ppd.train.documents import find_documents
 
 EAGER = ["--engine", "enforce_eager=true"]
 WIDE = ["enable_prefix_caching=true", "--ppd", "num_speculative_tokens=40"]
@@ -53,29 +54,21 @@ SETTINGS: dict[str, list[str]] = {
 LENGTHS = (40, 700, 150, 500, 300, 90, 600, 20)
 # Prompts, tokens of an answer, pairs of samples, requests at once.
 SIZES = {"v1": (56, 144, 2, (4, 16)), "v2": (56, 32, 1, (28,))}
-SHOWN = ("engine", "ppd", "sampling", "prompts", "tokens", "accepted_draft_tokens")
-SHOWN = (*SHOWN, "chi_square_p", "differences", "result")
-
-
-def prompts(count: int, first: int, file: Path, data: Path) -> None:
-    """Write `count` prompts, cut from the texts of `data` from number `first` on."""
-    texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
-    cut = [
-        {"text": texts[n % len(texts)][: LENGTHS[n % len(LENGTHS)]]}
-        for n in range(first, first + count)
-    ]
-    file.write_text("".join(json.dumps(each) + "\n" for each in cut))
 
 
 def certificate(args: Any, name: str) -> dict[str, Any]:
-    """What `vllm-ppd verify` certifies for a setting."""
+    """What `vllm-ppd verify` certifies for a setting, on prompts of its own."""
     count, tokens, samples, loads = SIZES[args.runner]
     if args.dry_run:
         count, tokens, loads = 2, 8, (2,)
     first = count * list(SETTINGS).index(name)
+    texts = [str(document.read()) for document in find_documents(args.data)]
     with tempfile.TemporaryDirectory() as folder:
         file, out = Path(folder) / "prompts.jsonl", Path(folder) / "out.json"
-        prompts(count, first, file, args.data)
+        with file.open("w") as lines:
+            for n in range(first, first + count):
+                text = texts[n % len(texts)][: LENGTHS[n % len(LENGTHS)]]
+                lines.write(json.dumps({"text": text}) + "\n")
         argv = ["verify", args.model, args.prompts, "--prompts", str(file)]
         argv += ["--max-tokens", str(tokens), "--samples", str(samples)]
         argv += ["--concurrency", *map(str, loads), "--out", str(out)]
@@ -85,7 +78,7 @@ def certificate(args: Any, name: str) -> dict[str, Any]:
         found = json.loads(out.read_text())
     for settings in (found["engine"], found["ppd"]):
         settings["model"] = shown_path(settings["model"])
-    return {"setting": name, **{key: found[key] for key in SHOWN}}
+    return {"setting": name, **found}
 
 
 def main() -> int:
@@ -98,8 +91,7 @@ def main() -> int:
     held_out = ROOT / "demo_model" / "held_out.jsonl"
     parser.add_argument("--data", type=Path, default=held_out, metavar="JSONL")
     args = parser.parse_args()
-    names = args.settings or list(SETTINGS)
-    cells: dict[str, Any] = {}
+    names, cells = args.settings or list(SETTINGS), {}
     if args.settings and args.out and args.out.exists():
         old = read_results(args.out, "exactness")["cells"]
         cells = {cell["setting"]: cell for cell in old}
@@ -107,23 +99,18 @@ def main() -> int:
         names = [name for name in names if EAGER[1] in SETTINGS[name]]
         interpreted = partial(verify.EngineProcess, engine_class=InterpretedEngine)
         verify.EngineProcess = interpreted  # type: ignore[misc, assignment]
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-        )
+        paths = ROOT / "benchmarks", os.environ.get("PYTHONPATH", "")
+        os.environ["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     card = environment_card()
     for name in names:
         say(f"{args.runner}: {name}")
         cells[name] = certificate(args, name)
-        tokens = sum(
-            count
-            for cell in cells.values()
-            for kind, count in cell["tokens"].items()
-            if kind.startswith("greedy")
-        )
+        counts = [pair for cell in cells.values() for pair in cell["tokens"].items()]
+        greedy = sum(count for kind, count in counts if kind.startswith("greedy"))
         equal = all(cell["result"] == "equal" for cell in cells.values())
-        result = {"greedy_tokens": tokens, "result": "equal" if equal else "different"}
+        found = {"greedy_tokens": greedy, "result": "equal" if equal else "different"}
         document = results_document(
-            "exactness", card, vars(args), list(cells.values()), **result
+            "exactness", card, vars(args), [*cells.values()], **found
         )
         finish(document, args.out)
     return int(not equal)

@@ -28,11 +28,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compare_decoders import table
 from engines import Engine, running
 from gpu_kernels import choose_device
 from harness import Cell, measure_cell, report_cell
 from published import SHAPES, TABLE, load_table, make_model, save_trees
-from results import ROOT, environment_card, finish, parser_of, results_document, say
+from results import ROOT, environment_card, finish, parser_of, results_document
 
 # vLLM's V2 runner on a CPU needs Triton's interpreter and a backend for it.
 INTERPRETED = {
@@ -124,21 +125,8 @@ def measure_shape(
         measured = measure_cell(chosen, prompts, cell, lengths, args.rounds)
         report = report_cell(cell, [measured])
         cells.append({"shape": shape, "context": context, **report})
-        show(cells[-1])
+        print(f"{shape}, {context} tokens of context\n{table([report])}", flush=True)
     return cells
-
-
-def show(cell: dict[str, Any]) -> None:
-    for name, figures in cell["decoders"].items():
-        ratio = figures.get("ratio", {"median": 1.0, "min": 1.0, "max": 1.0})
-        print(
-            f"{cell['shape']:5}{cell['context']:7}{cell['batch']:5}  {name:9}"
-            f"{figures['tokens_per_s']['median']:10.0f}"
-            f"{figures['ms_per_step']['median']:9.3f}"
-            f"{figures['acceptance_length']['median']:8.2f}"
-            f"{ratio['median']:8.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})",
-            flush=True,
-        )
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -166,17 +154,16 @@ def main(argv: list[str] | None = None) -> None:
     if choose_device(args.dry_run).type == "cpu":
         # The interpreter is for the engines' processes.
         os.environ.pop("TRITON_INTERPRET", None)
-    table = load_table(args.table)
+    acceptance = load_table(args.table)
     card = environment_card()
-    print("shape context batch decoder   tokens/s  ms/step  length  vs plain")
     cells: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for shape in args.shapes:
-            options = engine_options(shape, table, args, Path(folder))
-            with running(options, say) as engines:
+            options = engine_options(shape, acceptance, args, Path(folder))
+            with running(options) as engines:
                 for name, engine in engines.items():
                     if name != "plain":
-                        engine.run("published:replay", table=table)
+                        engine.run("published:replay", table=acceptance)
                 cells += measure_shape(shape, engines, args)
     finish(results_document("gpu_decode", card, vars(args), cells), args.out)
 

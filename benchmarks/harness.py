@@ -6,7 +6,6 @@ engine's steps that brought output.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from engines import Batch, settle
 from results import sameness, summarise
 
 from vllm_ppd.engine.generation import Generation
+from vllm_ppd.train.documents import find_documents
 
 # "fixed" is PPD that adapts nothing; "other" is the PPD of another checkout.
 DECODERS = ("plain", "ppd", "ngram", "fixed", "other")
@@ -55,7 +55,7 @@ def decoder_settings(
     ppd: Mapping[str, Any],
     ngram: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for a decoder; raises ValueError for an unknown one."""
+    """Arguments of `vllm.LLM` for a decoder, one of `DECODERS`."""
     if name == "plain":
         return dict(base)
     if name in ("ppd", "fixed", "other"):
@@ -64,25 +64,9 @@ def decoder_settings(
         speculative.update({} if name == "other" else ppd)
         if name == "fixed":
             speculative["online"] = False
-    elif name == "ngram":
-        speculative = {**NGRAM, **ngram}
     else:
-        raise ValueError(f"unknown decoder {name!r}; known: {', '.join(DECODERS)}")
+        speculative = {**NGRAM, **ngram}
     return {**base, "speculative_config": speculative}
-
-
-def read_texts(path: Path, key: str = "text") -> list[str]:
-    """The texts of lines {"text": ...}; raises ValueError for anything else."""
-    texts: list[str] = []
-    try:
-        for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
-            texts.append(json.loads(line)[key] + "")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"text {len(texts) + 1} of {path} cannot be read ({error!r}); expected "
-            'lines {"text": "..."}, or all of them {"prompt": "..."}'
-        ) from error
-    return texts
 
 
 def pick_texts(texts: Sequence[str], count: int, characters: int) -> list[str]:
@@ -119,13 +103,11 @@ def encode_prompts(tokenizer: Any, path: Path, count: int, length: int) -> list[
 
     Raises ValueError for too few or too short texts.
     """
-    try:
-        prompts = read_texts(path, "prompt")
-    except ValueError:
-        texts = read_texts(path)
-    else:
+    contents: list[Any] = [document.read() for document in find_documents(path)]
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in contents]
+    if texts != contents:
         # Prompts are used as they are, again from the first if there are too few.
-        return [tokenizer.encode(prompts[i % len(prompts)]) for i in range(count)]
+        return [tokenizer.encode(texts[i % len(texts)]) for i in range(count)]
     # Text has hardly ever more than eight characters per token.
     passages = pick_texts(texts, count, 8 * length)
     cut = [tokenizer.encode(passage)[:length] for passage in passages]
@@ -182,17 +164,6 @@ def figures(batch: Batch, menu: Sequence[Sequence[float]] | None) -> dict[str, f
         points = zip(*sorted([(1.0, 1.0), *map(tuple, menu)]), strict=True)
         values["promised_length"] = float(np.interp(values["rows"], *points))
     return values
-
-
-def engine_dtype(dtype: str) -> str:
-    """As asked for; for auto what this CPU computes well, on a GPU vLLM's choice."""
-    import torch
-
-    if dtype != "auto" or torch.cuda.is_available():
-        return dtype
-    from vllm_ppd.cli.engines import cpu_dtype
-
-    return cpu_dtype()
 
 
 def measure_cell(

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # The acceptance that the paper's authors published for this model.
 TABLE = ROOT / "benchmarks" / "data" / "vicuna-7b-v1.3.json"
 # hidden, intermediate, layers, heads, KV heads, head size, vocabulary

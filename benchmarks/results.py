@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from vllm_ppd.cli.demo_view import first_difference
 from vllm_ppd.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,11 +52,6 @@ class Spread:
         return {name: round(value, digits) for name, value in asdict(self).items()}
 
 
-def ratios(values: Sequence[float], baseline: Sequence[float]) -> list[float]:
-    """Round by round, `values` over `baseline`; ValueError for unequal numbers."""
-    return [value / base for value, base in zip(values, baseline, strict=True)]
-
-
 def summarise(
     rounds: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> dict[str, dict[str, dict[str, float]]]:
@@ -81,8 +77,9 @@ def summarise(
         }
         for key, base in (("ratio", "plain"), ("ratio_other", "other")):
             if base in speeds:
-                against = ratios(speeds[name], speeds[base])
-                summary[name][key] = Spread.of(against).to_dict()
+                pairs = zip(speeds[name], speeds[base], strict=True)
+                ratios = [ours / theirs for ours, theirs in pairs]
+                summary[name][key] = Spread.of(ratios).to_dict()
     return summary
 
 
@@ -91,12 +88,8 @@ def sameness(
 ) -> dict[str, int | None]:
     """How greedy token ids compare with plain vLLM's, request by request: identical
     ones, and the first position, from 0, at which one differs."""
-    differences = []
-    for a, b in zip(ours, plain, strict=True):
-        if tuple(a) != tuple(b):
-            pairs = enumerate(zip(a, b, strict=False))
-            shorter = min(len(a), len(b))
-            differences.append(next((i for i, (x, y) in pairs if x != y), shorter))
+    found = [first_difference(*pair) for pair in zip(ours, plain, strict=True)]
+    differences = [at for at in found if at is not None]
     return {
         "identical": len(plain) - len(differences),
         "requests": len(plain),

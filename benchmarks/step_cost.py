@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 from engines import running
-from harness import engine_dtype
 from published import save_trees
 from results import (
     Spread,
@@ -41,8 +40,9 @@ from results import (
     finish,
     parser_of,
     results_document,
-    say,
 )
+
+from vllm_ppd.cli.engines import engine_settings
 
 # Method of the runner (or of what hangs on it) -> the part of a step it is.
 PARTS = {
@@ -174,15 +174,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows, cells = args.rows, []
     with tempfile.TemporaryDirectory() as folder:
         length = max(args.context) + 8 * args.steps + 512
-        base = {
-            "model": args.model,
-            "dtype": engine_dtype(args.dtype),
-            "max_model_len": length,
-            # Longer than the model was trained for: time is what counts here.
-            "hf_overrides": {"max_position_embeddings": length},
-            "enforce_eager": args.eager,
-            "enable_prefix_caching": False,
-        }
+        base, _ = engine_settings(args.model, args.dtype, args.eager, length)
+        # Longer than the model was trained for: time is what counts here.
+        base["hf_overrides"] = {"max_position_embeddings": length}
         trees = AcceptanceModel.of_folder(Path(args.prompts), 3).marginal
         file, draft_length = save_trees(trees, rows, Path(folder))
         ppd = {
@@ -198,7 +192,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             "plain": {"settings": base, **common},
             "ppd": {"settings": {**base, "speculative_config": ppd}, **common},
         }
-        with running(options, say) as engines:
+        with running(options) as engines:
             for engine in engines.values():
                 engine.run("step_cost:instrument")
             for context in args.context:

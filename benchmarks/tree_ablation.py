@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 from engines import running
-from harness import encode_prompts, engine_dtype
+from harness import encode_prompts
 from published import load_table
 from results import (
     ROOT,
@@ -48,7 +48,7 @@ from results import (
     say,
 )
 
-from vllm_ppd.cli.engines import EngineFailedError
+from vllm_ppd.cli.engines import EngineFailedError, engine_settings
 from vllm_ppd.engine.generation import Generation
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.acceptance import AcceptanceModel
@@ -278,17 +278,10 @@ def engine_options(args: argparse.Namespace, file: Path, source: Any) -> dict[st
         "profile": "none",
         "online": False,
     }
-    settings = {
-        "model": args.model,
-        "dtype": engine_dtype(args.dtype),
-        "seed": 0,
-        # No speed is measured, and eager engines start sooner.
-        "enforce_eager": True,
-        "enable_prefix_caching": False,
-        "max_num_seqs": args.batch,
-        "max_model_len": args.prompt_tokens + args.max_tokens + 1,
-        "speculative_config": speculative,
-    }
+    length = args.prompt_tokens + args.max_tokens + 1
+    # No speed is measured, and eager engines start sooner.
+    settings, _ = engine_settings(args.model, args.dtype, True, length)
+    settings |= {"max_num_seqs": args.batch, "speculative_config": speculative}
     return {"settings": settings, "in_process": True}
 
 
@@ -325,7 +318,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 file = Path(place) / "trees.json"
                 save_menus(file, menu, menu)
                 options = engine_options(args, file, (bigram, ngram))
-                with running({kind: options}, say) as engines:
+                with running({kind: options}) as engines:
                     measured = {
                         length: measure(engines[kind], entry, prompts, args)
                         for length, entry in entries.items()

@@ -67,13 +67,13 @@ def test_settings_for_this_machine(monkeypatch, given: str) -> None:
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
     args = parser.parse_args(["--dtype", given, "--eager"])
-    settings, notes = engine_settings(args, "model")
+    settings, notes = engine_settings("model", args.dtype, args.eager)
     assert settings["dtype"] == (cpu_dtype() if given == "auto" else given)
     assert [note.split(",")[0] for note in notes] == (
         [f"data type {cpu_dtype()}"] if given == "auto" else []
     )
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert engine_settings(args, "model")[0]["dtype"] == given
+    assert engine_settings("model", args.dtype)[0]["dtype"] == given
 
 
 def generation(counts: list[int], step_s: float) -> Generation:

@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
         # A model may write characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="replace")
     console = Console(highlight=False)
-    settings, notes = engine_settings(args, model)
+    settings, notes = engine_settings(model, args.dtype, args.eager, args.max_model_len)
     if torch.cuda.is_available():
         settings["gpu_memory_utilization"] = _GPU_MEMORY_SHARE
     load = os.getloadavg()[0] / (os.cpu_count() or 1)

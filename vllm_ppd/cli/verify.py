@@ -99,8 +99,7 @@ def run(args: argparse.Namespace) -> int:
     base, folder = located_model(args.model)
     PromptTokens.load(resolve_path(args.path)).check_against(base)
     prompts = read_prompts(args.prompts, load_tokenizer(folder))
-    usual = argparse.Namespace(dtype="float32", eager=False, max_model_len=None)
-    settings, notes = engine_settings(usual, args.model)
+    settings, notes = engine_settings(args.model, "float32")
     settings |= {"disable_log_stats": False} | engine
     greedy = {"max_tokens": args.max_tokens, "temperature": 0.0, "ignore_eos": True}
     seeded = {"temperature": 1.0, **sampling, "max_tokens": SEEDED}

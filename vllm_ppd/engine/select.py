@@ -146,12 +146,7 @@ def create_ppd_config(
 
 
 def _serving_settings(
-    config: PPDConfig,
-    args: Any,
-    model: Any,
-    parallel: Any,
-    device: str,
-    on_v2: bool,
+    config: PPDConfig, args: Any, model: Any, parallel: Any, device: str, on_v2: bool
 ) -> ServingSettings:
     folder = resolve_path(config.path)
     prompts = PromptTokens.load(folder)

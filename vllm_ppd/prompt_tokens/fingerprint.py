@@ -76,11 +76,7 @@ class BaseModelFingerprint:
             ("hidden_size", _is_size, "a positive integer"),
             ("vocab_size", _is_size, "a positive integer or null"),
             ("revision", _is_name, "a name or null"),
-            (
-                "embedding_sha256",
-                _is_digest,
-                "64 hexadecimal digits or null",
-            ),
+            ("embedding_sha256", _is_digest, "64 hexadecimal digits or null"),
         ):
             value = getattr(self, field)
             if not (fits(value) or (value is None and "null" in expected)):

@@ -20,11 +20,7 @@ from vllm_ppd.search.latency import (
     expected_speedup,
     step_ratio,
 )
-from vllm_ppd.search.policy_iteration import (
-    SearchedPolicy,
-    best_policy,
-    policy_value,
-)
+from vllm_ppd.search.policy_iteration import SearchedPolicy, best_policy, policy_value
 from vllm_ppd.trees.menu import MENU_FILE, TreeMenu, load_menus
 from vllm_ppd.trees.tree import TreeError
 

@@ -145,10 +145,7 @@ def entry_figures(entry: MenuEntry, model: AcceptanceModel) -> list[TreeFigures]
 
 
 def best_policy(
-    model: AcceptanceModel,
-    latency: LatencyCurve,
-    max_rows: int,
-    num_ept: int = 1,
+    model: AcceptanceModel, latency: LatencyCurve, max_rows: int, num_ept: int = 1
 ) -> SearchedPolicy:
     """The policy with the most tokens per second in the long run.
 

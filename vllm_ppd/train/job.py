@@ -28,12 +28,7 @@ from vllm_ppd.train.model import (
     located_model,
 )
 from vllm_ppd.train.settings import INITS, RATE_STEPS, TrainingError, TrainSettings
-from vllm_ppd.train.trainer import (
-    CHECKPOINT_FILE,
-    Result,
-    Schedule,
-    Trainer,
-)
+from vllm_ppd.train.trainer import CHECKPOINT_FILE, Result, Schedule, Trainer
 
 RECORD_FILE = "training.json"
 RECORD_VERSION = 1

@@ -89,13 +89,7 @@ class FrozenModel:
         """
         try:
             model = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=dtype)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise TrainingError(
                 f"{str(folder)!r} cannot be loaded as a causal language model "

@@ -199,10 +199,7 @@ class Trainer:
             # Freed before the next one takes its memory.
             self._pass = None
             batch = Batch.draw(
-                self.train_stream,
-                self.settings,
-                number,
-                self.accelerator.process_index,
+                self.train_stream, self.settings, number, self.accelerator.process_index
             ).to(self.accelerator.device)
             self._pass = (number, batch, self.model.ordinary_rows(batch.ids))
         return self._pass[1:]
