@@ -74,7 +74,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
 
 
 def test_a_tree_as_text() -> None:
-    assert lines(TreeFigures(0, 2, BUSHY, 0.5, REACHED)) == [
+    assert lines(TreeFigures(0, BUSHY, 0.5, REACHED)) == [
         "root +2",
         "├── #1 40% +1",
         "│   ├── #1 10% +1",
@@ -86,7 +86,7 @@ def test_a_tree_as_text() -> None:
 
 
 def test_below_an_ngram_draft_ranks_count_the_others() -> None:
-    assert lines(TreeFigures(1, 2, BUSHY, 0.5, REACHED), "ascii") == [
+    assert lines(TreeFigures(1, BUSHY, 0.5, REACHED), "ascii") == [
         "root +2",
         "+-- n-gram 40% +1",
         "|   +-- n-gram 10% +1",
@@ -97,7 +97,7 @@ def test_below_an_ngram_draft_ranks_count_the_others() -> None:
     ]
     # Off the n-gram draft, ranks count from the best token again.
     off = SparseTree((0, 1), (1, 0), (0, 0, 0))
-    figures = TreeFigures(1, 0, off, 0.5, np.array([1, 0.5, 0.2]))
+    figures = TreeFigures(1, off, 0.5, np.array([1, 0.5, 0.2]))
     assert lines(figures) == ["root", "└── #1 50%", "    └── #1 20%"]
 
 

@@ -104,14 +104,12 @@ class TreeFigures:
 
     Attributes:
         match_class: 0 without an n-gram match.
-        num_prompted: how deep the prompt rows of the last step reach.
         tree: the tree.
         share: part of the steps that are made with it.
         reached: [nodes] probability that verification reaches each, root (1) first.
     """
 
     match_class: int
-    num_prompted: int
     tree: SparseTree
     share: float
     reached: np.ndarray
@@ -132,7 +130,6 @@ def entry_figures(entry: MenuEntry, model: AcceptanceModel) -> list[TreeFigures]
     figures = [
         TreeFigures(
             match_class,
-            num_prompted,
             tree,
             # Least squares may leave a hair below zero.
             max(0.0, float(shares[match_class, num_prompted])),
