@@ -9,11 +9,10 @@ bigram table) and trees.json (the tree menus for vLLM's two model runners).
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
 from vllm_ppd.calibrate.settings import CalibrationSettings
-from vllm_ppd.train.settings import DTYPES
+from vllm_ppd.cli.train import add_settings
 
 _REPORTED = 10  # the wider of the two rates printed, as in the paper
 _TEXTS = {
@@ -34,7 +33,6 @@ _TEXTS = {
     "size (V2 model runner)",
     "seed": "Seed of prompts, positions and sampling",
 }
-_FLAGS = {"points": ["--points", "--tokens"], "continuation": ["--continue"]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,17 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cpu", action="store_true", help="Use no GPU.")
     add("--quiet", action="store_true", help="Show no progress.")
     group = parser.add_argument_group("measuring")
-    for field in dataclasses.fields(CalibrationSettings):
-        text = _TEXTS[field.name]
-        text += "" if text[-1] == "." else " (default: {})."
-        group.add_argument(
-            *_FLAGS.get(field.name, ["--" + field.name.replace("_", "-")]),
-            dest=field.name,
-            type=type(field.default),
-            choices=DTYPES if field.name == "dtype" else None,
-            default=field.default,
-            help=text.format(field.default),
-        )
+    flags = {"points": ["--points", "--tokens"], "continuation": ["--continue"]}
+    add_settings(group, CalibrationSettings, _TEXTS, **flags)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,12 +66,11 @@ def run(args: argparse.Namespace) -> int:
 
     # Its bar for loading weights would be the longest output of a short run.
     disable_progress_bar()
-    names = [field.name for field in dataclasses.fields(CalibrationSettings)]
     result, folder = CalibrationJob(
         path=args.path,
         model=args.model,
         data=args.data,
-        settings=CalibrationSettings(**{name: getattr(args, name) for name in names}),
+        settings=CalibrationSettings(**{name: getattr(args, name) for name in _TEXTS}),
         out=args.out,
         overwrite=args.overwrite,
         cpu=args.cpu,

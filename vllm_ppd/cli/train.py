@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from vllm_ppd.train.settings import (
@@ -20,11 +21,6 @@ from vllm_ppd.train.settings import (
     TrainSettings,
 )
 
-_SETTINGS = {
-    field.name: field
-    for field in dataclasses.fields(TrainSettings)
-    if field.name != "rate_steps"  # made of --learning-rate
-}
 _CHOICES = {"loss": get_args(LossKind), "dtype": DTYPES}
 # A text with a full stop has no default to add.
 _TEXTS = {
@@ -54,6 +50,24 @@ _TEXTS = {
         "seed": "Seed of data order, insertion points and initial embeddings",
     },
 }
+
+
+def add_settings(
+    group: Any, settings: type[Any], texts: Mapping[str, str], **flags: list[str]
+) -> None:
+    """A flag for each text's setting, or several `flags`; {} stands for the default."""
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    for name, text in texts.items():
+        default, kind = fields[name].default, str(fields[name].type).split()[0]
+        text += "" if text[-1] == "." else " (default: {})."
+        group.add_argument(
+            *flags.get(name, ["--" + name.replace("_", "-")]),
+            dest=name,
+            type={"int": int, "float": float}.get(kind, str),
+            choices=_CHOICES.get(name),
+            default=default,
+            help=text.format(default),
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,17 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     for title, texts in _TEXTS.items():
         group = parser.add_argument_group(title)
-        for name, text in texts.items():
-            field = _SETTINGS[name]
-            kind = {"int": int, "float": float}.get(str(field.type).split()[0], str)
-            group.add_argument(
-                "--" + name.replace("_", "-"),
-                dest=name,
-                type=kind,
-                choices=_CHOICES.get(name),
-                default=field.default,
-                help=text if text[-1] == "." else f"{text} (default: {field.default}).",
-            )
+        add_settings(group, TrainSettings, texts)
     group.add_argument("--cpu", action="store_true", help="Use no GPU.")
 
     group = parser.add_argument_group("reporting")
@@ -157,7 +161,9 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         data=args.data,
         out=args.out,
-        settings=TrainSettings(**{n: getattr(args, n) for n in _SETTINGS}),
+        settings=TrainSettings(
+            **{name: getattr(args, name) for texts in _TEXTS.values() for name in texts}
+        ),
         held_out=args.held_out,
         model_name=args.model_name,
         resume=args.resume,
