@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 
-from tests.engine.conftest import MODEL
+from tests.engine.conftest import MODEL, PROMPTS
 from vllm_ppd.cli import main, verify
 from vllm_ppd.cli.engines import Engine
 
@@ -30,7 +30,8 @@ class BlindEngine(Engine):
 
 
 def test_wrong_attention_is_found(monkeypatch, capsys):
-    argv = ["verify", str(MODEL), "--engine", "enforce_eager=true", "--samples", "4"]
+    argv = ["verify", str(MODEL), str(PROMPTS), "--samples", "4"]
+    argv += ["--engine", "enforce_eager=true"]
     kept, answer = {}, verify.answer
 
     def remembered(name, *args):

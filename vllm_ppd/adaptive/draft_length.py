@@ -24,7 +24,8 @@ from typing import Any
 
 # Steps of a probe.
 PROBE = 10
-# Share of a load's steps that probes may cost; one probe may cost half of its own.
+# Share of a load's steps that probes may cost in the long run. A probe that has cost
+# half of its own steps ends.
 BUDGET = 0.006
 # Standard errors that make an answer clear.
 CLEAR = 2.0
@@ -123,7 +124,7 @@ class DraftLengthController:
                 bucket.begin_probe()
         elif index == bucket.rival:
             bucket.count_probe(seconds, num_tokens / num_running)
-            if len(bucket.block) == PROBE or bucket.lost >= PROBE / 2:
+            if len(bucket.times) == PROBE or bucket.lost >= PROBE / 2:
                 bucket.end_probe()
         if bucket.scheduled != scheduled:
             self._write(bucket)
@@ -132,6 +133,8 @@ class DraftLengthController:
 
     def take_changes(self) -> list[str]:
         """What has changed since the last call, a line for each."""
+        if not self._changes:  # as in nearly every step
+            return self._changes
         changes, self._changes = self._changes, []
         return changes
 
@@ -265,7 +268,7 @@ class _Bucket:
         # What probes have cost in excess of their budget, in steps.
         self.debt = 0.0
         # Step times of the probe, and what it cost in steps of the arm in force.
-        self.block: list[float] = []
+        self.times: list[float] = []
         self.lost = 0.0
 
     @property
@@ -319,19 +322,19 @@ class _Bucket:
             return
         self.rival = best
         self._measured.add(best)
-        self.block, self.lost = [], 0.0
+        self.times, self.lost = [], 0.0
 
     def count_probe(self, seconds: float, tokens: float) -> None:
         """Note a step of the probe and the tokens per request that it emitted."""
-        self.block.append(seconds)
+        self.times.append(seconds)
         self.lost += seconds / (self._level * self._ratios[self.in_force])
         self.lost -= tokens / (1 + self._arms[self.in_force].accepted)
 
     def end_probe(self) -> None:
         """Decide between the draft length in force and its rival."""
         rival, self.rival = self.scheduled, None
-        limit = OUTLIER * median(self.block)
-        block = [seconds for seconds in self.block if seconds <= limit]
+        limit = OUTLIER * median(self.times)
+        block = [seconds for seconds in self.times if seconds <= limit]
         mean = fmean(block)
         noise = max(NOISE, pvariance(block) / mean**2)
         noise *= 1 / len(block) + 1 / self._level_steps

@@ -18,7 +18,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_ppd.cli import demo
 from vllm_ppd.cli.demo_view import first_difference
 from vllm_ppd.cli.engines import EngineProcess, engine_processes, engine_settings
 from vllm_ppd.cli.profile import check_target, key_values
@@ -45,8 +44,7 @@ Answers = dict[tuple[str, int], list[tuple[int, ...]]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="Folder or hub id of the model to be served.")
-    text = "Folder or hub id of its prompt tokens (default: the demo's)."
-    add("path", nargs="?", default=str(demo.PROMPTS), help=text)
+    add("path", help="Folder or hub id of its prompt tokens.")
     text = 'Lines of {"text": ...}, {"prompt": ...} or {"turns": [...]} (default: '
     add("--prompts", metavar="FILE.jsonl", help=f"{text}{len(TEXTS)} short texts).")
     add("--max-tokens", type=int, default=64, help="Of a greedy answer (default: 64).")
@@ -104,16 +102,16 @@ def run(args: argparse.Namespace) -> int:
     greedy = {"max_tokens": args.max_tokens, "temperature": 0.0, "ignore_eos": True}
     seeded = {"temperature": 1.0, **sampling, "max_tokens": SEEDED}
     drawn = prompts * 2 * args.samples
-    asked: dict[str, list[Any]] = {
+    requests: dict[str, list[Any]] = {
         "greedy": [(ids, sampling | greedy) for ids in prompts],
         # With one seed, two prompts would draw the same tokens.
         "seeded": [(ids, seeded | {"seed": seed}) for seed, ids in enumerate(drawn)],
     }
     batches = [
-        (kind, load, asked[kind][first : first + load])
-        for kind in asked
+        (kind, load, requests[kind][first : first + load])
+        for kind in requests
         for load in sorted({*args.concurrency})
-        for first in range(0, len(asked[kind]), load)
+        for first in range(0, len(requests[kind]), load)
     ]
     with_ppd = settings | {"speculative_config": ppd}
     # First the engine that may be refused.
@@ -121,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     _, _, theirs = answer("plain vLLM", settings, batches)
     notes += [f"in {dtype} rounding may decide between tokens"] * (dtype != "float32")
     notes += ["no draft token was accepted"] * (not accepted)
-    found = {
+    certificate = {
         "format": "ppd_certificate",
         "format_version": 1,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -134,12 +132,12 @@ def run(args: argparse.Namespace) -> int:
         "notes": notes,
         **compare(ours, theirs),
     }
-    for name, value in found.items():
+    for name, value in certificate.items():
         text = "\n  ".join(value) if name in ("differences", "notes") else value
         print(f"{name.replace('_', ' '):22} {text}")
     if args.out:
-        write_json(Path(args.out).expanduser(), found)
-    return int(found["result"] != "equal")
+        write_json(Path(args.out).expanduser(), certificate)
+    return int(certificate["result"] != "equal")
 
 
 def answer(name: str, settings: dict[str, Any], batches: Any) -> tuple[str, int, Any]:
@@ -153,8 +151,8 @@ def answer(name: str, settings: dict[str, Any], batches: Any) -> tuple[str, int,
         call = engines[name].call
         dtype = call("start")
         for kind, load, batch in tqdm(batches, name, delay=3, mininterval=1):
-            found = call("complete", *zip(*batch, strict=True))
-            answers[kind, load] += [ids for ids, _ in found]
+            completed = call("complete", *zip(*batch, strict=True))
+            answers[kind, load] += [ids for ids, _ in completed]
         return dtype, call("accepted"), answers
 
 
@@ -166,9 +164,9 @@ def compare(ours: Answers, theirs: Answers) -> dict[str, Any]:
         where = f"{kind}, {load} at once"
         tokens[where] = sum(map(len, plain))
         # Plain vLLM may differ from itself at another load.
-        wanted = theirs[kind, first[kind]]
-        for who, found in (("PPD", ours[kind, load]), ("plain vLLM", plain)):
-            for number, pair in enumerate(zip(found, wanted, strict=True), start=1):
+        reference = theirs[kind, first[kind]]
+        for who, ids_of in (("PPD", ours[kind, load]), ("plain vLLM", plain)):
+            for number, pair in enumerate(zip(ids_of, reference, strict=True), start=1):
                 if (at := first_difference(*pair)) is not None:
                     a, b = (ids[at : at + 1] for ids in pair)
                     place = f"{where}, answer {number}, token {at + 1}"
