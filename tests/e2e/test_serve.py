@@ -16,14 +16,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.engine.conftest import (
-    MODEL,
-    PROMPTS,
-    plain,
-    plain_engine,
-    start_once,
-    texts,
-)
+from tests.engine.conftest import MODEL, PROMPTS, plain, plain_engine, start_once, texts
 
 __all__ = ["plain", "plain_engine", "start_once", "texts"]
 

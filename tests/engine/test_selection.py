@@ -106,10 +106,7 @@ def test_the_compiled_graphs_key_knows_about_ppd():
 @pytest.mark.parametrize(
     ("speculative", "message"),
     [
-        (
-            {"num_speculative_tokens": 0},
-            "num_speculative_tokens is 0; expected",
-        ),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0; expected"),
         ({"model": "/no/such/folder"}, "there is no folder '/no/such/folder'"),
         ({"model": str(MODEL)}, "config.json"),
         ({"profile": "/no/such.json"}, "/no/such.json cannot be read"),

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.implementations import (
-    DEVICE,
-    kernels,
-    needs_compiler,
-    needs_triton,
-)
+from tests.kernels.implementations import DEVICE, kernels, needs_compiler, needs_triton
 from tests.kernels.trees import random_drafting
 from vllm_ppd.kernels.cpu.fill_tree import CpuTreeFiller
 from vllm_ppd.kernels.device_tables import DeviceTables

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.implementations import (
-    DEVICE,
-    kernels,
-    needs_compiler,
-    needs_triton,
-)
+from tests.kernels.implementations import DEVICE, kernels, needs_compiler, needs_triton
 from vllm_ppd.kernels.cpu.tree_walk import match_ngrams_cpu
 from vllm_ppd.trees.ngram import match_ngrams
 

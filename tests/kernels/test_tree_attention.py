@@ -21,12 +21,7 @@ from tests.kernels.attention_cases import (
     oracle,
     prefill,
 )
-from tests.kernels.implementations import (
-    DEVICE,
-    kernels,
-    needs_compiler,
-    needs_triton,
-)
+from tests.kernels.implementations import DEVICE, kernels, needs_compiler, needs_triton
 from vllm_ppd.kernels.cpu.tree_attention import CpuTreeAttention
 from vllm_ppd.kernels.tree_attention import tree_attention_reference
 

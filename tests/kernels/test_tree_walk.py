@@ -8,18 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.implementations import (
-    DEVICE,
-    kernels,
-    needs_compiler,
-    needs_triton,
-)
-from tests.kernels.trees import (
-    random_drafting,
-    random_policy,
-    random_rows,
-    tables_of,
-)
+from tests.kernels.implementations import DEVICE, kernels, needs_compiler, needs_triton
+from tests.kernels.trees import random_drafting, random_policy, random_rows, tables_of
 from vllm_ppd.kernels.cpu.tree_walk import walk_greedy_cpu
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.layout import TreeStep

@@ -9,16 +9,8 @@ import torch
 
 from vllm_ppd.calibrate import counts as counts_module
 from vllm_ppd.calibrate import rates as rates_module
-from vllm_ppd.calibrate.counts import (
-    WEIGHTS,
-    AcceptanceCounts,
-)
-from vllm_ppd.calibrate.rates import (
-    StepPoints,
-    Steps,
-    max_advance,
-    walk_steps,
-)
+from vllm_ppd.calibrate.counts import WEIGHTS, AcceptanceCounts
+from vllm_ppd.calibrate.rates import StepPoints, Steps, max_advance, walk_steps
 from vllm_ppd.search.latency import LatencyCurve
 from vllm_ppd.search.policy_iteration import best_policy
 from vllm_ppd.train.continuation import Continuation

@@ -10,17 +10,8 @@ from tests.unit.models import DEMO, published_model, random_model
 from tests.unit.test_tree_search import all_trees
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.search.latency import LatencyCurve, LatencyProfile, expected_speedup
-from vllm_ppd.search.menu_search import (
-    build_menu,
-    menu_for,
-    prior_lengths,
-    step_ratios,
-)
-from vllm_ppd.search.policy_iteration import (
-    best_policy,
-    entry_figures,
-    policy_value,
-)
+from vllm_ppd.search.menu_search import build_menu, menu_for, prior_lengths, step_ratios
+from vllm_ppd.search.policy_iteration import best_policy, entry_figures, policy_value
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu, load_menus, save_menus
 from vllm_ppd.trees.tree import TreeError
 
