@@ -5,7 +5,7 @@ import pytest
 
 from tests.kernels.trees import random_policy
 from tests.unit.test_tree import prefix
-from vllm_ppd.trees.layout import TreeStep, TreeTables, pack_mask, spread
+from vllm_ppd.trees.layout import TreeStep, TreeTables, spread
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
@@ -20,15 +20,6 @@ TABLES = TreeTables(POLICY, VOCABULARY)
 def test_spread():
     values = np.array([[1, 2], [3, 4]])
     assert spread(values, np.array([2, 0]), 3).tolist() == [[3, 4], [0, 0], [1, 2]]
-
-
-@pytest.mark.parametrize("q", [1, 63, 64, 65, 129])
-def test_packed_masks_hold_every_bit(q):
-    mask = np.random.default_rng(q).random((5, q)) < 0.5
-    words = pack_mask(mask)
-    for i in range(5):
-        for j in range(q):
-            assert bool((int(words[i, j // 64]) >> (j % 64)) & 1) == mask[i, j]
 
 
 def test_a_small_step():
@@ -137,31 +128,3 @@ def test_a_padded_first_step_has_inert_rows():
     for row in range(3, 12):
         assert tables.ancestors[0, row, 0] == 1 | (1 << row)
     assert (tables.ancestors[0, :3, 0] < 8).all()
-
-
-def test_greedy_walks_equal_token_by_token_decoding_of_a_fake_model():
-    """Whatever the draft tokens are, the emitted tokens are the model's own."""
-    rng = np.random.default_rng(5)
-    follow = rng.integers(0, 12, (12, 12))  # next token given the last two
-    history = [0, 1]
-    num_prompted = 0
-    while len(history) < 300:
-        tree = POLICY.trees[num_prompted]
-        tokens = [history[-1]] + [0] * (tree.num_nodes - 1)
-        for c, parent in enumerate(tree.parents):
-            tokens[c + 1] = (tokens[parent] + 1 + 5 * tree.ranks[c]) % 12
-        picked = []
-        for node in range(tree.num_nodes):
-            last = history[-2] if node == 0 else tokens[tree.parents[node - 1]]
-            picked.append(int(follow[last, tokens[node]]))
-        step = TreeStep(
-            TABLES, np.array([num_prompted]), np.array([0]), np.array([tree.num_rows])
-        )
-        walk = TreeWalk(step, np.array(tokens))
-        walk.run_greedy(np.array(picked))
-        history += walk.tokens_out[0, : walk.lengths[0]].tolist()
-        num_prompted = int(step.prompt_rows(walk.nodes)[1][0])
-    plain = [0, 1]
-    while len(plain) < len(history):
-        plain.append(int(follow[plain[-2], plain[-1]]))
-    assert history == plain

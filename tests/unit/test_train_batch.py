@@ -106,21 +106,6 @@ def test_resume_anywhere_in_a_batch(several: TrainJob, monkeypatch, stop: int) -
     assert torch.equal(resumed, whole)
 
 
-def test_rows_of_an_earlier_update_are_gone(job: TrainJob, monkeypatch) -> None:
-    trainer, initial = trainer_of(job, monkeypatch)
-    batch = Batch.draw(trainer.train_stream, trainer.settings, 0, 0)
-    insertion = batch.insertions[0]
-    ordinary = trainer.model.ordinary_rows(batch.ids)
-    before = [layer.keys.clone() for layer in ordinary.cache.layers]
-    table = initial.clone().requires_grad_()
-    trainer.model.prompt_rows(table, insertion, ordinary).sum().backward()
-    assert ordinary.cache.layers[0].keys.shape != before[0].shape
-    ordinary.drop_prompt_rows()
-    for layer, keys in zip(ordinary.cache.layers, before, strict=True):
-        assert torch.equal(layer.keys, keys)
-        assert not layer.keys.requires_grad and not layer.values.requires_grad
-
-
 def test_batches_repeat_and_differ(job: TrainJob, monkeypatch) -> None:
     trainer, _ = trainer_of(job, monkeypatch)
 
