@@ -18,7 +18,7 @@ from vllm_ppd.train.model import FrozenModel
 from vllm_ppd.train.settings import TrainingError
 from vllm_ppd.trees.drafting import DraftInputs, fill_trees
 from vllm_ppd.trees.layout import TreeTables
-from vllm_ppd.trees.tree import SparseTree, TreePolicy
+from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
 
 # END is a token that some greedy continuations below meet halfway.
 VOCAB, HIDDEN, END = 53, 32, 25
@@ -72,11 +72,22 @@ def prompt_logits(model, prompts, context: list[int]) -> torch.Tensor:
     return torch.stack(members).mean(dim=0)[0, -m:]
 
 
+def wide_trees(m: int, ranks: int) -> TreeTables:
+    """The last tree has all ranks at each depth, below the best of the depth before."""
+    parents = [0, *range(1, m * ranks, ranks)][:m]
+    nodes = np.repeat(parents, ranks).tolist(), [*range(ranks)] * m
+    wide = SparseTree(*map(tuple, nodes), (m,) + (0,) * m * ranks)
+    chains = [chain_tree(depth, (m,) * (depth + 1)) for depth in range(m)]
+    return TreeTables(TreePolicy((*chains, wide)), first_soft_id=VOCAB)
+
+
 @pytest.mark.parametrize(("m", "e"), [(3, 1), (2, 3)])
 @torch.no_grad()
 def test_counts_are_those_of_points_one_by_one(model, stream, m, e, monkeypatch):
-    prompts = table(m, e)
-    counts = np.zeros((m, VOCAB))
+    """And those of draft tokens in the tree of the next step that turn out right."""
+    prompts, ranks = table(m, e), 5
+    counts, hits = np.zeros((m, VOCAB)), np.zeros((m, ranks))
+    trees, last, no_ngrams = wide_trees(m, ranks), np.array([m]), np.full((1, 4), -1)
     total = 0
     for start in prompt_starts(stream, PROMPT).tolist():
         tokens = written_by(model, stream.tokens[start : start + PROMPT].tolist())
@@ -86,7 +97,13 @@ def test_counts_are_those_of_points_one_by_one(model, stream, m, e, monkeypatch)
             for d in range(1, m + 1):
                 best = logits[d - 1].argsort(descending=True).tolist()
                 counts[d - 1, best.index(tokens[root + 1 + d])] += 1
-    assert total > 30
+            # The token that follows is the next step's root.
+            follows, *future = tokens[root + 1 : root + 2 + m]
+            inputs = DraftInputs(last, logits.float(), np.array([follows]), no_ngrams)
+            (drafts,) = fill_trees(trees, last, inputs, None, np.zeros(m))
+            hits += drafts[: m * ranks].reshape(m, ranks) == np.array(future)[:, None]
+    assert total > 30 and hits.sum() > 3
+    assert (hits == counts[:, :ranks]).all()
     whole = measure(model, prompts, stream, SETTINGS)
     # The same again with the prompt rows of one point at a time.
     monkeypatch.setattr("vllm_ppd.calibrate.measure._ROWS_AT_ONCE", 1)
@@ -97,40 +114,6 @@ def test_counts_are_those_of_points_one_by_one(model, stream, m, e, monkeypatch)
     few = whole.acceptance(4)
     assert few.shape == (m, 4)
     np.testing.assert_allclose(few, counts[:, :4] / total, atol=1e-12)
-
-
-@torch.no_grad()
-def test_distance_is_the_depth_in_the_next_tree(model, stream):
-    """Decode token by token; hold each step's tree against the tokens that come."""
-    m, ranks = 2, 5
-    # All ranks at depth 1, and all at depth 2 below the best of them.
-    parents, chosen = (0,) * ranks + (1,) * ranks, tuple(range(ranks)) * 2
-    tree = SparseTree(parents, chosen, (m,) + (0,) * 2 * ranks)
-    empty = [SparseTree((), (), (m,)), SparseTree((0,), (0,), (m, m))]
-    tables = TreeTables(TreePolicy((*empty, tree)), first_soft_id=VOCAB)
-    prompts = table(m, 1)
-    hits, steps = np.zeros((m, ranks)), 0
-    for start in prompt_starts(stream, PROMPT).tolist():
-        future = written_by(model, stream.tokens[start : start + PROMPT].tolist())
-        for last in range(PROMPT, len(future) - m - 1):
-            # A step that ends at its root: prompt rows there, then the next token.
-            context = future[: last + 1]
-            root = len(context)
-            inputs = DraftInputs(
-                num_prompted=np.array([m]),
-                logits=prompt_logits(model, prompts, context).float(),
-                roots=np.array(future[root : root + 1]),
-                ngrams=np.full((1, 4), -1),
-            )
-            assert future[root] == written_by(model, context)[root]
-            (drafts,) = fill_trees(tables, np.array([m]), inputs, None, np.zeros(m))
-            steps += 1
-            for node, depth in enumerate(tree.node_depths):
-                if node and drafts[node - 1] == future[root + depth]:
-                    hits[depth - 1, tree.ranks[node - 1]] += 1
-    assert hits.sum() > 3
-    found = measure(model, prompts, stream, SETTINGS)
-    np.testing.assert_allclose(found.acceptance(ranks), hits / steps, atol=1e-12)
 
 
 def test_greedy_and_sampled_continuations(model, stream):
@@ -158,12 +141,8 @@ def test_greedy_and_sampled_continuations(model, stream):
 
 def test_same_seed_same_figures(model, stream):
     settings = dataclasses.replace(SETTINGS, temperature=1.0, points_per_prompt=4)
-    ranks = [
-        measure(
-            model, table(2, 1), stream, dataclasses.replace(settings, seed=seed)
-        ).ranks
-        for seed in (1, 1, 2)
-    ]
+    runs = [dataclasses.replace(settings, seed=seed) for seed in (1, 1, 2)]
+    ranks = [measure(model, table(2, 1), stream, run).ranks for run in runs]
     assert torch.equal(ranks[0], ranks[1])
     assert not torch.equal(ranks[0], ranks[2])
 

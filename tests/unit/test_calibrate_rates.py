@@ -152,7 +152,6 @@ TREES = tuple(
     for match_class in range(3)
 )
 
-
 # One draft token each.
 SMALL = ((SparseTree((0,), (0,), (1, 2)),) * (M + 1),) * 3
 
@@ -246,22 +245,25 @@ def test_rates_are_those_of_the_steps(monkeypatch):
     monkeypatch.setattr(rates_module, "_ELSEWHERE", 0.0)
     acceptance, best = rates_module.settled_acceptance(tried, K, 1)
     assert best == (1, 1)
-    prompted, unprompted = np.zeros((M, K + 1)), np.zeros(K + 1)
 
     def steps_of(points):
         return [s for trees in policies.values() for s in walked(points, trees)[1]]
 
-    overall = np.zeros((M + 1, K + 1))
+    def count(places, at, num_prompted, weight, advance):
+        """[m + 1, K + 1]: of each prompt token, and of the table alone."""
+        for d in range(advance):
+            if d < num_prompted:
+                places[d, points.prompted[at, d]] += weight
+            elif d < M + 2 and d < points.left[at]:
+                places[M, points.unprompted[at + d]] += weight
+
+    unmatched, overall = np.zeros((2, M + 1, K + 1))
     hits, tries, beside = np.zeros((2, 8)), np.zeros((2, 8)), np.zeros((2, M, K + 1))
     transitions = np.full((2, 3, 3), 1e-3)
     for at, num_prompted, weight, advance in steps_of(points):
         match_class, right = points.match_class[at], points.right[at]
         if match_class == 0:
-            for d in range(advance):
-                if d < num_prompted:
-                    prompted[d, points.prompted[at, d]] += weight
-                elif d < M + 2 and d < points.left[at]:
-                    unprompted[points.unprompted[at + d]] += weight
+            count(unmatched, at, num_prompted, weight, advance)
         else:
             hits[match_class - 1, :right] += weight
             tries[match_class - 1, : points.tried[at]] += weight
@@ -269,18 +271,14 @@ def test_rates_are_those_of_the_steps(monkeypatch):
                 beside[match_class - 1, right, points.beside[at, right]] += weight
         then = points.next_class[at, advance - 1]
         transitions[int(advance > 1), match_class, then] += weight
-    for at, num_prompted, weight, advance in steps_of(points.without_ngrams()):
-        for d in range(advance):
-            if d < num_prompted:
-                overall[d, points.prompted[at, d]] += weight
-            elif d < M + 2 and d < points.left[at]:
-                overall[M, points.unprompted[at + d]] += weight
+    for step in steps_of(points.without_ngrams()):
+        count(overall, *step)
 
     def rates(counted: np.ndarray) -> np.ndarray:
         return counted[..., :-1] / np.maximum(counted.sum(-1, keepdims=True), 1e-9)
 
-    np.testing.assert_allclose(acceptance.prompted, rates(prompted))
-    np.testing.assert_allclose(acceptance.unprompted, rates(unprompted))
+    np.testing.assert_allclose(acceptance.prompted, rates(unmatched[:M]))
+    np.testing.assert_allclose(acceptance.unprompted, rates(unmatched[M]))
     np.testing.assert_allclose(acceptance.overall, rates(overall))
     np.testing.assert_allclose(acceptance.ngram, hits / np.maximum(tries, 1e-9))
     np.testing.assert_allclose(acceptance.beside, rates(beside))

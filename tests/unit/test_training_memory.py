@@ -27,29 +27,15 @@ ROWS = BATCH * POINTS * TOKENS
 def footprint() -> SimpleNamespace:
     """Bytes of weights, of the cache and, by (shape, dtype), of what the backward pass
     needs."""
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
+    # The other sizes are the configuration's defaults.
+    config = transformers.LlamaConfig(vocab_size=VOCAB)
     with torch.device("meta"):
         llama = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     # Its checks compare numbers, which there are none of.
     model = FrozenModel.__new__(FrozenModel)
     model.model, model.config = llama.eval().requires_grad_(False), config
     points = torch.arange(POINTS, device="meta").expand(BATCH, -1)
-    insertion = Insertion(
-        points=points,
-        valid=torch.ones_like(points).bool(),
-        length=LENGTH,
-        num_prompt_tokens=TOKENS,
-        num_ept=1,
-    )
+    insertion = Insertion(points, torch.ones_like(points).bool(), LENGTH, TOKENS, 1)
     cache = transformers.DynamicCache()
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device="meta")
     with torch.no_grad():
