@@ -76,15 +76,9 @@ def cell(batch: int = 2, temperature: float = 0.0) -> tuple[dict, list[str]]:
         "ppd": FakeDecoder("ppd", 2, 0.015, log),
     }
     where = harness.Cell(batch, temperature)
-    measured = harness.measure_cell(
-        decoders,
-        [[1], [2], [3], [4]],
-        where,
-        [9] * 4,
-        3,
-        {"ppd": [[5.0, 2.0]]},
-        pause=lambda: log.append("pause"),
-    )
+    prompts, menus = [[1], [2], [3], [4]], {"ppd": [[5.0, 2.0]]}
+    what = decoders, prompts, where, [9] * 4, 3, menus
+    measured = harness.measure_cell(*what, pause=lambda: log.append("pause"))
     return harness.report_cell(where, [measured]), log
 
 
@@ -164,18 +158,13 @@ def test_lengths_of_texts() -> None:
 
 def test_results_file(tmp_path: Path) -> None:
     args = compare.parse_arguments(["--model", str(tmp_path), "--batch", "1,2"])
-    content = results.results_document(
-        "compare_decoders",
-        results.environment_card(),
-        vars(args),
-        [cell(b, t)[0] for t in (0.0, 0.7) for b in (1, 2)],
-        engines={},
-    )
+    cells = [cell(b, t)[0] for t in (0.0, 0.7) for b in (1, 2)]
+    what = "compare_decoders", results.environment_card(), vars(args), cells
+    content = results.results_document(*what, engines={})
     file = tmp_path / "results.json"
-    file.write_text(json.dumps(content, allow_nan=False))
-    assert results.read_results(file, "compare_decoders") == json.loads(
-        json.dumps(content)
-    )
+    written = json.dumps(content, allow_nan=False)
+    file.write_text(written)
+    assert results.read_results(file, "compare_decoders") == json.loads(written)
     # Results are published; folders of the machine that made them are not.
     assert str(tmp_path) not in json.dumps(content)
     assert str(results.ROOT) not in json.dumps(content)
@@ -197,16 +186,12 @@ def test_decoder_settings() -> None:
         return settings["speculative_config"]
 
     assert harness.decoder_settings("plain", base, "p", {}, {}) == base
-    assert speculative("ppd", {"tree": "t"}) == {
-        "method": "ppd",
-        "model": "p",
-        "tree": "t",
-    }
+    ours = {"method": "ppd", "model": "p"}
+    assert speculative("ppd", {"tree": "t"}) == {**ours, "tree": "t"}
     assert speculative("fixed")["online"] is False
-    assert speculative("other", {"tree": "t"}) == {"method": "ppd", "model": "p"}
-    assert (
-        speculative("ngram", None, {"prompt_lookup_max": 2})["prompt_lookup_max"] == 2
-    )
+    assert speculative("other", {"tree": "t"}) == ours
+    lookup = {"prompt_lookup_max": 2}
+    assert speculative("ngram", None, lookup)["prompt_lookup_max"] == 2
 
 
 @pytest.mark.parametrize(

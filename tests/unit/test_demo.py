@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -64,16 +63,13 @@ def test_data_type_by_what_the_cpu_can_do(tmp_path: Path, flags, dtype: str) -> 
 @pytest.mark.parametrize("given", ["auto", "bfloat16"])
 def test_settings_for_this_machine(monkeypatch, given: str) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    args = parser.parse_args(["--dtype", given, "--eager"])
-    settings, notes = engine_settings("model", args.dtype, args.eager)
+    settings, notes = engine_settings("model", given, eager=True)
     assert settings["dtype"] == (cpu_dtype() if given == "auto" else given)
     assert [note.split(",")[0] for note in notes] == (
         [f"data type {cpu_dtype()}"] if given == "auto" else []
     )
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert engine_settings("model", args.dtype)[0]["dtype"] == given
+    assert engine_settings("model", given)[0]["dtype"] == given
 
 
 def generation(counts: list[int], step_s: float) -> Generation:

@@ -115,20 +115,15 @@ def test_only_what_is_read_is_fetched(library, tmp_path: Path) -> None:
 def test_chats_of_either_form(library, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "tool", "content": "x"}]
     turns = [("gpt", "cut"), ("human", "hi"), ("gpt", "yes"), ("system", "s")]
+    said = [{"from": who, "value": what} for who, what in turns]
     library.rows = Rows(
-        [
-            {"messages": messages, "source": "a"},
-            {"conversations": [{"from": who, "value": what} for who, what in turns]},
-        ]
+        [{"messages": messages, "source": "a"}, {"conversations": said}]
     )
     file = copy_dataset(NAME, tmp_path, max_bytes=1000)
     first, second = (document.read() for document in find_documents(file))
     assert first == messages
-    assert [(m["role"], m["content"]) for m in second] == [
-        ("user", "hi"),
-        ("assistant", "yes"),
-        ("system", "s"),
-    ]
+    expected = [("user", "hi"), ("assistant", "yes"), ("system", "s")]
+    assert [(m["role"], m["content"]) for m in second] == expected
 
 
 @pytest.mark.parametrize(
