@@ -1,12 +1,19 @@
-"""What every refusal must be: one line that names what is wrong."""
+"""What every refusal must be: one line that names what is wrong, and no file harmed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in files}
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from vllm.platforms import CpuArchEnum
 from tests.authors_checkpoint import write_authors_checkpoint
 from tests.unit.bad_inputs import BAD, CUT, FOLDER, GONE, TABLE
 from tests.unit.models import random_model
-from tests.unit.refusals import refused
+from tests.unit.refusals import contents, refused
 from vllm_ppd.cli import main
 from vllm_ppd.cli.engines import EngineProcess
 from vllm_ppd.config import PPDConfig
@@ -105,10 +105,6 @@ class Place(dict):
             left_out = shutil.ignore_patterns(WITHOUT[name])
             shutil.copytree(self["model"], path, ignore=left_out)
         return path
-
-    def files(self) -> dict[str, bytes]:
-        paths = (path for path in self.folder.rglob("*") if path.is_file())
-        return {str(path): path.read_bytes() for path in paths}
 
 
 def read_text(path: Path) -> None:
@@ -271,10 +267,10 @@ def place(tmp_path, model_folder, data, prompts_folder, monkeypatch) -> Place:
 )
 def test_one_sentence(place, monkeypatch, heading, given, value, what_to_do) -> None:
     read = reading(place, monkeypatch, heading, given)
-    original = place.files()
+    original = contents(place.folder)
     with refused(ValueError, value, what_to_do):
         read()
-    assert place.files() == original
+    assert contents(place.folder) == original
 
 
 def test_the_table_has_many_different_rows() -> None:

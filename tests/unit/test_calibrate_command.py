@@ -61,17 +61,12 @@ def test_writes_acceptance_bigrams_and_menus(calibrate, prompts_folder, capsys):
     PromptTokens.load(prompts_folder)
 
 
-def test_rows_of_the_menus(calibrate, prompts_folder):
-    rows = ["--variable-rows", "6", "--fixed-rows", "9"]
-    assert calibrate(*rows) == 0
-    variable, fixed = load_menus(prompts_folder / "trees.json")
-    assert variable.max_rows <= 6 and fixed.max_rows <= 9
-
-
 def test_without_a_bigram_table_the_prompt_rows_are_alone(calibrate, prompts_folder):
     (prompts_folder / "bigram.safetensors").write_bytes(b"of before")
-    flags = ["--overwrite", "--bigram-entries", "0"]
-    assert calibrate(*flags) == 0
+    flags = "--overwrite --bigram-entries 0 --variable-rows 6 --fixed-rows 9"
+    assert calibrate(*flags.split()) == 0
+    variable, fixed = load_menus(prompts_folder / "trees.json")
+    assert variable.max_rows <= 6 and fixed.max_rows <= 9
     assert not (prompts_folder / "bigram.safetensors").exists()
     model = AcceptanceModel.load(prompts_folder / "acceptance.json")
     # Of the same points, those at which steps begin.

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+from tests.unit.refusals import contents
 from tests.unit.tiny_base import SIZES
 from vllm_ppd.calibrate import measure as calibrate_module
 from vllm_ppd.cli import main
@@ -43,10 +44,6 @@ class Workplace:
         given = ["--model", str(paths["model"]), "--data", str(paths["data"])]
         return main.main([*own, *given, "--cpu", "--quiet", *more])
 
-    def files(self) -> dict[str, bytes]:
-        paths = (path for path in self.folder.rglob("*") if path.is_file())
-        return {str(path): path.read_bytes() for path in paths}
-
 
 @pytest.fixture
 def workplace(tmp_path, model_folder, data, prompts_folder) -> Workplace:
@@ -59,14 +56,14 @@ def command(request: pytest.FixtureRequest) -> str:
 
 
 def refused(workplace, capsys, command: str, word: str, *more: str, **changed) -> None:
-    original = workplace.files()
+    original = contents(workplace.folder)
     capsys.readouterr()
     assert workplace.run(command, *more, **changed) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"vllm-ppd {command}: ")
     assert message.count("\n") == 1, message
     assert word in message
-    assert workplace.files() == original
+    assert contents(workplace.folder) == original
 
 
 def test_models_that_are_no_causal_ones(workplace, capsys, command, tmp_path) -> None:
@@ -149,8 +146,8 @@ def test_a_checkpoint_of_another_run(workplace, capsys, monkeypatch) -> None:
 )
 def test_ctrl_c(workplace, capsys, monkeypatch, command, owner, name) -> None:
     monkeypatch.setattr(owner, name, interrupt)
-    original = workplace.files()
+    original = contents(workplace.folder)
     assert workplace.run(command) == 130
     assert capsys.readouterr().err.strip() == ""
-    assert workplace.files() == original
+    assert contents(workplace.folder) == original
     assert not workplace.out.exists()

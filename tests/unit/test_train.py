@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -15,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.unit.tiny_base import SETTINGS
-from vllm_ppd.cli import train as command
+from vllm_ppd.cli import main
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.data import read_stream
 from vllm_ppd.train.documents import find_documents, sha256_of_files
@@ -241,11 +240,9 @@ def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 def run_command(job: TrainJob, *more: str) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
     flags = ["--model", job.model, "--data", *job.data, "--out", job.out, "--cpu"]
     sizes = ["--length", "24", "--batch-size", "2", "--points", "4", "--quiet"]
-    return command.run(parser.parse_args([*flags, *sizes, *more]))
+    return main.main(["train", *flags, *sizes, *more])
 
 
 def test_command(job: TrainJob, capsys) -> None:

@@ -96,6 +96,16 @@ def tree_worth(tree, model, num_prompted, match_class, ahead) -> float:
     return float(reached[1:].sum() + ends @ np.array(after))
 
 
+def check_trees(best, model, ahead, limits) -> None:
+    """Trees of at most so many rows are worth the values that the search gives."""
+    for match_class, num_prompted in np.ndindex(*best.values.shape[:2]):
+        for limit in limits:
+            tree = best.tree(match_class, num_prompted, limit)
+            assert tree.num_rows <= limit
+            worth = tree_worth(tree, model, num_prompted, match_class, ahead)
+            assert worth == pytest.approx(best.values[match_class, num_prompted, limit])
+
+
 @pytest.mark.parametrize(
     ("seed", "m", "ranks", "classes", "rows", "num_ept"),
     [
@@ -125,11 +135,7 @@ def test_no_tree_of_as_many_rows_is_worth_more(seed, m, ranks, classes, rows, nu
         worths = np.maximum.accumulate(worths)
         values = best.values[match_class, num_prompted]
         np.testing.assert_allclose(values[1:], worths[1:], atol=1e-12)
-        for limit in range(1, rows + 1):
-            tree = best.tree(match_class, num_prompted, limit)
-            assert tree.num_rows <= limit
-            worth = tree_worth(tree, model, num_prompted, match_class, ahead)
-            assert worth == pytest.approx(values[limit])
+    check_trees(best, model, ahead, range(1, rows + 1))
 
 
 @pytest.mark.parametrize("num_ept", [1, 3])
@@ -139,13 +145,7 @@ def test_large_trees_are_worth_their_values(num_ept, classes):
     ahead = np.random.default_rng(classes).random((2, classes + 1, 4))
     best = BestTrees(probabilities_by_depth(model), ahead, 60, num_ept)
     assert (np.diff(best.values[..., 1:]) >= 0).all()
-    for match_class, num_prompted in itertools.product(range(classes + 1), range(4)):
-        for rows in (1, 17, 60):
-            tree = best.tree(match_class, num_prompted, rows)
-            assert tree.num_rows <= rows
-            value = best.values[match_class, num_prompted, rows]
-            worth = tree_worth(tree, model, num_prompted, match_class, ahead)
-            assert worth == pytest.approx(value)
+    check_trees(best, model, ahead, (1, 17, 60))
 
 
 def random_table(rng: np.random.Generator, m: int, ranks: int) -> np.ndarray:
@@ -317,6 +317,10 @@ def test_acceptance_length_on_the_published_table(rows, length):
     policy = best_policy(VICUNA, CONSTANT, rows)
     assert policy.acceptance_length >= length - ROUNDING
     assert policy.acceptance_length == policy_value(policy.trees, VICUNA, CONSTANT)[0]
+    if rows > 129:
+        assert policy.max_rows == rows
+        with pytest.raises(TreeError, match="204 rows; at most 129"):
+            policy.entry()
 
 
 def test_acceptance_length_on_other_published_tables():
@@ -324,13 +328,6 @@ def test_acceptance_length_on_other_published_tables():
     for name, rows, length in others:
         policy = best_policy(published_model(name), CONSTANT, rows)
         assert policy.acceptance_length == pytest.approx(length, abs=2 * ROUNDING)
-
-
-def test_trees_too_wide_to_serve():
-    policy = best_policy(VICUNA, CONSTANT, 204)
-    assert policy.max_rows == 204
-    with pytest.raises(TreeError, match="204 rows; at most 129"):
-        policy.entry()
 
 
 def test_drafting_stops_where_it_does_not_pay():
