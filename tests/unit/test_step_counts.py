@@ -107,11 +107,13 @@ def test_every_eighth_step_counts_and_lines_are_logged(monkeypatch):
     assert log.line().startswith("PPD: acceptance length 1.00, 1.0 rows")
 
 
-def test_workers_add_up_and_damaged_files_are_left_out(tmp_path, monkeypatch):
-    for worker, engine in ((1, "0"), (2, "0"), (3, "1")):
-        monkeypatch.setattr("os.getpid", lambda worker=worker: worker)
-        counts = StepCounts(1, tmp_path, {"engine": engine})
-        counts.add_plain(worker)
+def test_workers_add_up_and_damaged_files_are_left_out(tmp_path):
+    """Also those of one process, as engines without processes of their own are."""
+    workers = [
+        StepCounts(2 - int(engine), tmp_path, {"engine": engine}) for engine in "001"
+    ]
+    for requests, counts in enumerate(workers, start=1):
+        counts.add_plain(requests)
     (tmp_path / "4.json").write_text("{")
     (tmp_path / "5.json").write_text('[["rows", {}]]')
     assert values(tmp_path)["rows,0"] == 3

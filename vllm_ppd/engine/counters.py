@@ -101,11 +101,13 @@ class StepCounts:
         self._since, self._logged = time.monotonic(), self.values.copy()
         if folder is None or not Path(folder).is_dir():
             return
-        path = Path(folder) / f"{os.getpid()}.bin"
+        # A process may have several engines, each with a file of its own.
+        handle, path = tempfile.mkstemp(".bin", dir=folder)
+        os.close(handle)
         # As a plain array, which is quicker to write to than one that is called a map.
         self.values = np.asarray(np.memmap(path, np.float64, "w+", shape=len(slots)))
         description = [[name, {**(labels or {}), **more}] for name, more in slots]
-        write_json(path.with_suffix(".json"), description)
+        write_json(Path(path).with_suffix(".json"), description)
 
     def counts_next(self) -> bool:
         """Whether the step that has just run is to be counted; to be asked once."""
