@@ -30,8 +30,9 @@ class PPDConfig:
         PPDConfigError: a value of the wrong type or out of range.
     """
 
-    path: str
-    """Folder or hub id of the prompt tokens; the key is vLLM's ``model``."""
+    path: str | None
+    """Folder or hub id of the prompt tokens; the key is vLLM's ``model``. None for what
+    is known for the model, if anything."""
     num_speculative_tokens: int | None = None
     """Upper limit of draft rows (draft tokens and prompt rows) per request and step."""
     tree: str | None = None
@@ -50,13 +51,14 @@ class PPDConfig:
     """Draft lengths and the bigram table adapt to the traffic."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, str) or not self.path.strip():
-            raise PPDConfigError(
-                f"the prompt tokens' path is {self.path!r}; expected a folder or a hub "
-                'id, as in speculative_config={"method": "ppd", "model": PATH}'
-            )
         rows, seconds = self.num_speculative_tokens, self.measure_seconds
         for name, fits, expected in (
+            (
+                "path",
+                self.path is None or (isinstance(self.path, str) and self.path.strip()),
+                "a folder or a hub id of prompt tokens, as in speculative_config="
+                '{"method": "ppd", "model": PATH}, or leave it out',
+            ),
             (
                 "num_speculative_tokens",
                 rows is None or (type(rows) is int and 1 <= rows < MAX_ROWS),
@@ -109,7 +111,9 @@ class PPDConfig:
             return False
         method, model = speculative.get("method"), speculative.get("model")
         return method == METHOD or (
-            method is None and isinstance(model, str) and model.startswith(MODEL_PREFIX)
+            method is None
+            and isinstance(model, str)
+            and (model == METHOD or model.startswith(MODEL_PREFIX))
         )
 
     @classmethod
@@ -120,8 +124,9 @@ class PPDConfig:
             PPDConfigError: as the class does, and for keys that PPD does not have.
         """
         values = {k.replace("-", "_"): v for k, v in speculative.items()}
-        values.pop("method", None)
-        model = values.pop("model", None)
+        method, model = values.pop("method", None), values.pop("model", None)
+        if method is None and model == METHOD:
+            model = None
         if isinstance(model, str):
             model = model.removeprefix(MODEL_PREFIX)
         keys = [field.name for field in dataclasses.fields(cls)][1:]

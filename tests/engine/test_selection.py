@@ -15,6 +15,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.engine.conftest import MODEL, PROMPTS
+from vllm_ppd.engine import select
 from vllm_ppd.engine.select import V1_WORKER, V2_WORKERS
 from vllm_ppd.engine.settings import KEY, serving_settings
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
@@ -55,6 +56,7 @@ def is_ppd(config: Any) -> bool:
     "flags",
     [
         ["--speculative-model", f"ppd:{PROMPTS}"],
+        ["--speculative-model", "ppd"],
         ["--spec-model", f"ppd:{PROMPTS}"],
         ["--spec-model", f"ppd:{PROMPTS}", "--spec-tokens", "6"],
         ["--speculative-config", json.dumps(PPD)],
@@ -75,6 +77,22 @@ def test_every_way_in_from_python():
     assert is_ppd(configure({"model": f"ppd:{PROMPTS}"}))
     assert is_ppd(configure({**PPD, "num_speculative_tokens": 4}))
     assert is_ppd(configure(PPD, additional_config={"other": 1}))
+    assert is_ppd(configure({"method": "ppd"}))
+
+
+def test_a_model_without_known_prompt_tokens(monkeypatch, tmp_path):
+    monkeypatch.setattr("vllm_ppd.prompt_tokens.tokens.TRAINED", tmp_path)
+    said = []
+    monkeypatch.setattr(select.logger, "info", lambda *line: said.append(line))
+    settings = serving_settings(configure({"method": "ppd"}))
+    assert (settings.path, settings.num_prompt_tokens) == (None, 0)
+    assert settings.learns_bigram and settings.ngram and not settings.bigram
+    text = said[-1][0] % said[-1][1:]
+    assert "drafts from bigrams that it learns and n-gram matches" in text
+    assert f"vllm-ppd train --model {MODEL}" in text
+    off = {"method": "ppd", "ngram": False, "online": False}
+    with pytest.raises(ValueError, match="nothing to draft from; leave them on"):
+        configure(off)
 
 
 def test_without_ppd_vllm_is_as_it_was():

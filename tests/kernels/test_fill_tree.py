@@ -14,14 +14,18 @@ from vllm_ppd.trees.bigram import BigramTensors
 from vllm_ppd.trees.drafting import POOL, fill_trees
 
 UNTOUCHED = -7
+# Whether there is a bigram table, and the number of prompt tokens.
+SOURCES = pytest.mark.parametrize(
+    ("with_table", "m"), [(True, 3), (False, 3), (True, 0), (False, 0)]
+)
 
 
 @needs_compiler
-@pytest.mark.parametrize("with_table", [True, False])
-def test_compiled_against_the_core(with_table):
+@SOURCES
+def test_compiled_against_the_core(with_table, m):
     for seed in range(40):
-        tables, table, trees, inputs = random_drafting(seed, with_table)
-        weights = table.weights if table else (1.0, 1.0, 1.0)
+        tables, table, trees, inputs = random_drafting(seed, with_table, m)
+        weights = table.weights if table else (1.0,) * m
         bigram = BigramTensors.of(table) if table else None
         ids = CpuTreeFiller(tables, bigram, weights).run(trees, inputs)
         expected = fill_trees(tables, trees, inputs, bigram, np.array(weights))
@@ -48,8 +52,8 @@ def on_device(inputs, num_prompts, pool):
     )
 
 
-def fill(tables, table, trees, inputs, drafts):
-    weights = torch.tensor(table.weights if table else (1.0, 1.0, 1.0))
+def fill(tables, table, trees, inputs, drafts, m=3):
+    weights = torch.tensor(table.weights if table else (1.0,) * m)
     kernels.fill_tree.fill_tree(
         DeviceTables.on(DEVICE, tables),
         torch.from_numpy(trees).int().to(DEVICE),
@@ -61,17 +65,17 @@ def fill(tables, table, trees, inputs, drafts):
 
 
 @needs_triton
-@pytest.mark.parametrize("with_table", [True, False])
-def test_against_the_core(with_table):
+@SOURCES
+def test_against_the_core(with_table, m):
     for seed in range(3):
-        tables, table, trees, inputs = random_drafting(seed, with_table)
-        weights = np.array(table.weights if table else (1.0, 1.0, 1.0))
+        tables, table, trees, inputs = random_drafting(seed, with_table, m)
+        weights = np.array(table.weights if table else (1.0,) * m)
         host = BigramTensors.of(table) if table else None
         want = fill_trees(tables, trees, inputs, host, weights)
         shape = (len(trees), want.shape[1] + 2)
         drafts = torch.full(shape, UNTOUCHED, dtype=torch.int64, device=DEVICE)
-        device_inputs = on_device(inputs, 3, max(POOL, tables.max_children + 1))
-        fill(tables, table, trees, device_inputs, drafts)
+        device_inputs = on_device(inputs, m or 1, max(POOL, tables.max_children + 1))
+        fill(tables, table, trees, device_inputs, drafts, m)
         for got, expected, tree in zip(drafts.tolist(), want, trees, strict=True):
             end = tables.num_rows[tree] - 1
             assert got[:end] == expected[:end].tolist(), (seed, tree)

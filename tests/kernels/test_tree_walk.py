@@ -32,12 +32,12 @@ def run(tables, trees, starts, num_rows, input_ids, sampled, sampled_starts):
 
 
 @needs_triton
-@pytest.mark.parametrize("ept", [1, 2])
+@pytest.mark.parametrize(("prompts", "ept"), [(3, 1), (3, 2), (0, 1)])
 @pytest.mark.parametrize("batch", [1, 13])
-def test_against_the_core(batch, ept):
+def test_against_the_core(batch, prompts, ept):
     for seed in range(3):
         rng = np.random.default_rng([seed, batch, ept])
-        core = tables_of(random_policy(rng, 3, 12, ept), num_rows=100)
+        core = tables_of(random_policy(rng, prompts, 12, ept), num_rows=100)
         tables = DeviceTables.on(DEVICE, core)
         trees = rng.integers(0, len(core.num_nodes), batch)
         num_rows = random_rows(rng, core, trees)

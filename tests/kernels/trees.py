@@ -18,7 +18,10 @@ FIRST_SOFT_ID = 1000
 def random_policy(
     rng: np.random.Generator, num_prompts: int = 3, nodes: int = 9, ept: int = 1
 ) -> TreePolicy:
-    """A tree for each num_prompted; that for 0 is the root and its prompt rows."""
+    """A tree for each num_prompted; that for 0 is the root and its prompt rows, if
+    there are prompt tokens."""
+    if not num_prompts:
+        return TreePolicy((random_tree(rng, ept, nodes, 0),))
     trees = [random_tree(rng, ept, nodes, num_prompts) for _ in range(num_prompts)]
     return TreePolicy((chain_tree(0, (num_prompts,), ept), *trees))
 
@@ -34,11 +37,11 @@ def random_menu(rng: np.random.Generator, num_prompts: int, classes: int) -> Tre
 
 
 def random_drafting(
-    seed: int, with_table: bool = True
+    seed: int, with_table: bool = True, m: int = 3
 ) -> tuple[TreeTables, BigramTable | None, np.ndarray, DraftInputs]:
     """Tables, a bigram table, [B] tree ids and what their draft tokens depend on."""
     rng = np.random.default_rng(seed)
-    vocabulary, m = 200, 3
+    vocabulary = 200
     tables = TreeTables(random_menu(rng, m, int(rng.integers(1, 4))), vocabulary)
     table = None
     if with_table:

@@ -57,8 +57,8 @@ def any_json(what_to_do: str) -> list[tuple[Any, str, str]]:
 # Heading: rows of (input, value, what to do).
 BAD: dict[str, list[tuple[Any, str, str]]] = {
     "speculative_config": [
-        ({"model": None}, "path is None", "expected a folder or a hub id, as in"),
-        ({"model": ""}, "path is ''", "expected a folder or a hub id, as in"),
+        ({"model": 3}, "path is 3", "expected a folder or a hub id of"),
+        ({"model": ""}, "path is ''", "as in speculative_config={"),
         ({"num_speculative_tokens": 0}, "is 0", "from 1 to 128, or leave it out"),
         ({"num_speculative_tokens": 129}, "is 129", "from 1 to 128, or leave it"),
         ({"num_speculative_tokens": "7"}, "is '7'", WHOLE),
@@ -287,7 +287,6 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ("--temperature nan", "temperature is nan", "expected 0 (greedy) or above"),
         ("--dtype int8", "'int8'", "choose from"),
         ("--prompt=", "--prompt is ''", "expected a text to continue"),
-        ("--model org/other", "--model is given without --prompts", "name the prompt"),
         ("--model /no --prompts /", "there is no folder '/no'", "check the path"),
         ("--model {model} --prompts /no", "no folder '/no'", "check the path"),
     ],
@@ -330,6 +329,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ("--ppd model=b", "'model=b' sets what", "leave it out"),
     ],
     "tree": [
+        ("--no-ngram --no-bigram", "nothing to draft from", "vllm-ppd train"),
         ("{prompts} --max-draft-tokens 0", "is 0", "from 1 to 128, or leave it"),
         ("{prompts} --draw 1000", "--draw is 1000", "expected a draft length of the"),
         ("{prompts} --profile /no", "latency profile /no cannot be read", "measure ag"),

@@ -79,6 +79,10 @@ def test_sources_that_are_switched_off():
 
 def test_of_a_folder(tmp_path):
     assert_same(AcceptanceModel.of_folder(tmp_path, 3), AcceptanceModel.typical(3))
+    # Without prompt tokens the bigram table alone ranks, two levels deep.
+    none = AcceptanceModel.of_folder(None, 0)
+    assert (none.num_prompt_tokens, none.max_depth(0), none.max_depth(1)) == (0, 2, 6)
+    assert none.probabilities(0, 0, 2, False)[0] == pytest.approx(0.2)
     MODEL.save(tmp_path / "acceptance.json")
     assert_same(AcceptanceModel.of_folder(tmp_path, 2), MODEL)
     with pytest.raises(MeasurementError, match=r"2 prompt tokens, but the folder ho"):

@@ -61,7 +61,6 @@ def test_files(tmp_path):
         ({"gains": np.full((4, 2), np.nan)}, "NaN"),
         ({"gains": np.zeros((4, 3))}, "must both be"),
         ({"floor": np.zeros(5)}, "damaged"),
-        ({"weights": ()}, "damaged"),
         ({"base": np.ones(3)}, "damaged"),
         ({"base": np.zeros(4)}, "base rates of a bigram table must be above 0"),
     ],

@@ -27,6 +27,11 @@ def test_draft_tokens_first_and_one_below_the_other():
         assert tree.parents == tuple(range(num_prompted))
         assert tree.ranks == (0,) * num_prompted
         assert tree.node_depths == tuple(range(num_prompted + 1))
+    # Without prompt tokens an n-gram draft and the bigram table reach so deep.
+    for rows, length in ((4, 3), (16, 8)):
+        bare = MenuEntry((TreePolicy(star(rows).trees[1:2]),))
+        (chain,) = with_chains(TreeMenu((bare,))).entries[0].policies[-1].trees
+        assert chain == chain_tree(length, (0,) * (length + 1))
 
 
 @pytest.mark.parametrize("rows", range(2, 40))

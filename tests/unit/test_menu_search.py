@@ -159,6 +159,22 @@ def test_a_folder_without_files_gets_a_typical_menu(tmp_path):
     assert build_menu(typical.without_bigram(), 16, 3) == menu
 
 
+@pytest.mark.parametrize("fixed_rows", [True, False])
+def test_a_menu_without_prompt_tokens(fixed_rows):
+    for sources in ({}, {"bigram": False}, {"ngram": False}):
+        how = {"num_prompt_tokens": 0, "fixed_rows": fixed_rows, **sources}
+        menu = folder_menu(None, **how)
+        assert menu.num_prompt_tokens == 0
+        assert menu.num_classes == (1 if "ngram" in sources else 3)
+        assert TreeMenu.from_dict(menu.to_dict()) == menu
+        lengths = [entry.acceptance_length for entry in menu.entries]
+        assert lengths == sorted(lengths) and lengths[0] > 1.05
+        assert {sum(tree.prompts) for tree in menu.trees} == {0}
+        # N-gram drafts alone have nothing to try where nothing matches.
+        first = menu.entries[-1].policies[0].trees[0]
+        assert (first.num_rows > 1) == ("bigram" not in sources)
+
+
 def test_the_users_own_menu(demo, tmp_path):
     path = tmp_path / "mine.json"
     menu = TreeMenu(build_menu(published_model(), 8).entries[1:])

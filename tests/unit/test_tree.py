@@ -12,8 +12,9 @@ SMALL = SparseTree((0, 0, 1), (0, 1, 0), (2, 1, 0, 1))
 def random_tree(
     rng: np.random.Generator, num_ept: int = 1, most_nodes: int = 8, prompts: int = 3
 ) -> SparseTree:
-    """At most so many nodes, and prompt tokens on each; ranks may have gaps."""
-    nodes = int(rng.integers(1, most_nodes + 1))
+    """At most so many nodes, and prompt tokens on each; ranks may have gaps. At least
+    two rows, or none but the root's and prompt rows."""
+    nodes = int(rng.integers(1 if prompts else 2, most_nodes + 1))
     step = int(rng.integers(1, 3))
     parents = [int(rng.integers(0, i + 1)) for i in range(nodes - 1)]
     ranks = [step * parents[:i].count(parents[i]) for i in range(nodes - 1)]
@@ -110,5 +111,5 @@ def test_policies_that_cannot_be_served():
         TreePolicy((chain_tree(0, (1,), 2), chain_tree(1, (1, 1))))
     with pytest.raises(TreeError, match="num_prompted 1 has 130 rows; at most 129"):
         TreePolicy((chain_tree(0, (1,)), chain_tree(129, (0,) * 130)))
-    with pytest.raises(TreeError, match="num_prompted 0 and one for 1"):
-        TreePolicy((chain_tree(0, (0,)),))
+    with pytest.raises(TreeError, match="needs a tree for num_prompted 0"):
+        TreePolicy(())

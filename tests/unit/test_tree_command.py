@@ -151,6 +151,13 @@ def test_sources_can_be_left_out(tree, folder: Path) -> None:
     assert "typical values; vllm-ppd calibrate" in tree()
 
 
+def test_without_prompt_tokens(capsys) -> None:
+    assert main.main(["tree", "--device", "cpu"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "tokens from bigram table (learnt while serving), n-gram matches" in shown
+    assert "+" not in shown.partition("Draft length")[2].partition("#1 is the")[0]
+
+
 def test_a_menu_of_the_users_own(tree, tmp_path: Path) -> None:
     file = tmp_path / "own.json"
     save_menus(file, build_menu(MODEL.without_ngram(), 6), FIXED)

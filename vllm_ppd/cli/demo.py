@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eager", action="store_true", help=text)
 
 
-def check(args: argparse.Namespace) -> tuple[str, str]:
+def check(args: argparse.Namespace) -> tuple[str, str | None]:
     """The model and prompt tokens to use.
 
     Raises ValueError for arguments that cannot work together.
@@ -77,21 +77,18 @@ def check(args: argparse.Namespace) -> tuple[str, str]:
     check_temperature(args.temperature)
     if "" in (args.prompt or ()):
         raise ValueError("--prompt is ''; expected a text to continue")
-    if args.model and not args.prompts:
+    if not args.model and not MODEL.is_dir():
         raise ValueError(
-            "--model is given without --prompts; name the prompt tokens that were "
-            "trained for this model"
+            f"there is no {MODEL}, which the demo uses by default; run it from a clone "
+            "of the repository, or name a --model"
         )
-    for given, folder in ((args.model, MODEL), (args.prompts, PROMPTS)):
-        if not given and not folder.is_dir():
-            raise ValueError(
-                f"there is no {folder}, which the demo uses by default; run it from a "
-                "clone of the repository, or name a --model and its --prompts"
-            )
-    model, prompts = str(args.model or MODEL), str(args.prompts or PROMPTS)
+    model, prompts = str(args.model or MODEL), args.prompts
+    if not args.model:
+        prompts = prompts or str(PROMPTS)
     # Wrong names are refused before an engine starts.
     resolve_path(model, allow_patterns=("config.json",))
-    resolve_path(prompts)
+    if prompts is not None:
+        resolve_path(prompts)
     return model, prompts
 
 
@@ -182,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
             "the speeds below are unreliable"
         )
     mode = f"temperature {args.temperature:g}" if args.temperature else "greedy"
-    console.print(f"{model} with {prompt_tokens}, {mode}", markup=False)
+    console.print(f"{model} with {prompt_tokens or 'PPD'}, {mode}", markup=False)
     for note in notes:
         console.print(f"note: {note}", style="yellow")
     ppd = {"speculative_config": {"method": "ppd", "model": prompt_tokens}}

@@ -24,7 +24,7 @@ from vllm_ppd.search.latency import LatencyProfile, cache_file
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="Folder or hub id of the model to be served.")
-    add("path", help="Folder or hub id of its prompt tokens.")
+    add("path", nargs="?", help="Folder or hub id of its prompt tokens, if any.")
     add(
         "--engine",
         nargs="+",
@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
     # A bad value should not cost an engine's start.
     PPDConfig.from_speculative(settings["speculative_config"])
     resolve_path(args.model, allow_patterns=("config.json",))
-    PromptTokens.load(resolve_path(args.path))
+    if args.path is not None:
+        PromptTokens.load(resolve_path(args.path))
     console = Console(highlight=False, soft_wrap=True)
     console.print("Starting the engine, which measures before it serves ...")
     report = _report(settings)

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -35,7 +34,8 @@ _LEGEND = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("path", help="Folder or hub id of prompt tokens.")
+    text = "Folder or hub id of prompt tokens (default: the trees without any)."
+    add("path", nargs="?", help=text)
     text = "Kind of machine to show the menu for (default: cuda if there is a GPU)."
     add("--device", choices=("cpu", "cuda"), help=text)
     text = "Latency profile of a machine, as vllm-ppd profile writes it: also show the "
@@ -63,31 +63,29 @@ def run(args: argparse.Namespace) -> int:
     config = PPDConfig(
         args.path, args.max_draft_tokens, args.tree, args.profile or "none"
     )
-    folder = resolve_path(args.path)
-    prompts = PromptTokens.load(folder)
+    folder, m, num_ept = None, 0, 1
+    if args.path is not None:
+        folder = resolve_path(args.path)
+        m, num_ept, _ = PromptTokens.load(folder).embeddings.shape
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     profile = None if args.profile is None else LatencyProfile.load(args.profile)
     bigram, ngram = not args.no_bigram, not args.no_ngram
     menu = menu_for(
         folder,
-        prompts.num_prompt_tokens,
-        prompts.num_ept,
+        m,
+        num_ept,
         bigram=bigram,
         ngram=ngram,
-        max_rows=config.max_rows(device, prompts.num_ept),
+        max_rows=config.max_rows(device, num_ept),
         # vLLM's V2 runner, which serves on CUDA, gives all requests as many rows.
         fixed_rows=device == "cuda",
         tree_file=args.tree,
     )
-    model = acceptance_for(
-        folder,
-        prompts.num_prompt_tokens,
-        bigram=bigram,
-        ngram=ngram and menu.num_classes > 1,
-    )
+    ngram = ngram and menu.num_classes > 1
+    model = acceptance_for(folder, m, bigram=bigram, ngram=ngram)
     entry = _entry_to_draw(menu, args.draw, profile)
     console = Console(highlight=False)
-    console.print(_facts(args, folder, prompts, menu, device, profile), "")
+    console.print(_facts(args, folder, menu, device, profile), "")
     console.print(menu_table(menu, profile), "")
     figures = entry_figures(entry, model)
     # Without an n-gram match, and with the longest one.
@@ -121,30 +119,34 @@ def _entry_to_draw(
 
 def _facts(
     args: argparse.Namespace,
-    folder: Path,
-    prompts: Any,
+    folder: Path | None,
     menu: TreeMenu,
     device: str,
     profile: LatencyProfile | None,
 ) -> Table:
     from vllm_ppd.trees.bigram import BIGRAM_FILE
 
-    sources = [_counted(prompts.num_prompt_tokens, "prompt token")]
-    if prompts.num_ept > 1:
-        sources[0] += f" of {prompts.num_ept} EPT"
+    def has(name: str) -> bool:
+        return folder is not None and (folder / name).exists()
+
+    sources = []
+    if folder is not None:
+        sources.append(_counted(menu.num_prompt_tokens, "prompt token"))
+    if menu.num_ept > 1:
+        sources[0] += f" of {menu.num_ept} EPT"
     if not args.no_bigram:
-        learnt = "" if (folder / BIGRAM_FILE).exists() else " (learnt while serving)"
+        learnt = "" if has(BIGRAM_FILE) else " (learnt while serving)"
         sources.append(f"bigram table{learnt}")
     if menu.num_classes > 1:
         sources.append("n-gram matches")
     acceptance = "typical values; vllm-ppd calibrate measures them"
-    if (folder / ACCEPTANCE_FILE).exists():
+    if has(ACCEPTANCE_FILE):
         acceptance = f"measured ({ACCEPTANCE_FILE})"
     machine = f"{device.upper()}; add --profile FILE for expected speeds"
     if profile is not None:
         machine = str(profile.key.get("device", device.upper()))
     rows = {
-        "prompt tokens": args.path,
+        "prompt tokens": args.path or "none",
         "draft tokens from": ", ".join(sources),
         "acceptance": acceptance,
         "machine": machine,

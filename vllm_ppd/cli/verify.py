@@ -44,7 +44,7 @@ Answers = dict[tuple[str, int], list[tuple[int, ...]]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="Folder or hub id of the model to be served.")
-    add("path", help="Folder or hub id of its prompt tokens.")
+    add("path", nargs="?", help="Folder or hub id of its prompt tokens, if any.")
     text = 'Lines of {"text": ...}, {"prompt": ...} or {"turns": [...]} (default: '
     add("--prompts", metavar="FILE.jsonl", help=f"{text}{len(TEXTS)} short texts).")
     add("--max-tokens", type=int, default=64, help="Of a greedy answer (default: 64).")
@@ -95,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     sampling = key_values(args.sampling, ("max_tokens", "seed"))
     PPDConfig.from_speculative(ppd)
     base, folder = located_model(args.model)
-    PromptTokens.load(resolve_path(args.path)).check_against(base)
+    if args.path is not None:
+        PromptTokens.load(resolve_path(args.path)).check_against(base)
     prompts = read_prompts(args.prompts, load_tokenizer(folder))
     settings, notes = engine_settings(args.model, "float32")
     settings |= {"disable_log_stats": False} | engine

@@ -107,8 +107,8 @@ def _with_speculative_model_flag(original: Callable[..., Any]) -> Callable[..., 
                 default=None,
                 metavar="ppd:PATH",
                 help="Speculate with the model's own trained prompt tokens (Parallel "
-                "Prompt Decoding): 'ppd:' and a folder or hub id. Another name of "
-                "--spec-model.",
+                "Prompt Decoding): 'ppd:' and a folder or hub id, or 'ppd' alone. "
+                "Another name of --spec-model.",
             )
         return parser
 

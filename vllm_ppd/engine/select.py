@@ -28,7 +28,7 @@ from vllm_ppd.engine.refusals import refuse_unsupported, require_supported_vllm
 from vllm_ppd.engine.settings import KEY, PPDSpeculativeConfig, ServingSettings
 from vllm_ppd.hub import resolve_path
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
-from vllm_ppd.prompt_tokens.tokens import PromptTokens
+from vllm_ppd.prompt_tokens.tokens import PromptTokens, trained_for
 from vllm_ppd.search.menu_search import menu_for
 from vllm_ppd.trees.bigram import BIGRAM_FILE, BigramTable
 
@@ -126,17 +126,21 @@ def create_ppd_config(
 
         parallel.distributed_executor_backend = PPDMultiprocExecutor
     max_rows = settings.tree_menu().max_rows
+    sources = f"{settings.num_prompt_tokens} prompt tokens from {settings.path}"
+    if settings.path is None:
+        learnt = ["bigrams that it learns"] * settings.learns_bigram
+        others = " and ".join(learnt + ["n-gram matches"] * settings.ngram)
+        train = f"vllm-ppd train --model {model.model}"
+        sources = f"{others}, without prompt tokens (to make some: {train})"
     logger.info(
-        "Parallel Prompt Decoding: %d prompt tokens from %s, up to %d rows per "
-        "request and step",
-        settings.num_prompt_tokens,
-        settings.path,
+        "Parallel Prompt Decoding: drafts from %s, up to %d rows per request and step",
+        sources,
         max_rows,
     )
     return PPDSpeculativeConfig(
         # custom_class keeps vLLM on the V1 runner, which this adapter subclasses.
         method=KEY if on_v2 else "custom_class",
-        model=settings.path if on_v2 else PROPOSER,
+        model=(settings.path or model.model) if on_v2 else PROPOSER,
         # vLLM refuses 0.
         num_speculative_tokens=max(1, max_rows - 1),
         ppd=settings.to_dict(),
@@ -148,16 +152,18 @@ def create_ppd_config(
 def _serving_settings(
     config: PPDConfig, args: Any, model: Any, parallel: Any, device: str, on_v2: bool
 ) -> ServingSettings:
-    folder = resolve_path(config.path)
-    prompts = PromptTokens.load(folder)
-    prompts.check_against(_fingerprint(model))
-    m, e = prompts.num_prompt_tokens, prompts.num_ept
-    vocab_size = model.get_vocab_size()
-    bigram = config.bigram and (folder / BIGRAM_FILE).exists()
-    if bigram:
-        # A damaged table is said here, not in a worker.
-        BigramTable.load(folder / BIGRAM_FILE, vocab_size, m)
+    base, m, e = _fingerprint(model), 0, 1
+    folder = resolve_path(config.path) if config.path else trained_for(base)
+    vocab_size, bigram = model.get_vocab_size(), False
     learns = config.bigram and config.online
+    if folder is not None:
+        prompts = PromptTokens.load(folder)
+        prompts.check_against(base)
+        m, e = prompts.num_prompt_tokens, prompts.num_ept
+        bigram = config.bigram and (folder / BIGRAM_FILE).exists()
+        if bigram:
+            # A damaged table is said here, not in a worker.
+            BigramTable.load(folder / BIGRAM_FILE, vocab_size, m)
     menu = menu_for(
         folder,
         m,
@@ -171,7 +177,7 @@ def _serving_settings(
     key = profile_key(args, model, parallel, device, on_v2)
     profile = known_profile(config.profile, key)
     return ServingSettings(
-        path=str(folder.resolve()),
+        path=None if folder is None else str(folder.resolve()),
         num_prompt_tokens=m,
         num_ept=e,
         vocab_size=vocab_size,
@@ -232,7 +238,7 @@ def _fingerprint(model: Any) -> BaseModelFingerprint:
     # huggingface_hub raises many unrelated types.
     except Exception as error:
         logger.warning(
-            "the base model's embedding could not be compared with the one the "
+            "the base model's embedding could not be compared with the one that "
             "prompt tokens were trained for (%s)",
             error,
         )

@@ -41,8 +41,8 @@ class ServedBigram(NamedTuple):
 class ServingSettings:
     """What the processes of an engine have to know, as JSON values."""
 
-    path: str
-    """Folder of the prompt tokens."""
+    path: str | None
+    """Folder of the prompt tokens; None where there are none."""
     num_prompt_tokens: int
     num_ept: int
     vocab_size: int
@@ -83,7 +83,7 @@ class ServingSettings:
             FormatError: a file that cannot be used.
         """
         m, vocab_size = self.num_prompt_tokens, self.vocab_size
-        if self.bigram:
+        if self.bigram and self.path is not None:
             table = BigramTable.load(Path(self.path) / BIGRAM_FILE, vocab_size, m)
         elif self.learns_bigram:
             weights = (_EMPTY_WEIGHT,) * m

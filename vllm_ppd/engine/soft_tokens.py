@@ -8,6 +8,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from vllm_ppd.prompt_tokens.tokens import PromptTokens
+
 
 class SoftTokenEmbedding(VocabParallelEmbedding):
     """Input embedding whose ids from ``first_soft_id`` on come from their own table.
@@ -28,13 +30,13 @@ class SoftTokenEmbedding(VocabParallelEmbedding):
 
 
 def add_soft_tokens(
-    model: torch.nn.Module, rows: torch.Tensor, first_soft_id: int
+    model: torch.nn.Module, path: str | None, first_soft_id: int
 ) -> None:
-    """Give a loaded vLLM model the ids ``first_soft_id ...`` for ``rows``.
+    """Give a loaded vLLM model the ids ``first_soft_id ...`` for prompt tokens.
 
     Args:
         model: a vLLM causal LM.
-        rows: [soft tokens, hidden] embeddings.
+        path: folder of the prompt tokens; None for none.
         first_soft_id: the vocabulary's size.
 
     Raises:
@@ -55,6 +57,10 @@ def add_soft_tokens(
     embedding = embeddings[0][1]
     weight = embedding.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    # Without prompt tokens a row that no id stands for: padding is caught all the same.
+    rows = torch.zeros(1, embedding.embedding_dim)
+    if path is not None:
+        rows = PromptTokens.load(path).rows
     embedding.register_buffer(
         "soft_table", rows.to(device=weight.device, dtype=dtype), persistent=False
     )

@@ -45,6 +45,9 @@ CONFIG_FILE = "config.json"
 TENSOR_FILE = "prompt_tokens.safetensors"
 TENSOR_NAME = "embeddings"
 
+# What a clone of the repository has.
+TRAINED = Path(__file__).resolve().parents[2] / "trained_prompts"
+
 _SIZES = ("num_prompt_tokens", "num_ept", "hidden_size")
 _BASE_KEYS = tuple(f.name for f in dataclasses.fields(BaseModelFingerprint))
 _REMEDY = "pass a folder that vllm-ppd train or convert wrote, or restore the file"
@@ -220,6 +223,16 @@ class PromptTokens:
             PromptTokens.load(folder)
         with _writing(folder):
             write_checkpoint(folder, self.embeddings, base_model)
+
+
+def trained_for(model: BaseModelFingerprint) -> Path | None:
+    """The folder in `TRAINED` whose prompt tokens belong to a model, by its weights."""
+    for file in sorted(TRAINED.glob(f"*/{CONFIG_FILE}")):
+        _, base = _read_config(file.parent)
+        hashes = base.embedding_sha256, model.embedding_sha256
+        if None not in hashes and not base.differences(model):
+            return file.parent
+    return None
 
 
 def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

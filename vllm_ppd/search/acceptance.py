@@ -77,7 +77,7 @@ class AcceptanceModel:
             ("transitions", (2, classes + 1, classes + 1)),
             ("overall", (m + 1, k)),
         ):
-            if getattr(self, name).shape != shape or not m or not k:
+            if getattr(self, name).shape != shape or not k:
                 raise MeasurementError(
                     f"{name} has shape {list(getattr(self, name).shape)}; expected "
                     f"{list(shape)} beside prompted {list(self.prompted.shape)}"
@@ -125,11 +125,15 @@ class AcceptanceModel:
 
         The best rank is right with probability .40, .24, .15 ... at distance 1, 2, 3
         ... (Vicuna-7B: .48, .26, .16; MobileLLaMA: .35, .18, .12), lower ranks fall as
-        a power. N-gram matches are those of `with_typical_ngrams`.
+        a power. Without prompt tokens the bigram table's best is right with .20 (the
+        demo model: .18). N-gram matches are those of `with_typical_ngrams`.
         """
         best = 0.4 * 0.6 ** np.arange(num_prompt_tokens)
-        table = best[:, None] * np.arange(1, num_ranks + 1.0) ** -1.3
-        return cls.of(table).with_typical_ngrams()
+        ranks = np.arange(1, num_ranks + 1.0) ** -1.3
+        model = cls.of(best[:, None] * ranks)
+        if not num_prompt_tokens:
+            model = replace(model, unprompted=0.2 * ranks, overall=0.2 * ranks[None])
+        return model.with_typical_ngrams()
 
     def with_typical_ngrams(self) -> AcceptanceModel:
         """The same with n-gram matches as in ordinary text, where none were measured.
@@ -219,11 +223,10 @@ class AcceptanceModel:
         return model
 
     @classmethod
-    def of_folder(cls, folder: Path, num_prompt_tokens: int) -> AcceptanceModel:
+    def of_folder(cls, folder: Path | None, num_prompt_tokens: int) -> AcceptanceModel:
         """The model measured for a prompt-token folder, else a typical one."""
-        path = folder / ACCEPTANCE_FILE
-        if path.exists():
-            return cls.load(path, num_prompt_tokens)
+        if folder is not None and (folder / ACCEPTANCE_FILE).exists():
+            return cls.load(folder / ACCEPTANCE_FILE, num_prompt_tokens)
         return cls.typical(num_prompt_tokens)
 
     @property

@@ -101,7 +101,7 @@ def _by_row_price(
 
 
 def menu_for(
-    folder: Path,
+    folder: Path | None,
     num_prompt_tokens: int,
     num_ept: int,
     *,
@@ -117,7 +117,7 @@ def menu_for(
     draft tokens; else one searched for the folder's acceptance model, or typical one.
 
     Args:
-        folder: the prompt tokens'.
+        folder: the prompt tokens'; None for none.
         num_prompt_tokens, num_ept: what it holds.
         bigram, ngram: which sources of draft tokens are in use.
         max_rows: most rows of a request's step, root included.
@@ -125,8 +125,15 @@ def menu_for(
         tree_file: the user's own menu.
 
     Raises:
-        FormatError, TreeError, MeasurementError: a file that cannot be used here.
+        FormatError, TreeError, MeasurementError: a file that cannot be used here, or
+            nothing to draft from.
     """
+    if not (num_prompt_tokens or bigram or ngram):
+        raise TreeError(
+            "without prompt tokens, with ngram off and with bigram or online off there "
+            "is nothing to draft from; leave them on, or make prompt tokens with "
+            "vllm-ppd train"
+        )
     if tree_file is not None:
         menu = load_menus(tree_file)[fixed_rows]
         _require_prompts(menu, tree_file, num_prompt_tokens, num_ept)
@@ -138,8 +145,8 @@ def menu_for(
         limited = menu.limited(max_rows)
         assert limited is not None  # its first entry fits
         return limited
-    own = folder / MENU_FILE
-    if bigram and ngram and own.exists():
+    own = None if folder is None else folder / MENU_FILE
+    if bigram and ngram and own is not None and own.exists():
         menu = load_menus(own)[fixed_rows]
         _require_prompts(menu, str(own), num_prompt_tokens, num_ept)
         limited = menu.limited(max_rows)
@@ -150,7 +157,7 @@ def menu_for(
 
 
 def acceptance_for(
-    folder: Path, num_prompt_tokens: int, *, bigram: bool, ngram: bool
+    folder: Path | None, num_prompt_tokens: int, *, bigram: bool, ngram: bool
 ) -> AcceptanceModel:
     """The folder's acceptance model, or a typical one, for these sources of drafts."""
     model = AcceptanceModel.of_folder(folder, num_prompt_tokens)
@@ -163,7 +170,7 @@ def _require_prompts(menu: TreeMenu, path: str, m: int, e: int) -> None:
     if (menu.num_prompt_tokens, menu.num_ept) != (m, e):
         raise TreeError(
             f"the tree menu {path} is for {menu.num_prompt_tokens} prompt tokens of "
-            f"{menu.num_ept} EPT, but the folder holds {m} of {e}; write it again with "
+            f"{menu.num_ept} EPT, but {m} of {e} are served; write it again with "
             "vllm-ppd calibrate"
         )
 

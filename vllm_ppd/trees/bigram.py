@@ -76,11 +76,10 @@ class BigramTable:
                 "bigram table must both be [vocabulary, n]"
             )
         sizes = len(self.ids), len(self.base)
-        if sizes != (vocabulary, vocabulary) or not self.weights:
+        if sizes != (vocabulary, vocabulary):
             raise FormatError(
-                f"the bigram table has {sizes[0]} rows of ids, {sizes[1]} base "
-                f"rates, {vocabulary} floors and {len(self.weights)} weights; it is "
-                "damaged"
+                f"the bigram table has {sizes[0]} rows of ids, {sizes[1]} base rates "
+                f"and {vocabulary} floors; it is damaged"
             )
         if self.ids.min(initial=0) < 0 or self.ids.max(initial=0) >= vocabulary:
             raise FormatError(

@@ -210,8 +210,8 @@ class TreePolicy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trees", tuple(self.trees))
-        if len(self.trees) < 2:
-            raise TreeError("a policy needs a tree for num_prompted 0 and one for 1")
+        if not self.trees:
+            raise TreeError("a policy needs a tree for num_prompted 0")
         for num_prompted, tree in enumerate(self.trees):
             if max(tree.prompts) > self.num_prompt_tokens:
                 raise TreeError(

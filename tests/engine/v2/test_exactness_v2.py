@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.conftest import cpu_only, same
+from tests.engine.conftest import cpu_only, engine_with, same
 from tests.engine.v2.conftest import GREEDY, prompts
 from tests.engine.v2.engine import V2EngineProcess
 
@@ -25,6 +25,21 @@ def test_both_runners_same_tokens_from_the_same_trees(
         same(expected, process.generate(ppd_engine, requests, params))
     after = [process.accepted(ppd_engine) for process in (v1, ppd)]
     assert after[0] - before[0] == after[1] - before[1] > 2
+
+
+def test_without_prompt_tokens(v1, plain, ppd, plain_engine, ppd_engine):
+    """Drafts from bigrams that are learnt and from n-gram matches, on both runners."""
+    none = {"model": None, "tree": None, "num_speculative_tokens": 5, "online": True}
+    engine = engine_with(ppd_engine, **none)
+    params = [{**GREEDY, "max_tokens": 24} for _ in range(2)]
+    # On V2 it has chains.
+    params[1]["repetition_penalty"] = 1.1
+    what = {"prompts": prompts(2, seed=27), "params": params}
+    expected = plain.generate(plain_engine, **what)
+    for process in (v1, ppd):
+        same(expected, process.generate(engine, **what))
+        # Of 48 tokens.
+        assert process.accepted(engine) > 4, process is v1
 
 
 def test_it_schedules_ahead(ppd, ppd_engine):

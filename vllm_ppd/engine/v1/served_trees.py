@@ -11,7 +11,6 @@ from vllm.config import VllmConfig
 from vllm_ppd.engine.settings import serving_settings
 from vllm_ppd.engine.soft_tokens import add_soft_tokens
 from vllm_ppd.kernels.cpu.fill_tree import CpuTreeFiller
-from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import TreeMenu
 
@@ -34,7 +33,6 @@ class PPDProposer:
         settings = serving_settings(vllm_config)
         assert settings is not None  # this class is named by PPD's own configuration
         self.settings = settings
-        self.prompts = PromptTokens.load(settings.path)
         speculative = vllm_config.speculative_config
         assert speculative is not None
         self.num_rows = 1 + speculative.num_speculative_tokens
@@ -55,7 +53,7 @@ class PPDProposer:
 
     def load_model(self, model: torch.nn.Module) -> None:
         """Called once the target is loaded, before it is compiled."""
-        add_soft_tokens(model, self.prompts.rows, self.vocab_size)
+        add_soft_tokens(model, self.settings.path, self.vocab_size)
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         raise NotImplementedError("PPD's drafts come from its model runner")

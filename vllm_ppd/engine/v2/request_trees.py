@@ -18,6 +18,7 @@ from vllm_ppd.engine.refusals import opts_out
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.trees.layout import TreeTables
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
+from vllm_ppd.trees.ngram import MAX_NGRAM_DRAFTS
 from vllm_ppd.trees.tree import TreePolicy, chain_tree
 
 # Far below any tree's id.
@@ -169,7 +170,8 @@ def _chain_policy(entry: MenuEntry) -> TreePolicy:
 
     It has at most the rows of the entry's largest tree, at most as many draft tokens
     as prompt rows reach, and as many prompt tokens as fit, the first ones of every
-    node first, so that the next step has prompt rows wherever this one ends.
+    node first, so that the next step has prompt rows wherever this one ends. Without
+    prompt tokens it has as many draft tokens as an n-gram draft.
     """
     first = entry.policies[0]
     m, num_ept = first.num_prompt_tokens, first.num_ept
@@ -177,6 +179,8 @@ def _chain_policy(entry: MenuEntry) -> TreePolicy:
     for num_prompted in range(m + 1):
         # One prompt token per node at least, or the draft after it would be the last.
         length = max(0, min(num_prompted, entry.max_rows // (1 + num_ept) - 1))
+        if not m:
+            length = min(MAX_NGRAM_DRAFTS, entry.num_draft_tokens)
         nodes = length + 1
         tokens = min((entry.max_rows - nodes) // num_ept, nodes * m)
         each, more = divmod(tokens, nodes)

@@ -38,7 +38,6 @@ from vllm_ppd.engine.v2.measure import MeasuredSteps
 from vllm_ppd.engine.v2.model_state import with_trees
 from vllm_ppd.engine.v2.sampling import TreeSampler
 from vllm_ppd.engine.v2.step_trees import step_of
-from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.latency import LatencyProfile
 
 __all__ = ["OVERRIDDEN", "TreeRunnerMixin", "runner_class"]
@@ -75,8 +74,7 @@ class TreeRunnerMixin:
         runner: Any = self
         settings = serving_settings(self.vllm_config)
         assert settings is not None
-        rows = PromptTokens.load(settings.path).rows
-        add_soft_tokens(runner.model, rows, settings.vocab_size)
+        add_soft_tokens(runner.model, settings.path, settings.vocab_size)
         speculator = self.speculator
         speculator.model = runner.model
         runner.model_state = with_trees(
