@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.sampling_params import SamplingParams
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -60,6 +66,7 @@ v1.core.sched.scheduler:Scheduler has dynamic_sd_lookup
     # Whether there is a grammar is known before the model is executed.
     _update_after_schedule calls scheduler_output.has_structured_output_requests
     make_spec_decoding_stats calls num_draft_tokens -= num_invalid_spec_tokens.get(
+v1.request:Request has num_computed_tokens num_output_placeholders
 v1.executor.multiproc_executor:MultiprocExecutor
     execute_model takes scheduler_output non_block
     sample_tokens takes grammar_output non_block
@@ -89,10 +96,11 @@ v1.worker.gpu_model_runner:GPUModelRunner
     take_draft_token_ids calls self._draft_token_req_ids
     # What vLLM drops of the sampled tokens, counted before it does.
     _bookkeeping_sync calls self.discard_request_mask.np[:num_reqs]
-v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward takes ... layer
-v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder
-    build takes common_prefix_len common_attn_metadata ...
-    _set_isa_to_layers takes layer_names
+v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder._set_isa_to_layers takes \
+    layer_names
+v1.attention.backends.registry:register_backend takes backend class_path ...
+# A filter of this module's logger looks for this warning.
+v1.sample.logits_processor:build_logitsprocs calls logger.warning( "min_p and logit_bias
 model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward takes \
     input_
 """
@@ -168,6 +176,37 @@ def test_overridden_runner_methods_are_listed():
     assert cpu_worker.CPUModelRunner is CPUModelRunner
 
 
+def test_every_name_of_the_ledger_has_a_contract(monkeypatch):
+    """And whatever is patched in every process is an entry of the ledger."""
+    ledger = str(patches.__doc__)
+    names = re.findall(r"``([\w.]+)``", ledger)
+    for methods in re.findall(r"\(([\w,\s]+)\)", ledger.partition("\nSubclassed: ")[2]):
+        names += methods.replace(",", " ").split()
+    folder = Path(__file__).parent
+    files = folder / "test_patches.py", folder / "v2" / "test_ledger_v2.py"
+    contracts = set(re.findall(r"\w+", "".join(file.read_text() for file in files)))
+    assert {name.split(".")[-1] for name in names} <= contracts
+    wrapped = []
+    monkeypatch.setattr(patches, "wrap", lambda *what: wrapped.append(what))
+    patches.apply_patches()
+    entries = re.findall(
+        r"^- ``([\w.]+)``: ", ledger.partition("\n\nPatched where")[0], re.M
+    )
+    assert sorted(entries) == sorted(
+        f"{owner.__name__}.{name}" for owner, name, _ in wrapped
+    )
+
+
+@pytest.mark.parametrize(
+    "backend", [CPUAttentionBackend, FlashAttentionBackend, TritonAttentionBackend]
+)
+def test_what_attention_backends_are_called_with(backend):
+    forward = ["layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"]
+    assert parameters(backend.get_impl_cls().forward)[:7] == forward
+    build = ["common_prefix_len", "common_attn_metadata"]
+    assert parameters(backend.get_builder_cls().build)[:2] == build
+
+
 def test_patching_twice_changes_nothing():
     before = EngineArgs.create_speculative_config, EngineArgs.add_cli_args
     register()
@@ -203,6 +242,7 @@ def test_min_p_is_refused_without_ppd_alone():
 
 def test_the_chosen_backend_can_be_forgotten():
     selector._cached_get_attn_backend.cache_clear()
+    assert {"CPU_ATTN", "CUSTOM"} <= set(AttentionBackendEnum.__members__)
 
 
 def test_padding_and_soft_tokens_are_looked_up_within_their_tables(monkeypatch):
