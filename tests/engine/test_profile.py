@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from tests.engine.conftest import GREEDY, PROMPTS, cpu_only, engine_with, mixed, same
+from tests.engine.conftest import GREEDY, PROMPTS, cpu_only, mixed, same
 from vllm_ppd.adaptive.draft_length import load_buckets
 from vllm_ppd.engine import counters
 from vllm_ppd.search.latency import LatencyProfile, cache_file
@@ -85,11 +84,3 @@ def test_a_machine_is_measured_once(
     menu = TreeMenu.from_dict(starts.call("report")["menu"])
     lengths = prior_lengths(menu, LatencyProfile.load(file), load_buckets(2))
     assert starts.call("first_schedule") == lengths
-
-
-def test_a_profile_that_the_user_names_is_checked(ppd, ppd_engine, tmp_path):
-    foreign = tmp_path / "foreign.json"
-    LatencyProfile((1,), (1, 8), ((0.1, 0.2),), {"model": "another"}).save(foreign)
-    engine = engine_with(ppd_engine, profile=str(foreign))
-    with pytest.raises(Exception, match=r"was measured with .*vllm-ppd profile"):
-        ppd.call("generate", engine, prompts=["def"], params={"max_tokens": 1})

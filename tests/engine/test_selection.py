@@ -124,7 +124,6 @@ def test_the_compiled_graphs_key_knows_about_ppd():
 @pytest.mark.parametrize(
     ("speculative", "message"),
     [
-        ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0; expected"),
         ({"model": "/no/such/folder"}, "there is no folder '/no/such/folder'"),
         ({"model": str(MODEL)}, "config.json"),
         ({"profile": "/no/such.json"}, "/no/such.json cannot be read"),
@@ -139,14 +138,14 @@ def test_bad_speculative_settings(speculative, message):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2"),
+        ({"pipeline_parallel_size": 2}, "-size 2: use --tensor-parallel-size"),
         ({"enable_lora": True}, "--enable-lora: serve the merged model"),
-        ({"scheduler_cls": "some.Scheduler"}, "--scheduler-cls some.Scheduler"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 with a model of torch"),
+        ({"scheduler_cls": "a.B"}, "--scheduler-cls a.B: leave it out"),
+        ({"kv_cache_dtype": "fp8"}, "fp8 with a model of torch.*: set it to "),
         ({"kv_cache_dtype": "float16", "dtype": "bfloat16"}, "set it to bfloat16"),
         ({"kv_cache_dtype": "bfloat16", "dtype": "float32"}, "set it to float32"),
         ({"async_scheduling": True}, "--async-scheduling on a CPU: leave it out"),
-        ({"hf_overrides": {"attention_chunk_size": 32}}, "chunked local attention"),
+        ({"hf_overrides": {"attention_chunk_size": 32}}, "chunked local.* without PPD"),
     ],
 )
 def test_settings_that_ppd_cannot_serve(args, message):
