@@ -12,6 +12,7 @@ import torch
 from tests.engine.conftest import DEMO, DEMO_PPD, menu_file, same
 from tests.engine.engine_process import ON_GPU, EngineProcess
 from tests.engine.v2.engine import HAS_TRITON, V2EngineProcess
+from tests.unit.tiny_base import tiny_llama
 from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.trees.tree import SparseTree, TreePolicy, chain_tree
@@ -48,24 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two layers of random weights, large enough that its greedy text wanders."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.2,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 512}
+    model = tiny_llama(VOCABULARY, initializer_range=0.2, **sizes, **tokens)
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    LlamaForCausalLM(config).float().save_pretrained(folder)
+    model.save_pretrained(folder)
     return str(folder)
 
 
