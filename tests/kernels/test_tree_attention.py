@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -42,6 +42,7 @@ TRITON_TOLERANCE = {
     torch.float16: {"rtol": 2**-10, "atol": 2**-10},
 }
 UNTOUCHED = 7.0
+INPUTS = ("query", "keys", "values")
 
 
 @pytest.fixture(autouse=True)
@@ -233,13 +234,9 @@ def test_window_skips_blocks_that_vllm_freed(attend):
 
 
 @all_of_them
-def test_two_mask_words_for_a_small_tree(attend):
-    attend.check(attend.step([Request(10, 12)], 2, 1, 32, 16, words=2))
-
-
-@all_of_them
-def test_no_rows_writes_nothing(attend):
-    attend.check(attend.step([Request(10, rows=0)], 1, 1, 16, 16))
+@pytest.mark.parametrize(("rows", "words"), [(12, 2), (0, None)])
+def test_two_mask_words_for_a_small_tree_and_no_rows(attend, rows, words):
+    attend.check(attend.step([Request(10, rows)], 2, 1, 32, 16, words=words))
 
 
 @pytest.mark.parametrize(
@@ -309,16 +306,18 @@ def test_mixed_types_are_an_error():
 @needs_triton
 def test_tensors_that_do_not_fit_together_are_an_error():
     step = make_step([Request(5, 3)], 4, 2, 16, 16)
-    output = torch.zeros_like(step.query)
-    for query, keys in (
-        (step.query.mT.contiguous().mT, step.keys),
-        (step.query[:, :3], step.keys),
-        (step.query, step.keys[..., :8]),
+    caches = step.keys, step.values
+    for query, keys, values in (
+        (step.query.mT.contiguous().mT, *caches),
+        (step.query[:, :3], *caches),
+        (step.query, step.keys[..., :8], step.values),
+        # A cache of 8-bit values.
+        (step.query, *(cache.to(torch.float8_e4m3fn) for cache in caches)),
     ):
-        with pytest.raises(ValueError, match=r"query torch\.float32 \[6, "):
-            tree_attention(
-                query, keys, step.values, output[:, : query.shape[1]], step.batch, 1
-            )
+        message = rf"query torch\.float32 \[6, .*key cache {keys.dtype}"
+        with pytest.raises(ValueError, match=message):
+            output = torch.zeros_like(query)
+            tree_attention(query, keys, values, output, step.batch, 1)
 
 
 # ---- Triton alone -----------------------------------------------------------------
@@ -371,14 +370,6 @@ def test_large_scores_do_not_overflow():
     # FlashAttention does: from 1e9 on what is left of its rounding would overflow.
     step.keys.mul_(1000)
     check_triton(step)
-
-
-@needs_triton
-def test_a_cache_of_8_bit_values_is_refused():
-    step = make_step([Request(7, 9)], 4, 2, 64, 16, torch.bfloat16)
-    caches = (cache.to(torch.float8_e4m3fn) for cache in (step.keys, step.values))
-    with pytest.raises(ValueError, match=r"key cache torch\.float8_e4m3fn"):
-        tree_attention(step.query, *caches, step.query, step.batch, 0.125)
 
 
 @needs_triton
@@ -438,16 +429,11 @@ def test_a_captured_graph_follows_its_buffers():
     with torch.cuda.graph(graph):
         run()
     for step in steps:
-        for name in ("starts", "num_rows", "context_lens", "block_table"):
-            source = getattr(step.batch, name)
-            target = getattr(static.batch, name)
+        names = [field.name for field in fields(step.batch) if field.name != "max_rows"]
+        pairs = [(getattr(static.batch, n), getattr(step.batch, n)) for n in names]
+        pairs += [(getattr(static, n), getattr(step, n)) for n in INPUTS]
+        for target, source in pairs:
             target[tuple(slice(n) for n in source.shape)] = source
-        for name in ("ancestors", "depths"):
-            source = getattr(step.batch, name)
-            getattr(static.batch, name)[: len(source)] = source
-        static.query[: len(step.query)] = step.query
-        static.keys[: len(step.keys)] = step.keys
-        static.values[: len(step.values)] = step.values
         graph.replay()
         want = torch.zeros_like(step.query)
         inputs = step.query, step.keys, step.values
