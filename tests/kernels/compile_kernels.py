@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
 
 from tests.kernels.trees import random_policy, tables_of
 from vllm_ppd.kernels.device_tables import DeviceTables
@@ -36,16 +37,6 @@ from vllm_ppd.kernels.triton import (
 from vllm_ppd.trees.bigram import BigramTensors
 
 MODULES = (fill_tree, kv_compact, ngram, place_tree, tree_attention, tree_walk)
-TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-}
 LAUNCHES: list[tuple] = []  # (kernel, compute capability, named arguments, options)
 
 
@@ -87,7 +78,7 @@ def specialize(kernel, given):
         value = given[name]
         divisible = True
         if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
+            signature[name] = mangle_type(value)
         elif parameter.is_constexpr or value is None or (value == 1 and not free):
             signature[name], constants[(index,)] = "constexpr", value
             divisible = False
