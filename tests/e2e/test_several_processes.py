@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,23 +14,15 @@ import torch
 
 pytest.importorskip("accelerate")
 
+from tests.unit import tiny_base
 from tests.unit.test_train_batch import by_hand, trainer_of
-from tests.unit.tiny_base import write_texts, write_tiny_model
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.job import TrainJob
-from vllm_ppd.train.settings import TrainSettings
 
 pytestmark = pytest.mark.e2e
 STEPS, ROOT = 3, Path(__file__).parents[2]
-SETTINGS = TrainSettings(
-    steps=STEPS,
-    length=24,
-    batch_size=2,
-    points=4,
-    # Three steps end in the middle of the second batch.
-    updates=2,
-    learning_rate=0.05,
-)
+# Three steps end in the middle of the second batch.
+SETTINGS = replace(tiny_base.SETTINGS, steps=STEPS, points=4, learning_rate=0.05)
 FLAGS = (
     f"--steps {STEPS} --length 24 --batch-size 2 --points 4 --updates 2 "
     "--learning-rate 0.05"
@@ -37,8 +30,8 @@ FLAGS = (
 
 
 def test_two_processes_average_their_gradients(tmp_path: Path, monkeypatch) -> None:
-    write_tiny_model(tmp_path / "model")
-    write_texts(tmp_path / "text.jsonl")
+    tiny_base.write_tiny_model(tmp_path / "model")
+    tiny_base.write_texts(tmp_path / "text.jsonl")
     launch = (
         # With its own --cpu, accelerate starts one process (more only through MPI).
         "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
