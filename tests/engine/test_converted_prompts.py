@@ -43,34 +43,18 @@ def frozen() -> FrozenModel:
     return FrozenModel.load(MODEL, dtype="float32")
 
 
-@pytest.fixture(scope="module")
-def trained() -> PromptTokens:
-    return PromptTokens.load(PROMPTS)
-
-
-@pytest.fixture
-def authors_folder(trained: PromptTokens, tmp_path: Path) -> Path:
-    """One trained EPT and one of noise, in the authors' layout."""
-    noise = torch.randn(
-        trained.embeddings.shape, generator=torch.Generator().manual_seed(0)
-    )
-    mixed = torch.cat([trained.embeddings, 0.05 * noise], dim=1)
-    return write_authors_checkpoint(tmp_path / "theirs", mixed, base=str(MODEL))
-
-
-@pytest.fixture
-def converted_folder(trained: PromptTokens, tmp_path: Path) -> Path:
-    """The trained table, through the authors' older layout."""
-    theirs = write_authors_checkpoint(
-        tmp_path / "theirs", trained.embeddings, base=str(MODEL), pickled=True
-    )
-    convert(str(theirs), tmp_path / "ours", model=str(MODEL))
-    return tmp_path / "ours"
-
-
-@pytest.fixture(params=["authors_folder", "converted_folder"])
-def folder(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(request.param)
+@pytest.fixture(params=[False, True], ids=["theirs", "converted"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """One trained EPT and one of noise, in the authors' layout; or the trained table,
+    through the authors' older layout."""
+    table, theirs = PromptTokens.load(PROMPTS).embeddings, tmp_path / "theirs"
+    if request.param:
+        write_authors_checkpoint(theirs, table, base=str(MODEL), pickled=True)
+        convert(str(theirs), tmp_path / "ours", model=str(MODEL))
+        return tmp_path / "ours"
+    noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
+    mixed = torch.cat([table, 0.05 * noise], dim=1)
+    return write_authors_checkpoint(theirs, mixed, base=str(MODEL))
 
 
 def test_output_is_exact_and_drafts_are_the_trainers(
@@ -111,13 +95,9 @@ def check_drafts(
     m, e, _ = prompts.embeddings.shape
     ids = torch.tensor([step["ids"]])
     # The last token is the next root; the prompt rows hung on the one before it.
-    insertion = Insertion(
-        points=torch.tensor([[ids.shape[1] - 2]]),
-        valid=torch.tensor([[True]]),
-        length=ids.shape[1],
-        num_prompt_tokens=m,
-        num_ept=e,
-    )
+    length = ids.shape[1]
+    points, valid = torch.tensor([[length - 2]]), torch.tensor([[True]])
+    insertion = Insertion(points, valid, length, m, e)
     with torch.no_grad():
         ordinary = frozen.ordinary_rows(ids)
         rows = frozen.prompt_rows(prompts.embeddings, insertion, ordinary)

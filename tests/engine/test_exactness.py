@@ -16,21 +16,10 @@ from tests.engine.conftest import COMPARED, GREEDY, mixed, same
 def test_batches_of_mixed_prompt_and_output_lengths(check, texts, batch):
     prompts = mixed(texts, 16)
     params = [{**GREEDY, "max_tokens": 90 + 17 * (i % 9)} for i in range(16)]
-    for first in range(0, 16, batch):
-        part = slice(first, first + batch)
-        check(prompts[part], params[part])
-
-
-def test_speculation_really_happened(ppd, ppd_engine, texts):
-    before = ppd.call("spec_counters", ppd_engine)
-    # One at a time: many at once may be decoded plainly on this machine.
-    for prompt in mixed(texts, 6):
-        ppd.generate(ppd_engine, [prompt], {**GREEDY, "max_tokens": 60})
-    after = ppd.call("spec_counters", ppd_engine)
-    drafts, accepted = (
-        after[name] - before[name] for name in ("num_drafts", "num_accepted_tokens")
-    )
-    assert drafts > 25 and accepted > 0.1 * drafts
+    parts = [slice(first, first + batch) for first in range(0, 16, batch)]
+    accepted = sum(check(prompts[part], params[part])[2] for part in parts)
+    # Speculation really happened.
+    assert accepted > 0.1 * sum(each["max_tokens"] for each in params)
 
 
 def test_repeated_prompts_hit_the_prefix_cache(check, texts):
