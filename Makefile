@@ -1,7 +1,9 @@
 # PYTHON: which interpreter builds .venv.  DEVICE: auto (default), cpu or cuda.
 # ARGS: more arguments for the demo.  JOBS: engine tests side by side.
+# SECONDS: how long the soak's traffic lasts.
 PYTHON ?= python3
 JOBS ?= 2
+SECONDS ?= 3600
 DEVICE ?= $(or $(VLLM_PPD_DEVICE),auto)
 
 # Commands of .venv first, so that tests and engines start what was installed there.
@@ -9,7 +11,7 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 # Tests that start servers or several workers want the machine's memory to themselves.
 ALONE_TESTS := $(wildcard tests/e2e tests/engine/v2/test_parallel_v2.py)
 
-.PHONY: help setup demo test test-unit verify lint format clean
+.PHONY: help setup demo test test-unit verify soak lint format clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -33,6 +35,10 @@ verify: setup ## an hour or more: PPD against plain vLLM over a table of setting
 	@$(RUN) python benchmarks/exactness.py --out benchmarks/results/exactness_v1.json
 	@$(RUN) python benchmarks/exactness.py --runner v2 \
 		--out benchmarks/results/exactness_v2.json
+
+soak: setup ## an hour of mixed traffic, then faults
+	@$(RUN) python -m tests.soak --seconds $(SECONDS) \
+		--out benchmarks/results/soak_v1.json
 
 lint: setup ## ruff and mypy, changing nothing
 	@$(RUN) ruff check .

@@ -3,63 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import openai
 import pytest
 
+from tests.e2e.server import START_SECONDS, VLLM, Server, serving
 from tests.engine.conftest import MODEL, PROMPTS, plain, plain_engine, start_once, texts
 
 __all__ = ["plain", "plain_engine", "start_once", "texts"]
 
-START_SECONDS = 240
 # Whether drafting pays on a busy machine is not what these tests are about.
 ALWAYS_DRAFTS = {"model": f"ppd:{PROMPTS}", "profile": "none", "online": False}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[openai.OpenAI]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("serve") / "log"
-    command = [
-        *(str(Path(sys.executable).with_name("vllm")), "serve", str(MODEL)),
-        *("--speculative-config", json.dumps(ALWAYS_DRAFTS)),
-        *("--served-model-name", "demo", "--dtype", "float32"),
-        *("--max-model-len", "512", "--enforce-eager"),
-        *("--host", "127.0.0.1", "--port", str(port)),
-    ]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with open(log, "w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-    try:
-        _wait(process, port, log)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-    finally:
-        process.terminate()
-        process.wait(60)
+def running(tmp_path_factory) -> Iterator[Server]:
+    flags = ["--speculative-config", json.dumps(ALWAYS_DRAFTS)]
+    with serving(tmp_path_factory.mktemp("serve"), *flags) as server:
+        yield server
 
 
-def _wait(process: subprocess.Popen, port: int, log: Path) -> None:
-    for _ in range(START_SECONDS):
-        assert process.poll() is None, log.read_text()[-4000:]
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-            return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(log.read_text()[-4000:])
+@pytest.fixture
+def server(running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
 
 
 def test_completions_equal_plain_vllms(server, plain, plain_engine, texts):
@@ -112,27 +82,20 @@ def test_structured_output_obeys_its_grammar(server, texts):
     assert answer.choices[0].text in ("import os", "return None")
 
 
-def test_metrics_count_accepted_draft_tokens(server):
-    url = str(server.base_url).replace("/v1/", "/metrics")
-    lines = urllib.request.urlopen(url).read().decode().splitlines()
-    values = {
-        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
-        for line in lines
-        if line.startswith("vllm:spec_decode") and "{" in line
-    }
-    assert values["vllm:spec_decode_num_drafts_total"] > 50
-    assert values["vllm:spec_decode_num_accepted_tokens_total"] > 5
-    ours = [line for line in lines if line.startswith("vllm:ppd_")]
+def test_metrics_count_accepted_draft_tokens(running):
+    values = running.metrics()
+    assert values["spec_decode_num_drafts_total"] > 50
+    assert values["spec_decode_num_accepted_tokens_total"] > 5
+    assert values["ppd_accepted_tokens_total"] > 0
+    text = urllib.request.urlopen(f"{running.url}/metrics").read().decode()
+    ours = [line for line in text.splitlines() if line.startswith("vllm:ppd_")]
     assert any('model_name="demo"' in line for line in ours)
-    accepted = [line for line in ours if line.startswith("vllm:ppd_accepted_tokens_")]
-    assert sum(float(line.rsplit(" ", 1)[1]) for line in accepted) > 0
 
 
 def test_a_wrong_path_ends_the_server_with_one_sentence():
     done = subprocess.run(
         [
-            *(str(Path(sys.executable).with_name("vllm")), "serve", str(MODEL)),
-            *("--speculative-model", "ppd:/no/such/folder"),
+            *(VLLM, "serve", str(MODEL), "--speculative-model", "ppd:/no/such/folder"),
         ],
         capture_output=True,
         text=True,
