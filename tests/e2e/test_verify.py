@@ -14,19 +14,20 @@ class BlindEngine(Engine):
     """Rows of its trees see the root alone."""
 
     def start(self) -> str:
-        # The worker in this process has what is patched here.
+        # The worker in this process has what is patched here, after its canary.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        dtype = super().start()
         from vllm_ppd.engine.v1.step_trees import StepTrees
 
         place = StepTrees.place
 
         def blind(*args):
             trees = place(*args)
-            trees.ancestors.fill_(1)
+            trees.layout["ancestors"].fill_(1)
             return trees
 
         StepTrees.place = blind
-        return super().start()
+        return dtype
 
 
 def test_wrong_attention_is_found(monkeypatch, capsys):

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -130,7 +131,6 @@ def draft_lengths(llm: Any) -> list[int]:
     from vllm_ppd.engine.settings import serving_settings
 
     settings = serving_settings(llm.llm_engine.vllm_config)
-    assert settings is not None
     return list(settings.tree_menu().draft_lengths)
 
 
@@ -290,6 +290,47 @@ def keep_stock_backend(llm: Any) -> None:
     AttentionBackendEnum.CPU_ATTN.clear_override()
     selector._cached_get_attn_backend.cache_clear()
     workers.register_tree_backend = lambda replaced, path: None
+
+
+def spoil_trees(llm: Any, what: str = "") -> None:
+    """Let PPD's later engines, on this one's runner, see a wrong row, move no KV or
+    build stock metadata; or else mend them."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    from vllm_ppd.engine.attention import PPDCPUAttentionBackend
+    from vllm_ppd.kernels.tree_attention import TreeBatch
+
+    on_v2 = hasattr(worker_of(llm).model_runner, "req_states")
+    place = f"vllm_ppd.engine.{'v2' if on_v2 else 'v1'}"
+    mover = f"{place}.kv_move.{'PathMover' if on_v2 else 'KVMover'}"
+
+    def sees_a_sibling(*, ancestors: torch.Tensor, **more: Any) -> Any:
+        ancestors = ancestors.clone()
+        ancestors[3:4, 0] |= 1 << 2
+        return TreeBatch(ancestors=ancestors, **more)
+
+    builder, stock = "get_builder_cls", CPUAttentionBackend.get_builder_cls
+    patches = {
+        "masks": mock.patch(f"{place}.step_trees.TreeBatch", sees_a_sibling),
+        "moves": mock.patch(f"{mover}.move"),
+        "metadata": mock.patch.object(PPDCPUAttentionBackend, builder, stock),
+    }
+    mock.patch.stopall()
+    if what:
+        patches[what].start()
+
+
+def traces(llm: Any) -> dict[str, float]:
+    """What an engine that has served nothing holds and has counted."""
+    runner = worker_of(llm).model_runner
+    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    states = getattr(runner, "req_states", None)
+    held = runner.requests if states is None else states.req_id_to_index
+    return metrics(llm, "vllm:ppd_") | {
+        "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+        "requests": len(held) + len(getattr(runner, "ppd_trees", ())),
+        "hooks": "compute_logits" in vars(runner.model),
+    }
 
 
 def worker_of(llm: Any) -> Any:

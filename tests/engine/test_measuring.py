@@ -35,9 +35,9 @@ def kv_cache(num_blocks: int) -> SimpleNamespace:
 
 
 def test_blocks_leave_out_the_null_block_and_are_shared_where_few():
-    assert blocks_of(kv_cache(100), 0, 40) == ([1, 2, 3], [1, 2])
-    assert blocks_of(kv_cache(100), 2, 40) == ([7, 8, 9], [5, 6])
-    assert blocks_of(kv_cache(5), 1, 40) == ([4, 1, 2], [3, 4])
+    assert blocks_of(kv_cache(100), 0, 40) == ([1, 2, 3], [4, 5])
+    assert blocks_of(kv_cache(100), 2, 40) == ([11, 12, 13], [14, 15])
+    assert blocks_of(kv_cache(8), 1, 40) == ([6, 7, 1], [2, 3])
 
 
 def made_up(num_running: int, rows: int, steps: int, length: int) -> MadeUpRequests:

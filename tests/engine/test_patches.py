@@ -86,7 +86,8 @@ v1.worker.gpu_model_runner:GPUModelRunner
     sampling_metadata hidden_states ...
     # PPD's runner takes the speculative configuration away for steps without draft
     # rows, before they begin: such a runner is a plain one.
-    execute_model calls self._update_states( self._prepare_inputs(
+    execute_model calls self._update_states( self._prepare_inputs( \
+    self.model.compute_logits(
     _prepare_inputs calls self.discard_request_mask.np[:num_reqs] use_spec_decode \
     self.speculative_config
     _build_attention_metadata calls self.speculative_config spec_decode_common

@@ -44,8 +44,7 @@ def test_a_profiles_key_holds_plain_values():
 def is_ppd(config: Any) -> bool:
     settings = serving_settings(config)
     return (
-        settings is not None
-        and config.parallel_config.worker_cls in (V1_WORKER, *V2_WORKERS.values())
+        config.parallel_config.worker_cls in (V1_WORKER, *V2_WORKERS.values())
         and settings.path == str(PROMPTS.resolve())
         and config.speculative_config.num_speculative_tokens
         == settings.tree_menu().max_rows - 1

@@ -1,5 +1,5 @@
-"""What the attention of both runners has in common: one step's trees on their way to
-the kernels, and the implementation that runs them.
+"""The attention of both runners: one step's trees on their way to the kernels, and
+vLLM's backends with the tree kernel for the rows that need it.
 
 The stock kernels know causal rows only. In a step with trees the stock kernel runs for
 the whole batch unless the batch is nothing but trees, and the tree kernel then writes
@@ -14,6 +14,12 @@ import torch
 import vllm.v1.attention.selector as selector
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_ppd.config import PPDConfigError
@@ -23,13 +29,9 @@ from vllm_ppd.config import PPDConfigError
 _current: Any = None
 
 
-def current_step() -> Any:
-    """The trees for which attention metadata is being built; None in a plain step."""
-    return _current
-
-
 def set_current_step(trees: Any) -> None:
-    """Called by a runner before vLLM builds the step's metadata; with None after it."""
+    """Called by a runner before vLLM builds a step's metadata, with V1's or V2's
+    `StepTrees`; with None after it, and in a plain step."""
     global _current
     _current = trees
 
@@ -40,16 +42,15 @@ def register_tree_backend(replaced: AttentionBackendEnum, path: str) -> None:
     selector._cached_get_attn_backend.cache_clear()
 
 
-def require_tree_attention(runner: Any, builder: type) -> None:
+def require_tree_attention(runner: Any) -> None:
     """Refuse attention that would mask tree rows causally, whatever chose it.
 
     Args:
-        runner: a model runner whose KV caches and metadata builders are there.
-        builder: base class of metadata builders that hand trees on.
+        runner: a model runner whose KV caches are there.
 
     Raises:
-        PPDConfigError: a layer of an unknown kind, or whose implementation, metadata
-            builder or cached values PPD's kernels do not fit.
+        PPDConfigError: a layer of an unknown kind, or whose implementation or cached
+            values PPD's kernels do not fit.
     """
     dtype = runner.vllm_config.model_config.dtype
     layers = runner.compilation_config.static_forward_context
@@ -63,33 +64,42 @@ def require_tree_attention(runner: Any, builder: type) -> None:
                 f"{name} is {type(layer).__name__}: serve this model without PPD"
             )
         if not isinstance(layer.impl, TreeImplMixin):
-            raise _foreign_backend(name, type(layer.impl))
+            raise PPDConfigError(
+                "speculative method 'ppd' needs its own attention backend, and "
+                f"{name} runs {type(layer.impl).__name__}: leave out "
+                "--attention-backend, or serve this model without PPD"
+            )
         if layer.kv_cache_torch_dtype != dtype:
             raise PPDConfigError(
                 f"speculative method 'ppd' needs a KV cache of {dtype}, the model's "
                 f"type, and {name} has one of {layer.kv_cache_torch_dtype}: serve "
                 "this model without PPD"
             )
-    for group in (group for groups in runner.attn_groups for group in groups):
-        for built in group.metadata_builders:
-            if not isinstance(built, builder):
-                raise _foreign_backend(group.layer_names[0], type(built))
 
 
-def _foreign_backend(name: str, kind: type) -> PPDConfigError:
-    return PPDConfigError(
-        "speculative method 'ppd' needs its own attention backend, and "
-        f"{name} runs {kind.__name__}: leave out --attention-backend, or serve this "
-        "model without PPD"
-    )
+class TreeMetadataMixin:
+    """Goes before a metadata builder; its metadata carry the step's tree attention."""
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        metadata = super().build(  # type: ignore[misc]
+            common_prefix_len, common_attn_metadata, *args, **kwargs
+        )
+        metadata.ppd_plan, metadata.ppd_only_trees = None, False
+        if _current is not None:
+            blocks = common_attn_metadata.block_table_tensor
+            metadata.ppd_plan = _current.attention(blocks)
+            metadata.ppd_only_trees = _current.only_trees
+        return metadata
 
 
 class TreeImplMixin:
-    """Goes before an attention implementation; runs the tree kernel on top.
-
-    A metadata builder of PPD puts `ppd_plan` (with a method `run`) and
-    `ppd_only_trees` into the metadata of steps that have trees.
-    """
+    """Goes before an attention implementation; runs the tree kernel on top."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -118,26 +128,56 @@ class TreeImplMixin:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
+        impl: Any = self
         plan = getattr(attn_metadata, "ppd_plan", None)
         if plan is None or not attn_metadata.ppd_only_trees:
-            output = super().forward(  # type: ignore[misc]
-                layer,
-                query,
-                key,
-                value,
-                kv_cache,
-                attn_metadata,
-                output,
-                *args,
-                **kwargs,
-            )
+            given = (layer, query, key, value, kv_cache, attn_metadata, output)
+            output = super().forward(*given, *args, **kwargs)  # type: ignore[misc]
         if plan is not None:
-            plan.run(
-                query,
-                kv_cache,
-                output,
-                self.scale,  # type: ignore[attr-defined]
-                self.logits_soft_cap,  # type: ignore[attr-defined]
-                self._window,
-            )
+            scale, softcap = impl.scale, impl.logits_soft_cap
+            plan.run(query, kv_cache, output, scale, softcap, self._window)
         return output
+
+
+def tree_backend(
+    name: str, module: str, stock: Any, implementation: type, builder: type, **kw: str
+) -> Any:
+    """A backend of vLLM with tree attention.
+
+    Args:
+        name, module: of the class, by which vLLM finds it.
+        stock: the backend, with its implementation and metadata builder.
+        kw: what its methods return besides.
+    """
+    returned = {
+        "get_impl_cls": type(f"{name}Impl", (TreeImplMixin, implementation), {}),
+        "get_builder_cls": type(f"{name}Builder", (TreeMetadataMixin, builder), {}),
+        **kw,
+    }
+
+    def returns(value: Any) -> Any:
+        return staticmethod(lambda: value)
+
+    methods = {method: returns(value) for method, value in returned.items()}
+    return type(name, (stock,), {**methods, "__module__": module})
+
+
+class _VectorBuilder(CPUAttentionMetadataBuilder):
+    """vLLM's, without AMX, which packs the cache in tiles that no tree kernel reads."""
+
+    isa: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.isa == "amx":
+            self.isa = "vec"
+            self._set_isa_to_layers(self.layer_names)
+
+
+PPDCPUAttentionBackend = tree_backend(
+    "PPDCPUAttentionBackend",
+    __name__,
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    _VectorBuilder,
+)

@@ -1,8 +1,8 @@
-"""Made-up requests: what a model runner decodes while its machine is measured."""
+"""Made-up requests: what a model runner decodes before it serves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,38 +27,52 @@ class MadeUpRequests:
         num_running: how many.
         rows: of each request in a step, root included.
         max_steps: decode steps that are asked for.
+        prompts: of the requests, all read; otherwise they are random.
 
     Attributes:
         ids: of the requests.
+        blocks: of each request, in each KV cache group.
         num_steps: decode steps that they have room for; fewer than were asked for, but
             at least one, where the model's length leaves no room.
     """
 
-    def __init__(self, runner: Any, num_running: int, rows: int, max_steps: int):
+    def __init__(
+        self,
+        runner: Any,
+        num_running: int,
+        rows: int,
+        max_steps: int,
+        prompts: Sequence[list[int]] = (),
+    ):
         config = runner.vllm_config
         length = config.model_config.max_model_len
         self.ids = [f"ppd-measure-{index}" for index in range(num_running)]
         self.num_steps = max(1, min(max_steps, (length - 2) // rows))
         written = self.num_steps * rows + 1
-        self._context = max(1, min(CONTEXT, length - written))
-        self._max_tokens = min(length, self._context + written)
+        rng, vocab_size = np.random.default_rng(0), config.model_config.get_vocab_size()
+        context = max(1, min(CONTEXT, length - written))
+        drawn = rng.integers(2, vocab_size, (num_running, context)).tolist()
+        self._prompts = dict(zip(self.ids, prompts or drawn, strict=True))
+        longest = max(map(len, self._prompts.values()))
+        self._read = longest if prompts else _READ
         self._max_step_rows = config.scheduler_config.max_num_batched_tokens
-        self._vocab_size = config.model_config.get_vocab_size()
-        self._kv_cache_config = runner.kv_cache_config
+        self.blocks = {
+            name: blocks_of(runner.kv_cache_config, n, min(length, longest + written))
+            for n, name in enumerate(self.ids)
+        }
         self._drafts = rows - 1
-        self._computed = dict.fromkeys(self.ids, self._context)
+        self._computed = {name: len(prompt) for name, prompt in self._prompts.items()}
         self._emitted = dict.fromkeys(self.ids, 1)
 
     def prefill(self) -> Iterator[SchedulerOutput]:
         """Steps in which the requests arrive and read their prompts."""
-        rng = np.random.default_rng(0)
-        read = min(self._context, _READ)
-        at_once = max(1, self._max_step_rows // read)
+        at_once = max(1, self._max_step_rows // self._read)
         for first in range(0, len(self.ids), at_once):
             ids = self.ids[first : first + at_once]
-            output = self._output(dict.fromkeys(ids, read))
-            for index, request_id in enumerate(ids, first):
-                prompt = rng.integers(2, self._vocab_size, self._context).tolist()
+            read = {name: min(len(self._prompts[name]), self._read) for name in ids}
+            output = self._output(read)
+            for request_id in ids:
+                prompt = self._prompts[request_id]
                 output.scheduled_new_reqs.append(
                     NewRequestData(
                         req_id=request_id,
@@ -68,10 +82,8 @@ class MadeUpRequests:
                         # Sampling costs more than argmax, for plain steps too.
                         sampling_params=SamplingParams(temperature=1.0),
                         pooling_params=None,
-                        block_ids=blocks_of(
-                            self._kv_cache_config, index, self._max_tokens
-                        ),
-                        num_computed_tokens=self._context - read,
+                        block_ids=self.blocks[request_id],
+                        num_computed_tokens=len(prompt) - read[request_id],
                         lora_request=None,
                     )
                 )
@@ -123,12 +135,12 @@ def blocks_of(config: Any, index: int, num_tokens: int) -> tuple[list[int], ...]
         index: of the request.
         num_tokens: most that it will have.
     """
-    blocks = []
-    for group in config.kv_cache_groups:
-        count = -(-num_tokens // group.kv_cache_spec.block_size)
-        # With too little cache requests share blocks: what they read is made up
-        # anyway, and it takes as long.
-        first = index * count
-        free = config.num_blocks - 1
+    sizes = [group.kv_cache_spec.block_size for group in config.kv_cache_groups]
+    counts = [-(-num_tokens // size) for size in sizes]
+    # Groups share memory: no two have a block in common. With too little cache requests
+    # do: what they read is made up anyway, and it takes as long.
+    first, free, blocks = index * sum(counts), config.num_blocks - 1, []
+    for count in counts:
         blocks.append([1 + (first + i) % free for i in range(count)])
+        first += count
     return tuple(blocks)

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections import defaultdict
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,17 +39,29 @@ _ROUNDS = 3
 _SLOW_STEP = 1.0
 
 
-class MeasuredRunner(Protocol):
-    """A model runner that can be measured."""
+class MeasuredRunner:
+    """A model runner as `measured_profile` sees it.
 
-    max_num_running: int
-    max_step_rows: int
-    """Most rows of a step."""
-    row_counts: list[int] | None
-    """Rows per request that it can run, rising from 1; None for any."""
+    Args:
+        runner: with PPD, ready to serve.
+
+    Attributes:
+        max_num_running: most requests of a step.
+        max_step_rows: most rows of a step.
+        row_counts: rows per request that it can run, rising from 1; None for any.
+    """
+
+    row_counts: list[int] | None = None
+
+    def __init__(self, runner: Any):
+        self._runner = runner
+        limits = runner.vllm_config.scheduler_config
+        self.max_num_running = limits.max_num_seqs
+        self.max_step_rows = limits.max_num_batched_tokens
 
     def seconds(self, num_running: int, rows: int) -> list[float]:
         """Seconds of some decode steps of so many requests with so many rows each."""
+        raise NotImplementedError
 
     def finish(self) -> None:
         """Serve again what was served before."""

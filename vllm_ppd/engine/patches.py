@@ -35,6 +35,8 @@ Patched where PPD is selected:
 - ``vllm.v1.worker.cpu_worker.CPUModelRunner`` (while PPD's worker builds its runner):
   the CPU worker names the class inline, without the GPU worker's
   ``_make_model_runner`` seam. 0.32, 0.33.
+- the model's ``compute_logits`` (while the canary runs a step, before requests are
+  served): makes the step emit what is to be compared. 0.32, 0.33.
 - on V1, the logger of ``vllm.v1.sample.logits_processor`` (while a runner is built):
   a filter drops its warning that min_p and logit_bias do not work. 0.32.
 - on V2, ``vllm.v1.worker.gpu.model_runner.init_speculator`` and

@@ -123,8 +123,7 @@ class StepObserver:
 
 def fetch_profile(vllm_config: Any, executor: Any) -> None:
     """Ask the workers, which have warmed up, for the profile that they measured."""
-    settings = serving_settings(vllm_config)
-    if settings is not None and settings.measure:
+    if serving_settings(vllm_config).measure:
         profiles = executor.collective_rpc("ppd_profile")
         vllm_config.speculative_config.ppd["profile"] = profiles[0]
 
@@ -132,10 +131,8 @@ def fetch_profile(vllm_config: Any, executor: Any) -> None:
 def attach_controller(scheduler: Any) -> None:
     """Make a controller's schedule the scheduler's look-up table."""
     config = scheduler.vllm_config
-    settings = serving_settings(config)
-    assert settings is not None
     controller = make_controller(
-        settings,
+        serving_settings(config),
         scheduler.scheduler_config.max_num_seqs,
         uniform=config.parallel_config.data_parallel_size > 1,
     )

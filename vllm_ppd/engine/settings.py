@@ -124,9 +124,6 @@ class PPDSpeculativeConfig(SpeculativeConfig):
         return f"SpeculativeConfig(method='ppd', drafts={self.num_speculative_tokens})"
 
 
-def serving_settings(vllm_config: Any) -> ServingSettings | None:
-    """PPD's settings of an engine; None where it does not run PPD."""
-    speculative = vllm_config.speculative_config
-    if not isinstance(speculative, PPDSpeculativeConfig) or speculative.ppd is None:
-        return None
-    return ServingSettings(**speculative.ppd)
+def serving_settings(vllm_config: Any) -> ServingSettings:
+    """PPD's settings of an engine that runs PPD."""
+    return ServingSettings(**vllm_config.speculative_config.ppd)

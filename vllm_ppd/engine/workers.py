@@ -1,7 +1,7 @@
 """vLLM's workers with PPD's model runners and attention: V1 on CPU, V2 on CPU and GPU.
 
-Each measures the machine after its warm-up, if this start has to, and then starts to
-count and to learn; what ran before was no traffic.
+Each measures the machine after its warm-up, if this start has to, compares a tree step
+with plain steps, and then starts to count and to learn; what ran before was no traffic.
 """
 
 from __future__ import annotations
@@ -19,8 +19,15 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_ppd.engine.attention import register_tree_backend
+from vllm_ppd.engine.canary import check_trees
+from vllm_ppd.engine.measure import MeasuredRunner, measured_profile
 from vllm_ppd.engine.settings import PPDSpeculativeConfig, serving_settings
 from vllm_ppd.engine.v1.executor import attach_drafts
+from vllm_ppd.engine.v1.measure import MeasuredSteps as MeasuredOnV1
+from vllm_ppd.engine.v2.measure import MeasuredSteps as MeasuredOnV2
+from vllm_ppd.search.latency import LatencyProfile
+
+_CPU_BACKEND = "vllm_ppd.engine.attention.PPDCPUAttentionBackend"
 
 
 @contextmanager
@@ -33,46 +40,52 @@ def _runner_class(module: ModuleType, runner_class: type) -> Iterator[None]:
         module.CPUModelRunner = stock  # type: ignore[attr-defined]
 
 
-class _ReportingWorker:
-    """What every PPD worker answers to ``collective_rpc``."""
+class _PPDWorker:
+    """What every PPD worker does at its start, and answers to ``collective_rpc``."""
 
     model_runner: Any
     vllm_config: Any
+    ppd_measured: LatencyProfile | None = None
+
+    def ppd_try_out(self, steps: type[MeasuredRunner]) -> None:
+        """Time steps, if this start has to, and compare a tree's with plain ones."""
+        runner, config = self.model_runner, self.vllm_config
+        self.ppd_measured = measured_profile(
+            serving_settings(config),
+            steps(runner),
+            keep=not config.parallel_config.data_parallel_index,
+        )
+        check_trees(runner)
 
     def ppd_profile(self) -> dict[str, Any] | None:
         """The latency profile that this start measured; None if it measured none."""
-        profile = self.model_runner.ppd_measured
-        return None if profile is None else profile.to_dict()
+        return None if self.ppd_measured is None else self.ppd_measured.to_dict()
 
     def ppd_report(self) -> dict[str, Any]:
         """What PPD does now: the menu, the latency profile and whether this start has
         measured it, and the log's next line."""
-        settings = serving_settings(self.vllm_config)
-        assert settings is not None  # the worker is PPD's
-        measured = self.ppd_profile()
+        settings, log = serving_settings(self.vllm_config), self.model_runner.ppd_log
         return {
-            **self.model_runner.ppd_report(),
-            "profile": measured or settings.profile,
-            "measured": measured is not None,
+            "menu": settings.menu,
+            "line": None if log is None else log.line(),
+            "profile": self.ppd_profile() or settings.profile,
+            "measured": self.ppd_measured is not None,
         }
 
 
-class PPDCPUWorker(_ReportingWorker, CPUWorker):
+class PPDCPUWorker(_PPDWorker, CPUWorker):
     """The CPU worker on the V1 model runner."""
 
     def init_device(self) -> None:
         from vllm_ppd.engine.v1.runner import PPDCPUModelRunner
 
-        register_tree_backend(
-            AttentionBackendEnum.CPU_ATTN,
-            "vllm_ppd.engine.v1.attention.PPDCPUAttentionBackend",
-        )
+        register_tree_backend(AttentionBackendEnum.CPU_ATTN, _CPU_BACKEND)
         with _runner_class(cpu_worker, PPDCPUModelRunner):
             super().init_device()
 
     def compile_or_warm_up_model(self) -> Any:
         # First, because the stock method seeds the random numbers at its end.
-        self.model_runner.measure_machine()
+        self.ppd_try_out(MeasuredOnV1)
         self.model_runner.start_serving()
         return super().compile_or_warm_up_model()
 
@@ -92,7 +105,7 @@ class PPDCPUWorker(_ReportingWorker, CPUWorker):
         return attach_drafts(output, drafts)
 
 
-class PPDCPUWorkerV2(_ReportingWorker, CPUWorker):
+class PPDCPUWorkerV2(_PPDWorker, CPUWorker):
     """The CPU worker on the V2 model runner, by Triton's interpreter: for tests."""
 
     def init_device(self) -> None:
@@ -100,21 +113,18 @@ class PPDCPUWorkerV2(_ReportingWorker, CPUWorker):
 
         from vllm_ppd.engine.v2.runner import runner_class
 
-        register_tree_backend(
-            AttentionBackendEnum.CPU_ATTN,
-            "vllm_ppd.engine.v2.attention.PPDCPUAttentionBackendV2",
-        )
+        register_tree_backend(AttentionBackendEnum.CPU_ATTN, _CPU_BACKEND)
         with _runner_class(cpu_runner, runner_class(cpu_runner.CPUModelRunner)):
             super().init_device()
 
     def compile_or_warm_up_model(self) -> Any:
-        self.model_runner.measure_machine()
+        self.ppd_try_out(MeasuredOnV2)
         times = super().compile_or_warm_up_model()
         self.model_runner.start_serving()
         return times
 
 
-class PPDWorker(_ReportingWorker, Worker):
+class PPDWorker(_PPDWorker, Worker):
     """The GPU worker on the V2 model runner."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -144,7 +154,7 @@ class PPDWorker(_ReportingWorker, Worker):
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
         # Now that there are graphs; then as if it had not been.
-        self.model_runner.measure_machine()
+        self.ppd_try_out(MeasuredOnV2)
         set_random_seed(
             self.model_config.seed, self.parallel_config.data_parallel_index
         )

@@ -158,7 +158,7 @@ def generate_and_watch(
     watched = [
         *((step_trees, "place_tree"), (sampling, "tree_walk")),
         *((drafting, "fill_tree"), (drafting, "match_ngrams")),
-        *((runner._ppd_mover, "move"), (speculator.requests, "grow")),
+        *((runner.ppd_mover, "move"), (speculator.requests, "grow")),
     ]
     if by_load is not None:
         engine_process.controller_of(llm).schedule[1:] = by_load
@@ -197,13 +197,3 @@ def generate_and_learn(llm: Any, prompts: Any, params: Any) -> list[dict[str, An
     """Generate while every step is learnt from."""
     with learning_from_every_step():
         return engine_process.generate(llm, prompts, params)
-
-
-def keep_stock_builder(llm: Any) -> None:
-    """Take the metadata mixin out of the backend of PPD's later engines."""
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    from vllm_ppd.engine.v2.attention import PPDCPUAttentionBackendV2
-
-    builder = CPUAttentionBackend.get_builder_cls()
-    PPDCPUAttentionBackendV2.get_builder_cls = staticmethod(lambda: builder)

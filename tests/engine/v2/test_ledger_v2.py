@@ -17,10 +17,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import (
     ChunkedLocalAttention,
 )
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -189,35 +186,22 @@ def test_ngram_matches_are_looked_up_in_device_memory():
 
 def test_attention_that_would_mask_causally():
     from vllm_ppd.engine.attention import TreeImplMixin, require_tree_attention
-    from vllm_ppd.engine.v2 import attention
 
-    ours = attention.PPDCPUAttentionBackendV2.get_builder_cls()
-
-    def require(
-        kind: type = Attention,
-        impl: type = TreeImplMixin,
-        builder: type = ours,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def require(kind=Attention, impl=TreeImplMixin, dtype=torch.float32):
         layer = object.__new__(kind)
         layer.__dict__ |= {"impl": object.__new__(impl), "kv_cache_torch_dtype": dtype}
         layers = {"layers.0": layer, "experts": object()}
-        group = SimpleNamespace(
-            metadata_builders=[object.__new__(builder)], layer_names=["layers.0"]
-        )
         model = SimpleNamespace(dtype=torch.float32)
         runner = SimpleNamespace(
             vllm_config=SimpleNamespace(model_config=model),
             compilation_config=SimpleNamespace(static_forward_context=layers),
-            attn_groups=[[group]],
         )
-        require_tree_attention(runner, attention.DeviceTreeMetadataMixin)
+        require_tree_attention(runner)
 
     require()
     for bad, message in (
         ({"kind": ChunkedLocalAttention}, r"layers\.0 is ChunkedLocalAttention"),
         ({"impl": CPUAttentionBackendImpl}, r"layers\.0 runs CPUAttentionBackendImpl"),
-        ({"builder": CPUAttentionMetadataBuilder}, "runs CPUAttentionMetadataBuilder"),
         ({"dtype": torch.uint8}, r"layers\.0 has one of torch\.uint8"),
     ):
         with pytest.raises(PPDConfigError, match=message):

@@ -23,7 +23,7 @@ class KVMover:
 
     def __init__(self, runner: Any):
         self._block_tables = runner.input_batch.block_table
-        self._groups = [CpuKVCompactor(caches) for caches in attention_caches(runner)]
+        self.groups = [CpuKVCompactor(caches) for caches in attention_caches(runner)]
 
     def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
         """Copy the KV of row ``sources[i]`` to where row ``targets[i]``'s is, in order.
@@ -31,7 +31,7 @@ class KVMover:
         Args:
             sources, targets: [n] rows of the step.
         """
-        for group, compactor in enumerate(self._groups):
+        for group, compactor in enumerate(self.groups):
             slots = self._block_tables[group].slot_mapping.gpu
             rows = torch.from_numpy(np.stack([sources, targets])).to(slots.device)
             source, target = slots[rows].to(torch.int64)

@@ -8,7 +8,7 @@ from typing import Any
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_ppd.engine.made_up_requests import MadeUpRequests
-from vllm_ppd.engine.measure import is_slow
+from vllm_ppd.engine.measure import MeasuredRunner, is_slow
 from vllm_ppd.trees.menu import MenuEntry, TreeMenu
 from vllm_ppd.trees.tree import SparseTree, TreePolicy
 
@@ -16,24 +16,14 @@ from vllm_ppd.trees.tree import SparseTree, TreePolicy
 _UNTIMED, _TIMED = 1, 3
 
 
-class MeasuredSteps:
-    """A V1 model runner as `measured_profile` sees it; trees of any size run on it.
-
-    Args:
-        runner: with PPD, its KV cache allocated.
-    """
-
-    row_counts: list[int] | None = None
+class MeasuredSteps(MeasuredRunner):
+    """Steps on V1, one by one; trees of any size run."""
 
     def __init__(self, runner: Any):
-        self._runner = runner
+        super().__init__(runner)
         self._menu = runner.drafter.menu
-        limits = runner.scheduler_config
-        self.max_num_running = limits.max_num_seqs
-        self.max_step_rows = limits.max_num_batched_tokens
 
     def seconds(self, num_running: int, rows: int) -> list[float]:
-        """Seconds of some steps of so many requests with so many rows each."""
         steps = _UNTIMED + _TIMED
         requests = MadeUpRequests(self._runner, num_running, rows, steps)
         self._serve(rows)
@@ -54,7 +44,6 @@ class MeasuredSteps:
         return times[_UNTIMED:] or times
 
     def finish(self) -> None:
-        """Serve the menu that was served before."""
         self._runner.drafter.set_menu(self._menu)
         self._runner.ppd_trees.clear()
 

@@ -30,19 +30,16 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_ppd.engine.attention import require_tree_attention, set_current_step
 from vllm_ppd.engine.counters import StepCounts, counts_of
-from vllm_ppd.engine.measure import measured_profile
 from vllm_ppd.engine.refusals import opts_out
-from vllm_ppd.engine.v1.attention import PPDCPUAttentionMetadataBuilder
 from vllm_ppd.engine.v1.bigram_learner import BigramLearner
 from vllm_ppd.engine.v1.kv_move import KVMover
-from vllm_ppd.engine.v1.measure import MeasuredSteps
 from vllm_ppd.engine.v1.sampling import sample_as_without_drafts, walk_trees
 from vllm_ppd.engine.v1.served_trees import PPDProposer
 from vllm_ppd.engine.v1.step_trees import StepTrees
 from vllm_ppd.kernels.cpu.tree_walk import match_ngrams_cpu
-from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.drafting import DraftInputs
 from vllm_ppd.trees.layout import TreeStep, ranges
+from vllm_ppd.trees.menu import TreeMenu
 from vllm_ppd.trees.ngram import MAX_NGRAM_DRAFTS
 from vllm_ppd.trees.verify import TreeWalk
 
@@ -92,31 +89,30 @@ class PPDRunnerMixin:
         self._ppd_all_logits = False
         self._ppd_logit_rows: np.ndarray | None = None
         self._ppd_learner: BigramLearner | None = None
-        self.ppd_measured: LatencyProfile | None = None
         # Steps before requests are served count for nothing.
-        self._ppd_log = StepCounts(self.drafter.menu.num_prompt_tokens + 1)
+        self.ppd_log = StepCounts(self.drafter.menu.num_prompt_tokens + 1)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
-        require_tree_attention(self, PPDCPUAttentionMetadataBuilder)
+        require_tree_attention(self)
         sample_as_without_drafts(self)
-        self._ppd_mover = KVMover(self)
+        self.ppd_mover = KVMover(self)
 
-    def measure_machine(self) -> None:
-        """Time steps, if this start has to; the engine core asks for the profile."""
-        config: Any = self.vllm_config  # type: ignore[attr-defined]
-        self.ppd_measured = measured_profile(
-            self.drafter.settings,
-            MeasuredSteps(self),
-            keep=not config.parallel_config.data_parallel_index,
-        )
+    @property
+    def ppd_menu(self) -> TreeMenu:
+        """The trees that are served."""
+        return self.drafter.menu
+
+    def ppd_pend(self, request_id: str, tree_id: int, drafts: list[int]) -> None:
+        """Have a request's next step run this tree; its drafts come with the step."""
+        self.ppd_trees[request_id] = tree_id
 
     def start_serving(self) -> None:
         """Count and learn from now on; what ran before was no traffic."""
         first_rank = get_tensor_model_parallel_rank() == 0
         num_prompted = self.drafter.menu.num_prompt_tokens + 1
         config: Any = self.vllm_config  # type: ignore[attr-defined]
-        self._ppd_log = counts_of(config, num_prompted, publish=first_rank)
+        self.ppd_log = counts_of(config, num_prompted, publish=first_rank)
         if self.drafter.online_bigram is not None:
             self._ppd_learner = BigramLearner(self.drafter.online_bigram)
 
@@ -157,13 +153,8 @@ class PPDRunnerMixin:
             scheduler_output, num_scheduled_tokens
         )
         total_rows = scheduler_output.total_num_scheduled_tokens
-        trees = StepTrees.place(
-            step,
-            contexts,
-            total_rows,
-            self.positions,  # type: ignore[attr-defined]
-        )
-        set_current_step(trees)
+        positions: Any = self.positions  # type: ignore[attr-defined]
+        set_current_step(StepTrees.place(step, contexts, total_rows, positions))
         return prepared
 
     def _lay_out(
@@ -232,7 +223,7 @@ class PPDRunnerMixin:
             # A plain step: vLLM's own sampling, as if without speculation.
             output = super()._sample(logits, None)  # type: ignore[misc]
             batch = self.input_batch.num_reqs  # type: ignore[attr-defined]
-            self._ppd_log.after_plain_step(batch)
+            self.ppd_log.after_plain_step(batch)
             return output
         set_current_step(None)
         if self._ppd_logit_rows is not None:
@@ -241,11 +232,11 @@ class PPDRunnerMixin:
         walk, sources, targets, output = walk_trees(self, step, tokens, logits)
         self._ppd_walk = walk
         if sources.size:
-            self._ppd_mover.move(sources, targets)
+            self.ppd_mover.move(sources, targets)
         if self._ppd_learner is not None:
             self._ppd_learner.after_walk(step, walk, tokens, logits)
         num_prompted = self.drafter.num_prompted_of[step.tree_ids]
-        self._ppd_log.after_step(step, walk, num_prompted)
+        self.ppd_log.after_step(step, walk, num_prompted)
         return output
 
     def propose_draft_token_ids(
@@ -305,10 +296,6 @@ class PPDRunnerMixin:
         # A grammar is checked along one chain of tokens; a tree's siblings are none.
         params = self.requests[request_id].sampling_params  # type: ignore
         return params is not None and params.structured_outputs is not None
-
-    def ppd_report(self) -> dict[str, Any]:
-        """The menu that is served, and the log's next line."""
-        return {"menu": self.drafter.menu.to_dict(), "line": self._ppd_log.line()}
 
 
 class PPDCPUModelRunner(PPDRunnerMixin, CPUModelRunner):

@@ -30,9 +30,7 @@ class PPDProposer:
     """
 
     def __init__(self, vllm_config: VllmConfig):
-        settings = serving_settings(vllm_config)
-        assert settings is not None  # this class is named by PPD's own configuration
-        self.settings = settings
+        self.settings = settings = serving_settings(vllm_config)
         speculative = vllm_config.speculative_config
         assert speculative is not None
         self.num_rows = 1 + speculative.num_speculative_tokens

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from vllm_ppd.kernels.cpu.tree_attention import CpuTreeAttention
+from vllm_ppd.kernels.tree_attention import TreeBatch
 from vllm_ppd.trees.layout import TreeStep, spread
 
 
 @dataclass(frozen=True)
 class StepTrees:
-    """The trees of one step. R tree requests, T rows of the whole step, W mask words.
+    """The trees of one step.
 
     Attributes:
         requests: [R] index of each tree request in the batch.
-        starts: [R] row of each root.
-        num_rows: [R] rows of each tree, root included.
-        context_lens: [R] KV entries before the root.
-        ancestors: [T, W] int64 masks of visible in-tree rows.
-        depths: [T] row position minus root position.
+        layout: of a `TreeBatch`, all but the requests' blocks.
         only_trees: no other request runs in this step.
     """
 
     requests: torch.Tensor
-    starts: torch.Tensor
-    num_rows: torch.Tensor
-    context_lens: torch.Tensor
-    ancestors: torch.Tensor
-    depths: torch.Tensor
+    layout: dict[str, Any]
     only_trees: bool
 
     @classmethod
@@ -58,12 +53,17 @@ class StepTrees:
             depths = spread(depths, rows, total_rows)
             masks = spread(masks, rows, total_rows)
         requests = step.tree_requests
-        return cls(
-            requests=torch.from_numpy(requests),
-            starts=torch.from_numpy(step.starts[requests]),
-            num_rows=torch.from_numpy(step.num_rows[requests]),
-            context_lens=torch.from_numpy(contexts[requests]),
-            ancestors=torch.from_numpy(masks),
-            depths=torch.from_numpy(depths),
-            only_trees=only_trees,
-        )
+        layout = {
+            "starts": step.starts[requests],
+            "num_rows": step.num_rows[requests],
+            "context_lens": contexts[requests],
+            "ancestors": masks,
+            "depths": depths,
+        }
+        tensors = {name: torch.from_numpy(array) for name, array in layout.items()}
+        return cls(torch.from_numpy(requests), tensors, only_trees)
+
+    def attention(self, block_table: torch.Tensor) -> CpuTreeAttention:
+        """What attention layers run; `block_table` is of all the step's requests."""
+        blocks = block_table[self.requests]
+        return CpuTreeAttention(TreeBatch(block_table=blocks, **self.layout))

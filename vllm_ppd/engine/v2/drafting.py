@@ -133,7 +133,6 @@ class PPDSpeculator(BaseSpeculator):
         self, vllm_config: VllmConfig, device: torch.device, states: RequestState
     ):
         settings = serving_settings(vllm_config)
-        assert settings is not None
         bigram, weights, self.online_bigram = settings.served_bigram(device)
         num_slots, num_drafts = states.max_num_reqs, states.num_speculative_steps
         vocab_size = settings.vocab_size

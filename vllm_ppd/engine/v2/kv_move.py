@@ -24,7 +24,7 @@ class PathMover:
 
     def __init__(self, runner: Any):
         self._block_tables = runner.block_tables
-        self._groups = [
+        self.groups = [
             KVCompactor([view for cache in caches for view in _views(cache)])
             for caches in attention_caches(runner)
         ]
@@ -35,9 +35,8 @@ class PathMover:
         Args:
             starts: int [B] row of each root.
         """
-        for compactor, slots in zip(
-            self._groups, self._block_tables.slot_mappings, strict=True
-        ):
+        slots_of_groups = self._block_tables.slot_mappings
+        for compactor, slots in zip(self.groups, slots_of_groups, strict=True):
             compactor.run(slots, starts, walk.paths, walk.num_sampled)
 
 

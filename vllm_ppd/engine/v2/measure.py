@@ -12,38 +12,23 @@ from typing import Any
 import torch
 
 from vllm_ppd.engine.made_up_requests import MadeUpRequests
-from vllm_ppd.engine.measure import is_slow
-from vllm_ppd.engine.settings import serving_settings
+from vllm_ppd.engine.measure import MeasuredRunner, is_slow
 
 _UNTIMED, _TIMED = 2, 8
 
 
-class MeasuredSteps:
-    """A V2 model runner as `measured_profile` sees it.
-
-    It runs the rows of the menu's entries only, for which there are CUDA graphs.
-
-    Args:
-        runner: with PPD, ready to serve.
-    """
+class MeasuredSteps(MeasuredRunner):
+    """Steps on V2, as a mean of some; only with the rows of the menu's entries, for
+    which there are CUDA graphs."""
 
     def __init__(self, runner: Any):
-        self._runner = runner
-        settings = serving_settings(runner.vllm_config)
-        assert settings is not None  # the runner is PPD's
-        limits = runner.vllm_config.scheduler_config
-        self.max_num_running = limits.max_num_seqs
-        self.max_step_rows = limits.max_num_batched_tokens
+        super().__init__(runner)
         # A request has a token besides, and vLLM's context is not exceeded.
         longest = runner.vllm_config.model_config.max_model_len - 2
-        rows = [entry.max_rows for entry in settings.tree_menu().entries]
-        self.row_counts: list[int] | None = [
-            1,
-            *(count for count in rows if count <= longest),
-        ]
+        rows = [entry.max_rows for entry in runner.ppd_menu.entries]
+        self.row_counts = [1, *(count for count in rows if count <= longest)]
 
     def seconds(self, num_running: int, rows: int) -> list[float]:
-        """Seconds of a step of so many requests with so many rows each, as a mean."""
         runner = self._runner
         requests = MadeUpRequests(runner, num_running, rows, _UNTIMED + _TIMED)
         for output in requests.prefill():
@@ -55,9 +40,6 @@ class MeasuredSteps:
             seconds = self._timed(requests, rows, timed) / timed
         runner.execute_model(requests.finish())
         return [seconds]
-
-    def finish(self) -> None:
-        """The menu was served throughout."""
 
     def _timed(self, requests: MadeUpRequests, rows: int, steps: int) -> float:
         """Run so many decode steps; the seconds of them all."""

@@ -150,6 +150,11 @@ class RequestTrees:
         self.max_nodes[slots_np] = self._entry_nodes[entry]
         return ids
 
+    def put(self, slot: int, tree_id: int) -> None:
+        """Give a request a tree that its drafts have been made for elsewhere."""
+        self._ids[slot] = tree_id
+        self.max_nodes[slot] = self.menu.trees[tree_id].num_nodes
+
     def copy_ids(self, slots: torch.Tensor, out: torch.Tensor) -> None:
         """Write the tree ids of slots, int64 [B], to `out`."""
         torch.index_select(self._ids, 0, slots, out=out)

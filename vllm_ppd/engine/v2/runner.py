@@ -24,23 +24,18 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_ppd.engine.attention import require_tree_attention
 from vllm_ppd.engine.counters import counts_of
-from vllm_ppd.engine.measure import measured_profile
 from vllm_ppd.engine.scheduling import attach_draft_counts
 from vllm_ppd.engine.settings import serving_settings
 from vllm_ppd.engine.soft_tokens import add_soft_tokens
-from vllm_ppd.engine.v2.attention import DeviceTreeMetadataMixin
 from vllm_ppd.engine.v2.bigram_learner import BigramLearner
 from vllm_ppd.engine.v2.counters import DeviceStepLog
 from vllm_ppd.engine.v2.drafting import PPDSpeculator, WordDraftsHandler
 from vllm_ppd.engine.v2.graphs import graphs_of, served_graphs
 from vllm_ppd.engine.v2.kv_move import PathMover
-from vllm_ppd.engine.v2.measure import MeasuredSteps
 from vllm_ppd.engine.v2.model_state import with_trees
 from vllm_ppd.engine.v2.sampling import TreeSampler
 from vllm_ppd.engine.v2.step_trees import step_of
-from vllm_ppd.search.latency import LatencyProfile
-
-__all__ = ["OVERRIDDEN", "TreeRunnerMixin", "runner_class"]
+from vllm_ppd.trees.menu import TreeMenu
 
 # Methods of vLLM's runner that the mixin overrides; their contract is tested.
 OVERRIDDEN = ("load_model", "initialize_kv_cache", "sample", "sample_tokens")
@@ -55,17 +50,14 @@ class TreeRunnerMixin:
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         # vLLM looks the speculator up by method, in a function that it calls by its
         # module's name for it; there is no method to override.
-        stock, model_runner.init_speculator = (
-            model_runner.init_speculator,
-            PPDSpeculator,
-        )
+        stock = model_runner.init_speculator
+        model_runner.init_speculator = PPDSpeculator
         try:
             super().__init__(vllm_config, device)  # type: ignore[call-arg]
         finally:
             model_runner.init_speculator = stock
         self.draft_tokens_handler = WordDraftsHandler(device, self.vocab_size)  # type: ignore
-        self.ppd_measured: LatencyProfile | None = None
-        self._ppd_log: DeviceStepLog | None = None
+        self.ppd_log: DeviceStepLog | None = None
         # Of the step whose output is being made; None for a plain step.
         self._ppd_draft_counts: Any = None
 
@@ -73,7 +65,6 @@ class TreeRunnerMixin:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         runner: Any = self
         settings = serving_settings(self.vllm_config)
-        assert settings is not None
         add_soft_tokens(runner.model, settings.path, settings.vocab_size)
         speculator = self.speculator
         speculator.model = runner.model
@@ -87,8 +78,8 @@ class TreeRunnerMixin:
         rows = self.speculator.requests.row_bounds
         with graphs_of(served_graphs(rows, runner.max_num_reqs)):
             super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
-        require_tree_attention(runner, DeviceTreeMetadataMixin)
-        self._ppd_mover = PathMover(self)
+        require_tree_attention(runner)
+        self.ppd_mover = PathMover(self)
 
     def sample(
         self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: Any
@@ -101,11 +92,11 @@ class TreeRunnerMixin:
         )
         self._ppd_draft_counts = None
         if step is not None and step.walk is not None:
-            self._ppd_mover.move(step.walk, step.starts)
+            self.ppd_mover.move(step.walk, step.starts)
             # Ahead of the output's own copies: whoever has those has these too.
             self._ppd_draft_counts = async_copy_to_np(step.num_draft_tokens())
-        if self._ppd_log is not None:
-            self._ppd_log.after_step(input_batch.num_reqs, step)
+        if self.ppd_log is not None:
+            self.ppd_log.after_step(input_batch.num_reqs, step)
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -114,15 +105,17 @@ class TreeRunnerMixin:
             attach_draft_counts(output, self._ppd_draft_counts)
         return output
 
-    def measure_machine(self) -> None:
-        """Time steps, if this start has to; the engine core asks for the profile."""
-        settings = serving_settings(self.vllm_config)
-        assert settings is not None
-        self.ppd_measured = measured_profile(
-            settings,
-            MeasuredSteps(self),
-            keep=not self.vllm_config.parallel_config.data_parallel_index,
-        )
+    @property
+    def ppd_menu(self) -> TreeMenu:
+        """The trees that are served, chains among them."""
+        return self.speculator.requests.menu
+
+    def ppd_pend(self, request_id: str, tree_id: int, drafts: list[int]) -> None:
+        """Have a request's next step run this tree with these drafts."""
+        states: Any = self.req_states  # type: ignore[attr-defined]
+        slot = states.req_id_to_index[request_id]
+        self.speculator.requests.put(slot, tree_id)
+        states.draft_tokens[slot, : len(drafts)] = torch.tensor(drafts)
 
     def start_serving(self) -> None:
         """Count and learn from now on; what ran before was no traffic."""
@@ -136,14 +129,7 @@ class TreeRunnerMixin:
             # Other ranks would count the same.
             num_prompted = speculator.requests.menu.num_prompt_tokens + 1
             counts = counts_of(self.vllm_config, num_prompted, publish=True)
-            self._ppd_log = DeviceStepLog(speculator.requests, counts)
-
-    def ppd_report(self) -> dict[str, Any]:
-        """The menu that is served, and the log's next line."""
-        settings = serving_settings(self.vllm_config)
-        assert settings is not None
-        line = None if self._ppd_log is None else self._ppd_log.line()
-        return {"menu": settings.menu, "line": line}
+            self.ppd_log = DeviceStepLog(speculator.requests, counts)
 
 
 @cache

@@ -14,6 +14,7 @@ import torch
 import vllm.utils.torch_utils as torch_utils
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_ppd.engine.v2.attention import DeviceTreeAttention
 from vllm_ppd.engine.v2.request_trees import RequestTrees
 from vllm_ppd.kernels.device_tables import DeviceTables
 from vllm_ppd.kernels.tree_attention import TreeBatch
@@ -105,17 +106,19 @@ class StepTrees:
         setattr(nodes, _ATTRIBUTE, self)
         return nodes
 
-    def attention_batch(self, block_table: torch.Tensor) -> TreeBatch:
-        """What tree attention reads; `block_table` may have rows of padding."""
+    def attention(self, block_table: torch.Tensor) -> DeviceTreeAttention:
+        """What attention layers run; `block_table` may have rows of padding."""
         buffers, num_reqs = self.buffers, len(block_table)
-        return TreeBatch(
-            block_table=block_table,
-            starts=buffers.starts[:num_reqs],
-            num_rows=buffers.num_rows[:num_reqs],
-            context_lens=buffers.context_lens[:num_reqs],
-            ancestors=buffers.ancestors,
-            depths=buffers.depths,
-            max_rows=self.max_rows,
+        return DeviceTreeAttention(
+            TreeBatch(
+                block_table=block_table,
+                starts=buffers.starts[:num_reqs],
+                num_rows=buffers.num_rows[:num_reqs],
+                context_lens=buffers.context_lens[:num_reqs],
+                ancestors=buffers.ancestors,
+                depths=buffers.depths,
+                max_rows=self.max_rows,
+            )
         )
 
 

@@ -30,6 +30,9 @@ class CpuKVCompactor:
     Args:
         kv_caches: per layer [num_blocks, kv_heads, block_size, 2 * D] as in `layout`;
             all share one numbering of slots (one KV cache group).
+
+    Attributes:
+        views: the caches as `kv_compact_reference` takes them.
     """
 
     def __init__(self, kv_caches: Sequence[torch.Tensor]) -> None:
@@ -44,7 +47,7 @@ class CpuKVCompactor:
             shape = blocks, heads, block_size, width // 2
             layers.append(_CacheLayer(cache.data_ptr(), *shape, size, block, head))
         self._num_slots = min(c.shape[0] * c.shape[2] for c in self._caches)
-        self._views = [
+        self.views = [
             view(cache) for view in (key_view, value_view) for cache in self._caches
         ]
         self._table = (_CacheLayer * len(layers))(*layers)
@@ -74,7 +77,7 @@ class CpuKVCompactor:
             outside = ((slots < 0) | (slots >= self._num_slots)).any(0).tolist()
             bad = outside.index(True) + 1 if any(outside) else 0
             if not bad:
-                kv_compact_reference(self._views, *slots)
+                kv_compact_reference(self.views, *slots)
         else:
             pointers = src.data_ptr(), dst.data_ptr()
             bad = self._kernel(self._address, len(self._table), *pointers, moves)

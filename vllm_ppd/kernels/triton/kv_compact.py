@@ -102,10 +102,13 @@ class KVCompactor:
         caches: each [num_blocks, kv_heads, block_size, width], any strides and element
             type; all share one numbering of slots (one KV cache group). vLLM's GPU
             caches hold keys and values side by side in one row.
+
+    Attributes:
+        views: the caches.
     """
 
     def __init__(self, caches: Sequence[torch.Tensor]) -> None:
-        self._caches = list(caches)  # keeps the memory alive
+        self.views = list(caches)  # keeps the memory alive
         groups: dict[tuple, list[torch.Tensor]] = {}
         for cache in caches:
             aligned = cache.data_ptr() % 16 == 0
