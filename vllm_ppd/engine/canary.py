@@ -86,6 +86,10 @@ def _distance(runner: Any, menu: TreeMenu, most_paths: int, seed: int) -> float:
     """Largest relative distance of a row's logits, or of its KV entries in all layers
     together, on any rank."""
     tree_id = menu.first_trees[-1] + menu.num_prompt_tokens
+    if menu.trees[tree_id].num_rows == 1:
+        # Without prompt tokens and bigrams only trees of n-gram matches have drafts.
+        later = range(tree_id, len(menu.trees))
+        tree_id = max(later, key=lambda index: menu.trees[index].num_rows)
     tree = menu.trees[tree_id]
     # The last node's path has to move, unless the tree is a chain.
     accepted = np.flatnonzero(tree.mask[tree.num_nodes - 1]).tolist()
