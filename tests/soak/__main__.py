@@ -46,9 +46,9 @@ async def soak(seconds: float, folder: Path, cells: list[dict[str, Any]]) -> Non
         "XDG_CACHE_HOME": str(cache),
         "VLLM_CACHE_ROOT": str(folder / "vllm"),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # oneDNN keeps compiled code of so many matrix shapes, else of 1024. Each number
-        # of rows is a shape: memory would grow for hours, plain vLLM's too.
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+        # oneDNN keeps compiled code of 1024 matrix shapes, and each number of rows is a
+        # shape: memory would grow for hours, plain vLLM's too. vLLM has its own cache.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
     }
     started: Any = partial(serving, folder, *FLAGS, **own)
 
