@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import pytest
@@ -29,45 +29,14 @@ RESTART = 1e-4
 # Brute force -----------------------------------------------------------------------
 
 
-def every_subtree(
-    model, num_prompted, match_class, rows, num_ept, depth=0, on_ngram=True
-) -> Iterator[tuple[int, float, np.ndarray]]:
-    """(rows, tokens after the top, ends) of every subtree.
-
-    ends: [2, m + 1] probability that a walk ends at the root, or below it, by prompt
-    tokens on the node.
-    """
-    m = model.num_prompt_tokens
-    ranks: np.ndarray = np.zeros(0)
-    if depth < model.max_depth(match_class):
-        ranks = model.probabilities(num_prompted, match_class, depth + 1, on_ngram)
-    for prompts in range(m + 1):
-        size = 1 + num_ept * prompts
-        if size > rows:
-            return
-        here = np.zeros((2, m + 1))
-        here[min(depth, 1), prompts] = 1
-        partial = [(size, 0.0, here)]
-        for rank, p in enumerate(ranks):
-            follows = on_ngram and match_class > 0 and rank == 0
-            where = model, num_prompted, match_class
-            partial += [
-                (n + more, f + p * (1 + g), ends + p * (below - here))
-                for n, f, ends in partial
-                for more, g, below in (
-                    every_subtree(*where, rows - n, num_ept, depth + 1, follows)
-                    if p
-                    else ()
-                )
-            ]
-        yield from partial
-
-
-def all_trees(rows: int, max_prompts: int, ranks: int, depth: int):
+@cache
+def all_trees(
+    rows: int, max_prompts: int, ranks: int, depth: int, num_ept: int = 1
+) -> list[SparseTree]:
     """Every tree of at most `rows` rows."""
 
     def grow(parents, tree_ranks, prompts):
-        tree = SparseTree(parents, tree_ranks, prompts)
+        tree = SparseTree(parents, tree_ranks, prompts, num_ept)
         yield tree
         last = (parents[-1], tree_ranks[-1]) if parents else (-1, -1)
         for parent, rank in itertools.product(range(tree.num_nodes), range(ranks)):
@@ -75,25 +44,30 @@ def all_trees(rows: int, max_prompts: int, ranks: int, depth: int):
             if tree.node_depths[parent] == depth or (parent, rank) <= last:
                 continue
             for count in range(max_prompts + 1):
-                if tree.num_rows + 1 + count <= rows:
+                if tree.num_rows + 1 + count * num_ept <= rows:
                     yield from grow(
                         (*parents, parent), (*tree_ranks, rank), (*prompts, count)
                     )
 
-    for root in range(min(max_prompts, rows - 1) + 1):
-        yield from grow((), (), (root,))
+    most = min(max_prompts, (rows - 1) // num_ept)
+    return [tree for root in range(most + 1) for tree in grow((), (), (root,))]
+
+
+def outcome(tree, model, num_prompted, match_class) -> tuple[float, np.ndarray]:
+    """Tokens after the first, and [2, m + 1] probability that a walk ends at the root,
+    or below it, by prompt tokens on the node."""
+    reached = reach_probabilities(tree, model, num_prompted, match_class)
+    ended, ends = reached.copy(), np.zeros((2, model.num_prompt_tokens + 1))
+    np.subtract.at(ended, np.array(tree.parents, int), reached[1:])
+    below = np.arange(tree.num_nodes) > 0
+    np.add.at(ends, (below.astype(int), np.array(tree.prompts)), ended)
+    return float(reached[1:].sum()), ends
 
 
 def tree_worth(tree, model, num_prompted, match_class, ahead) -> float:
     """In tokens after the first, of a tree and of where walks through it end."""
-    reached = reach_probabilities(tree, model, num_prompted, match_class)
-    ends = reached.copy()
-    np.subtract.at(ends, np.array(tree.parents, int), reached[1:])
-    after = [
-        ahead[min(node, 1), match_class, count]
-        for node, count in enumerate(tree.prompts)
-    ]
-    return float(reached[1:].sum() + ends @ np.array(after))
+    tokens, ends = outcome(tree, model, num_prompted, match_class)
+    return tokens + float((ends * ahead[:, match_class]).sum())
 
 
 def check_trees(best, model, ahead, limits) -> None:
@@ -124,14 +98,13 @@ def test_no_tree_of_as_many_rows_is_worth_more(seed, m, ranks, classes, rows, nu
     # What lies ahead need not rise with the prompt tokens.
     ahead = np.random.default_rng(seed).normal(size=(2, classes + 1, m + 1))
     best = BestTrees(probabilities_by_depth(model), ahead, rows, num_ept)
-    for match_class, num_prompted in itertools.product(
-        range(classes + 1), range(m + 1)
-    ):
+    # On an n-gram draft its token is one rank more.
+    trees = all_trees(rows, m, ranks + (classes > 0), model.max_depth(classes), num_ept)
+    for match_class, num_prompted in np.ndindex(*best.values.shape[:2]):
         worths = np.full(rows + 1, -np.inf)
-        subtrees = every_subtree(model, num_prompted, match_class, rows, num_ept)
-        for size, tokens, ends in subtrees:
-            worth = tokens + (ends * ahead[:, match_class]).sum()
-            worths[size] = max(worths[size], worth)
+        for tree in trees:
+            worth = tree_worth(tree, model, num_prompted, match_class, ahead)
+            worths[tree.num_rows] = max(worths[tree.num_rows], worth)
         worths = np.maximum.accumulate(worths)
         values = best.values[match_class, num_prompted]
         np.testing.assert_allclose(values[1:], worths[1:], atol=1e-12)
@@ -173,15 +146,16 @@ def most_tokens_per_second(model, latency, rows, num_ept) -> float:
     A process of n states is in s for a share proportional to the sum over spanning
     trees towards s (Markov chain tree theorem).
     """
-    m = model.num_prompt_tokens
-    options = []
+    m, ranks = model.prompted.shape
+    options, restart = [], RESTART * np.eye(m + 1)[0]
     for num_prompted in range(m + 1):
-        trees = every_subtree(model, num_prompted, 0, rows, num_ept)
-        restart = RESTART * np.eye(m + 1)[0]
-        columns = [
-            [1 + f, latency(n), *((1 - RESTART) * ends.sum(0) + restart)]
-            for n, f, ends in trees
-        ]
+        columns = []
+        for tree in all_trees(rows, m, ranks, m, num_ept):
+            # A draft token that is never right only costs a row.
+            if reach_probabilities(tree, model, num_prompted, 0).all():
+                tokens, ends = outcome(tree, model, num_prompted, 0)
+                then = (1 - RESTART) * ends.sum(0) + restart
+                columns.append([1 + tokens, latency(tree.num_rows), *then])
         options.append(np.unique(np.round(columns, 13), axis=0).T)
     best = 0.0
     for first in options[0].T:
@@ -224,7 +198,7 @@ def test_no_tree_improves_a_policy_with_match_classes(seed):
     """If no other tree of one state helps, the policy is optimal (policy iteration)."""
     model, rows = random_model(seed), 4
     policy = best_policy(model, CURVE, rows)
-    trees = list(all_trees(rows, 1, 3, 3))
+    trees = all_trees(rows, 1, 3, 3)
     for match_class, num_prompted in itertools.product(range(2), range(2)):
         for tree in trees:
             changed = [list(row) for row in policy.trees]
