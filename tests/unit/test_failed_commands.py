@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from tests.unit.refusals import contents
+from tests.unit.refusals import contents, refused
+from tests.unit.test_bad_input import COMMANDS, Place, place, run_command
 from tests.unit.tiny_base import SIZES
 from vllm_ppd.calibrate import measure as calibrate_module
 from vllm_ppd.cli import main
@@ -24,30 +24,25 @@ from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.model import FrozenModel
 
-TRAIN = "--steps 4 --length 24 --batch-size 2 --points 4 --checkpoint-every 2"
-CALIBRATE = "--points 40 --prompt-length 8 --continue 12 --ranks 9"
+__all__ = ["place"]
 
 
-class Workplace:
-    """A model, a text, prompt tokens for the model, and the two commands."""
-
-    def __init__(self, folder: Path, model: Path, data: Path, prompts: Path) -> None:
-        self.folder, self.prompts, self.out = folder, prompts, folder / "out"
-        self.model = shutil.copytree(model, folder / "model")
-        self.data = shutil.copy(data, folder / "text.jsonl")
-
-    def run(self, command: str, *more: str, **changed: Any) -> int:
-        paths = {"model": self.model, "data": self.data, "out": self.out, **changed}
-        own = ["train", "--out", str(paths["out"]), *TRAIN.split()]
-        if command == "calibrate":
-            own = ["calibrate", str(self.prompts), *CALIBRATE.split()]
-        given = ["--model", str(paths["model"]), "--data", str(paths["data"])]
-        return main.main([*own, *given, "--cpu", "--quiet", *more])
+def argv(place: Place, command: str, *more: str) -> list[str]:
+    """A small command on the files of a place."""
+    if command == "train":
+        command, more = "train --steps 4", ("--checkpoint-every", "2", *more)
+    return [*COMMANDS[command].format_map(place).split(), *more]
 
 
-@pytest.fixture
-def workplace(tmp_path, model_folder, data, prompts_folder) -> Workplace:
-    return Workplace(tmp_path, model_folder, data, prompts_folder)
+def run(place: Place, command: str, *more: str) -> int:
+    return main.main(argv(place, command, *more))
+
+
+def fails(place: Place, command: str, word: str, *more: str) -> None:
+    original = contents(place.folder)
+    with refused(ValueError, f"vllm-ppd {command}: ", word):
+        run_command(argv(place, command, *more))
+    assert contents(place.folder) == original
 
 
 @pytest.fixture(params=["train", "calibrate"])
@@ -55,21 +50,9 @@ def command(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def refused(workplace, capsys, command: str, word: str, *more: str, **changed) -> None:
-    original = contents(workplace.folder)
-    capsys.readouterr()
-    assert workplace.run(command, *more, **changed) == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"vllm-ppd {command}: ")
-    assert message.count("\n") == 1, message
-    assert word in message
-    assert contents(workplace.folder) == original
-
-
-def test_models_that_are_no_causal_ones(workplace, capsys, command, tmp_path) -> None:
+def test_models_that_are_no_causal_ones(place, command) -> None:
     config = transformers.BertConfig(vocab_size=257, initializer_range=0.3, **SIZES)
-    encoder = workplace.folder / "encoder"
-    shutil.copytree(workplace.model, encoder)
+    encoder = shutil.copytree(place["model"], place.folder / "encoder")
     (encoder / "model.safetensors").unlink()
     torch.manual_seed(0)
     transformers.BertForMaskedLM(config).save_pretrained(encoder)
@@ -78,31 +61,31 @@ def test_models_that_are_no_causal_ones(workplace, capsys, command, tmp_path) ->
     for content in ((encoder / "config.json").read_text(), t5):
         (encoder / "config.json").write_text(content)
         base = BaseModelFingerprint.of_folder(encoder)
-        table = PromptTokens.load(workplace.prompts).embeddings
-        PromptTokens(table, base).save(workplace.prompts, overwrite=True)
-        refused(workplace, capsys, command, "causal language model", model=encoder)
+        table = PromptTokens.load(place["prompts"]).embeddings
+        PromptTokens(table, base).save(place["prompts"], overwrite=True)
+        fails(place, command, "causal language model", "--model", str(encoder))
 
 
-def test_output_that_is_there_already(workplace: Workplace, capsys) -> None:
+def test_output_that_is_there_already(place) -> None:
     for command, word in {"train": "already has config", "calibrate": "exists"}.items():
-        assert workplace.run(command) == 0
-        refused(workplace, capsys, command, word)
+        assert run(place, command) == 0
+        fails(place, command, word)
 
 
 def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_disk_that_is_full_from_the_start(workplace, capsys, command, full_disk):
+def test_a_disk_that_is_full_from_the_start(place, command, full_disk) -> None:
     full_disk()
-    refused(workplace, capsys, command, "No space left on device")
+    fails(place, command, "No space left on device")
 
 
-def test_a_disk_that_fills_up_while_training(workplace, capsys, monkeypatch, full_disk):
+def test_a_disk_that_fills_up_while_training(place, monkeypatch, full_disk) -> None:
     """The checkpoint before is whole, and the run goes on from it."""
-    assert workplace.run("train") == 0
-    expected = PromptTokens.load(workplace.out).embeddings
-    shutil.rmtree(workplace.out)
+    assert run(place, "train") == 0
+    expected = PromptTokens.load(place["out"]).embeddings
+    shutil.rmtree(place["out"])
     sync = os.fsync
 
     def fills_up(handle: int) -> None:
@@ -111,29 +94,28 @@ def test_a_disk_that_fills_up_while_training(workplace, capsys, monkeypatch, ful
 
     # The first write is the checkpoint of step 2, the next the prompt tokens.
     monkeypatch.setattr(os, "fsync", fills_up)
-    assert workplace.run("train") == 2
+    with refused(ValueError, "No space left"):
+        run_command(argv(place, "train"))
     monkeypatch.setattr(os, "fsync", sync)
-    assert "No space left" in capsys.readouterr().err
-    assert os.listdir(workplace.out) == ["checkpoint.safetensors"]
-    assert workplace.run("train", "--resume") == 0
-    assert torch.equal(PromptTokens.load(workplace.out).embeddings, expected)
+    assert os.listdir(place["out"]) == ["checkpoint.safetensors"]
+    assert run(place, "train", "--resume") == 0
+    assert torch.equal(PromptTokens.load(place["out"]).embeddings, expected)
 
 
-def test_a_checkpoint_of_another_run(workplace, capsys, monkeypatch) -> None:
+def test_a_checkpoint_of_another_run(place, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(PromptTokens, "save", interrupt)
-        assert workplace.run("train") == 130
-    capsys.readouterr()
-    assert os.listdir(workplace.out) == ["checkpoint.safetensors"]
-    refused(workplace, capsys, "train", "continue it with --resume")
+        assert run(place, "train") == 130
+    assert os.listdir(place["out"]) == ["checkpoint.safetensors"]
+    fails(place, "train", "continue it with --resume")
     word = "belongs to another run: it has settings.alpha 0.8 instead of 0.5"
-    refused(workplace, capsys, "train", word, "--resume", "--alpha", "0.5")
-    with workplace.data.open("a") as file:
+    fails(place, "train", word, "--resume", "--alpha", "0.5")
+    with place["data"].open("a") as file:
         file.write('{"text": "one more"}\n')
-    refused(workplace, capsys, "train", "data_sha256.train.text.jsonl", "--resume")
-    (workplace.out / "checkpoint.safetensors").write_bytes(b"no checkpoint")
-    refused(workplace, capsys, "train", "is not a training checkpoint", "--resume")
-    assert workplace.run("train", "--overwrite") == 0
+    fails(place, "train", "data_sha256.train.text.jsonl", "--resume")
+    (place["out"] / "checkpoint.safetensors").write_bytes(b"no checkpoint")
+    fails(place, "train", "is not a training checkpoint", "--resume")
+    assert run(place, "train", "--overwrite") == 0
 
 
 @pytest.mark.parametrize(
@@ -144,10 +126,10 @@ def test_a_checkpoint_of_another_run(workplace, capsys, monkeypatch) -> None:
         ("calibrate", calibrate_module, "continue_prompts"),
     ],
 )
-def test_ctrl_c(workplace, capsys, monkeypatch, command, owner, name) -> None:
+def test_ctrl_c(place, capsys, monkeypatch, command, owner, name) -> None:
     monkeypatch.setattr(owner, name, interrupt)
-    original = contents(workplace.folder)
-    assert workplace.run(command) == 130
+    original = contents(place.folder)
+    assert run(place, command) == 130
     assert capsys.readouterr().err.strip() == ""
-    assert contents(workplace.folder) == original
-    assert not workplace.out.exists()
+    assert contents(place.folder) == original
+    assert not place["out"].exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.refusals import refused
+from tests.unit.test_bad_input import COMMANDS, place
 from vllm_ppd.cli import main
 from vllm_ppd.search.acceptance import AcceptanceModel
 from vllm_ppd.train.data import text_files
@@ -20,6 +21,7 @@ from vllm_ppd.train.documents import find_documents
 from vllm_ppd.train.job import TrainJob
 from vllm_ppd.train.settings import TrainingError
 
+__all__ = ["place"]
 NAME = DatasetName("org/text", None, "train", False)
 ROWS = [{"text": f"row {i} of some text", "id": i} for i in range(50)]
 
@@ -170,15 +172,12 @@ def test_a_run_reads_its_copy(library, job: TrainJob, data: Path, monkeypatch) -
     assert len(library.calls) == 1
 
 
-def test_calibration_reads_data_sets_too(
-    library, model_folder: Path, data: Path, prompts_folder: Path
-) -> None:
-    library.rows = Rows(json.loads(line) for line in data.read_text().splitlines())
-    own = ["calibrate", str(prompts_folder), "--cpu", "--quiet"]
-    sizes = "--points 40 --prompt-length 8 --continue 12 --ranks 9 --data org/text@test"
-    assert main.main([*own, "--model", str(model_folder), *sizes.split()]) == 0
+def test_calibration_reads_data_sets_too(library, place) -> None:
+    library.rows = Rows(map(json.loads, place["data"].read_text().splitlines()))
+    command = COMMANDS["calibrate"].format_map({**place, "data": "org/text@test"})
+    assert main.main(command.split()) == 0
     assert library.calls == [("org/text", None, "test", True)]
-    acceptance = AcceptanceModel.load(prompts_folder / "acceptance.json")
+    acceptance = AcceptanceModel.load(place["prompts"] / "acceptance.json")
     (name,) = acceptance.source["data_sha256"]
     assert name.startswith("org-text-test-")
 

@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from vllm_ppd.cli import main, profile
 from vllm_ppd.cli.engines import EngineFailedError
-from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
-from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.latency import LatencyProfile, cache_file
 
 KEY = {"model": "org/base", "device": "Slow Machine", "vllm": "9.9"}
@@ -44,14 +41,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 @pytest.fixture
-def command(engine: Engine, tmp_path: Path, capsys):
+def command(engine: Engine, model_folder: Path, prompts_folder: Path, capsys):
     """Run it on a model and its prompt tokens; returns what it printed."""
-    (tmp_path / "model").mkdir()
-    base = BaseModelFingerprint("org/base", None, "LlamaForCausalLM", 4, 30, None)
-    PromptTokens(torch.zeros(2, 1, 4), base).save(tmp_path / "prompts")
 
     def run(*argv: str, status: int = 0) -> str:
-        folders = [str(tmp_path / "model"), str(tmp_path / "prompts")]
+        folders = [str(model_folder), str(prompts_folder)]
         done = main.main(["profile", *folders, *argv])
         shown = capsys.readouterr()
         assert done == status, shown.err

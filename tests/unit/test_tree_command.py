@@ -7,13 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from vllm_ppd.cli import main
 from vllm_ppd.cli.tree import text_tree
-from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
-from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.acceptance import ACCEPTANCE_FILE, AcceptanceModel
 from vllm_ppd.search.latency import LatencyProfile, expected_speedup
 from vllm_ppd.search.menu_search import build_menu
@@ -34,13 +31,10 @@ REACHED = np.array([1.0, 0.4, 0.1, 0.05, 0.2, 0.1, 0.05, 0.03, 0.04])
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(prompts_folder: Path) -> Path:
     """Prompt tokens with a measured acceptance model."""
-    base = BaseModelFingerprint("org/base", None, "LlamaForCausalLM", 4, 30, None)
-    path = tmp_path / "prompts"
-    PromptTokens(torch.zeros(2, 1, 4), base).save(path)
-    MODEL.save(path / ACCEPTANCE_FILE)
-    return path
+    MODEL.save(prompts_folder / ACCEPTANCE_FILE)
+    return prompts_folder
 
 
 @pytest.fixture
