@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
 from tests.engine.conftest import cpu_only
-from vllm_ppd.kernels.cpu.build import load_library
+from tests.kernels.attention_cases import chain, make_step
+from tests.kernels.implementations import needs_compiler
 from vllm_ppd.kernels.cpu.tree_attention import CpuTreeAttention
-from vllm_ppd.kernels.tree_attention import TreeBatch
 
-pytestmark = [pytest.mark.engine, cpu_only]
+pytestmark = [pytest.mark.engine, cpu_only, needs_compiler]
 
 # vLLM's kernel sums in another order; for bfloat16 it also rounds the softmax
 # weights to bfloat16, half a unit in the last place (2^-8 relative).
@@ -26,35 +28,23 @@ TOLERANCE = {
 @pytest.mark.parametrize("dim", [64, 80])
 def test_chain_equals_vllm_causal(dtype, dim, window, softcap):
     ops = pytest.importorskip("vllm._custom_ops")
-    if load_library() is None or not hasattr(
-        torch.ops._C, "cpu_attention_with_kv_cache"
-    ):
-        pytest.skip("needs a C++ compiler and vLLM's CPU build")
+    if not hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
+        pytest.skip("needs vLLM's CPU build")
+    random.seed(0)
     torch.manual_seed(0)
-    heads, kv_heads, block_size = 4, 2, 32
+    heads, kv_heads = 4, 2
+    chains = [chain(0, 1), chain(100, 17), chain(333, 5)]
+    step = make_step(chains, heads, kv_heads, dim, 32, dtype, "CPU")
+    # vLLM reads whole blocks before it masks.
+    cache, batch = step.cache.nan_to_num(), step.batch
+    rows = sum(each.rows for each in chains)
+    query, scale = step.query[:rows], dim**-0.5
     # Both ISA names share the layout that the tree kernel reads.
     isa = "vec" if dim % 32 == 0 else "vec16"
-    rows, contexts = [1, 17, 5], [0, 100, 333]
-    totals = [c + q for c, q in zip(contexts, rows, strict=True)]
-    needed = [-(-total // block_size) for total in totals]
-    table = torch.zeros(3, max(needed), dtype=torch.int32)
-    free = torch.randperm(sum(needed), dtype=torch.int32).split(needed)
-    cache = torch.zeros(sum(needed), kv_heads, block_size, 2 * dim, dtype=dtype)
-    packed = cache.view(sum(needed), kv_heads, block_size * 2, dim)
-    key_cache, value_cache = packed.chunk(2, dim=2)
-    for r, (total, blocks) in enumerate(zip(totals, free, strict=True)):
-        table[r, : len(blocks)] = blocks
-        slot = torch.arange(total)
-        slots = blocks[slot // block_size].long() * block_size + slot % block_size
-        key, value = torch.randn(2, total, kv_heads, dim).to(dtype)
-        ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
-
-    query = torch.randn(sum(rows), heads, dim).to(dtype)
-    scale = dim**-0.5
-    starts = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
-    lengths = torch.tensor(totals, dtype=torch.int32)
+    starts = torch.tensor([*batch.starts, rows], dtype=torch.int32)
+    lengths = batch.context_lens + batch.num_rows
     metadata = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=3,
+        num_reqs=len(chains),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=dim,
@@ -67,6 +57,8 @@ def test_chain_equals_vllm_causal(dtype, dim, window, softcap):
         enable_kv_split=True,
     )
     want = torch.zeros_like(query)
+    packed = cache.view(len(cache), kv_heads, 2 * 32, dim)
+    key_cache, value_cache = packed.chunk(2, dim=2)
     ops.cpu_attention_with_kv_cache(
         query=query,
         key_cache=key_cache,
@@ -78,20 +70,10 @@ def test_chain_equals_vllm_causal(dtype, dim, window, softcap):
         causal=True,
         alibi_slopes=None,
         sliding_window=window,
-        block_table=table,
+        block_table=batch.block_table.clamp(min=0),
         softcap=softcap,
         scheduler_metadata=metadata,
         s_aux=None,
-    )
-
-    depths = torch.cat([torch.arange(q, dtype=torch.int32) for q in rows])
-    batch = TreeBatch(
-        table,
-        starts[:-1],
-        torch.tensor(rows, dtype=torch.int32),
-        torch.tensor(contexts, dtype=torch.int32),
-        ((2 << depths.long()) - 1)[:, None],  # a chain: every earlier row
-        depths,
     )
     got = torch.zeros_like(query)
     CpuTreeAttention(batch).run(query, cache, got, scale, softcap, window)
