@@ -20,8 +20,7 @@ import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import mangle_type
+from triton.runtime import driver
 
 from tests.kernels.trees import random_policy, tables_of
 from vllm_ppd.kernels.device_tables import DeviceTables
@@ -36,31 +35,21 @@ from vllm_ppd.kernels.triton import (
 )
 from vllm_ppd.trees.bigram import BigramTensors
 
-MODULES = (fill_tree, kv_compact, ngram, place_tree, tree_attention, tree_walk)
-LAUNCHES: list[tuple] = []  # (kernel, compute capability, named arguments, options)
-
-
-class Recorder:
-    """Takes a kernel's place; a launch is recorded instead of run."""
-
-    def __init__(self, kernel, capability):
-        self.kernel, self.capability = kernel, capability
-
-    def __getitem__(self, grid):
-        def launch(*args, num_warps=4, num_stages=3, **kwargs):
-            given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-            options = {"num_warps": num_warps, "num_stages": num_stages}
-            LAUNCHES.append((self.kernel, self.capability, given, options))
-
-        return launch
+# (kernel, compute capability, arguments, options)
+LAUNCHES: list[tuple[triton.JITFunction, int, tuple, dict]] = []
 
 
 def compile_launch(index: int) -> dict:
-    """Compile a recorded launch as Triton would."""
-    kernel, capability, given, options = LAUNCHES[index]
-    source = ASTSource(kernel, *specialize(kernel, given))
+    """Compile a recorded launch as Triton would before it runs it."""
+    kernel, capability, args, options = LAUNCHES[index]
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=options)
+    gpu = SimpleNamespace(
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+    )
+    driver.set_active(gpu)
+    compiled = kernel.warmup(*args, grid=(1,), **options)
     return {
         "kernel": kernel.__name__,
         "capability": capability,
@@ -68,28 +57,6 @@ def compile_launch(index: int) -> dict:
         "undefined": undefined_values(compiled.asm["llir"]),
         **registers(compiled),
     }
-
-
-def specialize(kernel, given):
-    """Signature, constants and attributes, with Triton's rules for integers."""
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        name, free = parameter.name, parameter.do_not_specialize
-        value = given[name]
-        divisible = True
-        if isinstance(value, torch.Tensor):
-            signature[name] = mangle_type(value)
-        elif parameter.is_constexpr or value is None or (value == 1 and not free):
-            signature[name], constants[(index,)] = "constexpr", value
-            divisible = False
-        elif isinstance(value, float):
-            signature[name], divisible = "fp32", False
-        else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            divisible = value % 16 == 0 and not free
-        if divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
 
 
 def undefined_values(llir: str) -> list[str]:
@@ -156,12 +123,6 @@ def launch_small_kernels():
 
 
 def main() -> None:
-    kernels = {
-        (module, name): kernel
-        for module in MODULES
-        for name, kernel in vars(module).items()
-        if isinstance(kernel, triton.JITFunction) and name.endswith("_kernel")
-    }
     choose, cuda = tree_attention._choose_shape.__wrapped__, torch.device("cuda")
     tree_attention._choose_shape = lambda *args: choose(*args[:-1], cuda)
     for capability in map(int, sys.argv[1:]):
@@ -169,8 +130,13 @@ def main() -> None:
             multi_processor_count=132, major=capability // 10, minor=capability % 10
         )
         torch.cuda.get_device_properties = lambda _, result=properties: result
-        for (module, name), kernel in kernels.items():
-            setattr(module, name, Recorder(kernel, capability))
+
+        def record(kernel, grid, capability=capability):
+            launch = kernel, capability
+            return lambda *args, **options: LAUNCHES.append((*launch, args, options))
+
+        # A launch is recorded instead of run.
+        triton.JITFunction.__getitem__ = record
         # Each case is one that has been too large, or nearly so.
         launch_attention(torch.float16, 256, 2, 2, 64, 4096, 1)
         if capability >= 90:
