@@ -121,20 +121,6 @@ def test_the_compiled_graphs_key_knows_about_ppd():
 
 
 @pytest.mark.parametrize(
-    ("speculative", "message"),
-    [
-        ({"model": "/no/such/folder"}, "there is no folder '/no/such/folder'"),
-        ({"model": str(MODEL)}, "config.json"),
-        ({"profile": "/no/such.json"}, "/no/such.json cannot be read"),
-        ({"tree": "/no/such.json"}, r"tree menu .*such\.json cannot be read"),
-    ],
-)
-def test_bad_speculative_settings(speculative, message):
-    with pytest.raises(ValueError, match=message):
-        configure({**PPD, **speculative})
-
-
-@pytest.mark.parametrize(
     ("args", "message"),
     [
         ({"pipeline_parallel_size": 2}, "-size 2: use --tensor-parallel-size"),

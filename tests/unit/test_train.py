@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from tests.unit.test_bad_input import COMMANDS, place
 from tests.unit.tiny_base import SETTINGS
 from vllm_ppd.cli import main
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
@@ -23,6 +24,8 @@ from vllm_ppd.train.job import TrainJob
 from vllm_ppd.train.model import FrozenModel, initial_table
 from vllm_ppd.train.settings import TrainingError, TrainSettings
 from vllm_ppd.train.trainer import Interrupted, Trainer
+
+__all__ = ["place"]
 
 
 def changed(job: TrainJob, **settings: Any) -> TrainJob:
@@ -61,33 +64,21 @@ def test_labels_can_be_learnt_too(job: TrainJob) -> None:
     assert sum(history[-1]["true_top1"]) > sum(history[0]["true_top1"])
 
 
-def die() -> None:
-    raise RuntimeError("killed")
-
-
-# The last checkpoint is of step 3; what is killed does steps 3 and 4 a second time.
-STOPS = {
-    "kill": (5, die),
-    "SIGINT": (4, lambda: os.kill(os.getpid(), signal.SIGINT)),
-    "SIGTERM": (4, lambda: os.kill(os.getpid(), signal.SIGTERM)),
-}
-
-
-@pytest.mark.parametrize("how", STOPS)
-def test_a_stopped_run_is_resumed(job: TrainJob, monkeypatch, how: str) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_is_resumed(job: TrainJob, monkeypatch, signum) -> None:
+    """test_train_batch.py has killed ones."""
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    at, stop = STOPS[how]
     whole = dataclasses.replace(job, out=job.out + "-whole").run().table
     step = Trainer._train_step
 
     def disturbed(self, *args):
-        if self._step == at:
-            stop()
+        if self._step == 4:
+            os.kill(os.getpid(), signum)
         return step(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", disturbed)
-        with pytest.raises((Interrupted, RuntimeError)):
+        with pytest.raises(Interrupted):
             job.run()
     assert os.listdir(job.out) == ["checkpoint.safetensors"]
     with pytest.raises(TrainingError, match="--resume"):
@@ -239,24 +230,20 @@ def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert len(set(hashes.values())) == 3
 
 
-def run_command(job: TrainJob, *more: str) -> int:
-    flags = ["--model", job.model, "--data", *job.data, "--out", job.out, "--cpu"]
-    sizes = ["--length", "24", "--batch-size", "2", "--points", "4", "--quiet"]
-    return main.main(["train", *flags, *sizes, *more])
-
-
-def test_command(job: TrainJob, capsys) -> None:
-    assert run_command(job, "--steps", "2") == 0
+def test_command(place, capsys) -> None:
+    command = COMMANDS["train --steps 4"].format_map(place)
+    assert main.main(command.split()) == 0
     output = capsys.readouterr().out
-    assert "2 steps" in output
+    assert "4 steps" in output
     assert "the model's argmax" in output
 
 
-def test_a_stopped_command_says_how_to_go_on(job, capsys, monkeypatch) -> None:
+def test_a_stopped_command_says_how_to_go_on(place, capsys, monkeypatch) -> None:
     def stop(self, *args):
         self._ask_to_stop()
         return 0.0, 1, None
 
     monkeypatch.setattr(Trainer, "_train_step", stop)
-    assert run_command(job, "--steps", "9") == 130
+    command = COMMANDS["train --steps 4"].format_map(place)
+    assert main.main(command.split()) == 130
     assert "continue with --resume" in capsys.readouterr().err
