@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import subprocess
 import tempfile
 from functools import partial
@@ -98,6 +99,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600, help="of traffic")
     parser.add_argument("--out", type=Path, required=True, help="JSON of the results")
     args = parser.parse_args()
+    # Whatever ends it: no server stays.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     card, cells, passed = environment_card(), [], None
     folder = Path(tempfile.mkdtemp(prefix="vllm-ppd-soak-"))
     say(f"logs: {folder}")
