@@ -49,8 +49,7 @@ def command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     module.add_arguments = lambda parser: None  # type: ignore[attr-defined]
     module.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm_ppd.cli.probe", module)
-    entry = main.Command("probes", "vllm-ppd probe")
-    monkeypatch.setitem(main.COMMANDS, "probe", entry)
+    monkeypatch.setitem(main.COMMANDS, "probe", ("probes", "vllm-ppd probe"))
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -66,8 +65,8 @@ def test_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     said = " ".join(done.stdout.split())
-    for entry in main.COMMANDS.values():
-        assert f"example: {entry.example}" in said
+    for _, example in main.COMMANDS.values():
+        assert f"example: {example}" in said
 
 
 def test_no_command_prints_help(capsys: pytest.CaptureFixture) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
 
 from vllm_ppd.hub import resolve_path
 
@@ -47,15 +46,27 @@ def convert(
             model, or would be overwritten.
     """
     # Here, because torch takes a second to import.
-    from vllm_ppd.prompt_tokens.fingerprint import PromptTokensError
+    from vllm_ppd.prompt_tokens.fingerprint import (
+        BaseModelFingerprint,
+        PromptTokensError,
+    )
     from vllm_ppd.prompt_tokens.peft import is_peft_checkpoint
     from vllm_ppd.prompt_tokens.tokens import PromptTokens
 
     target = Path(destination).expanduser()
     folder = resolve_path(source)
     prompts = PromptTokens.load(folder)
-    base = None if model is None else _fingerprint(model)
-    if base is not None:
+    base = None
+    if model is not None:
+        is_folder = Path(model).expanduser().is_dir()
+        # Without the weights, unless the hub's cache has them: they are large, and only
+        # a part of one tensor would be read.
+        model_folder = resolve_path(model, allow_patterns=("*.json",))
+        base = BaseModelFingerprint.of_folder(
+            model_folder,
+            name=None if is_folder else model,
+            revision=None if is_folder else model_folder.name,
+        )
         prompts.check_against(base)
     notes = []
     if not is_peft_checkpoint(folder):
@@ -82,20 +93,6 @@ def convert(
         *notes,
         "Acceptance figures are not converted; measure them with vllm-ppd calibrate.",
     ]
-
-
-def _fingerprint(model: str) -> Any:
-    from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
-
-    is_folder = Path(model).expanduser().is_dir()
-    # Without the weights, unless the hub's cache has them: they are large, and only a
-    # part of one tensor would be read.
-    folder = resolve_path(model, allow_patterns=("*.json",))
-    return BaseModelFingerprint.of_folder(
-        folder,
-        name=None if is_folder else model,
-        revision=None if is_folder else folder.name,
-    )
 
 
 def run(args: argparse.Namespace) -> int:

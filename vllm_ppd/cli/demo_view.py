@@ -38,15 +38,6 @@ class Comparison:
     ppd: tuple[Generation, ...]
 
     @property
-    def plain_speed(self) -> float:
-        """Median tokens per second."""
-        return median(g.tokens_per_s for g in self.plain)
-
-    @property
-    def ppd_speed(self) -> float:
-        return median(g.tokens_per_s for g in self.ppd)
-
-    @property
     def speedup(self) -> float:
         """PPD's speed over the plain one's of the same round, median of the rounds."""
         return median(
@@ -77,44 +68,32 @@ def frame(console: Console, c: Comparison, until_s: float, note: str) -> Group:
     """Both decoders' texts as they stood `until_s` after their common start."""
     narrow = console.width < NARROW
     width = console.width if narrow else (console.width - 1) // 2
-    pairs = zip(TITLES, BORDERS, (c.plain[0], c.ppd[0]), strict=True)
-    panels = [
-        _panel(console, title, border, c.prompt, generation, until_s, width)
-        for title, border, generation in pairs
-    ]
+    panels = []
+    texts = zip(TITLES, BORDERS, (c.plain[0], c.ppd[0]), strict=True)
+    for title, border, generation in texts:
+        text = Text("\n".join(c.prompt.split("\n")[-3:]), PROMPT)
+        steps = [step for step in generation.steps if step.at_s <= until_s]
+        for step in steps:
+            text.append(step.drafted, style=DRAFTED)
+            text.append(step.own, style=OWN)
+        if until_s < generation.seconds:
+            text.append("\u2588", style=border)
+        text.expand_tabs(4)
+        lines = text.wrap(console, width - 4)[-PANEL_LINES:]
+        tokens, at = sum(len(s.ids) for s in steps), steps[-1].at_s if steps else 0.0
+        speed = f"{tokens / at:,.0f} tokens/s" if at else "waiting"
+        panel = Panel(
+            Text("\n").join(lines),
+            title=f"[bold]{title}[/]",
+            subtitle=f"{tokens} tokens, {len(steps)} steps, [bold]{speed}[/]",
+            border_style=border,
+            width=width,
+            height=PANEL_LINES + 2,
+            padding=(0, 1),
+        )
+        panels.append(panel)
     body = Group(*panels) if narrow else Columns(panels, padding=(0, 1))
     return Group(body, Text.assemble(("accepted draft tokens", DRAFTED), f"  {note}"))
-
-
-def _panel(
-    console: Console,
-    title: str,
-    border: str,
-    prompt: str,
-    generation: Generation,
-    until_s: float,
-    width: int,
-) -> Panel:
-    text = Text("\n".join(prompt.split("\n")[-3:]), PROMPT)
-    steps = [step for step in generation.steps if step.at_s <= until_s]
-    for step in steps:
-        text.append(step.drafted, style=DRAFTED)
-        text.append(step.own, style=OWN)
-    if until_s < generation.seconds:
-        text.append("\u2588", style=border)
-    text.expand_tabs(4)
-    lines = text.wrap(console, width - 4)[-PANEL_LINES:]
-    tokens, at = sum(len(s.ids) for s in steps), steps[-1].at_s if steps else 0.0
-    speed = f"{tokens / at:,.0f} tokens/s" if at else "waiting"
-    return Panel(
-        Text("\n").join(lines),
-        title=f"[bold]{title}[/]",
-        subtitle=f"{tokens} tokens, {len(steps)} steps, [bold]{speed}[/]",
-        border_style=border,
-        width=width,
-        height=PANEL_LINES + 2,
-        padding=(0, 1),
-    )
 
 
 def replay(console: Console, comparison: Comparison) -> None:
@@ -149,9 +128,10 @@ def summary(comparisons: Sequence[Comparison], greedy: bool) -> Table:
     for number, c in enumerate(comparisons, start=1):
         where = c.first_difference
         same = "identical" if where is None else f"differ at {where + 1}"
+        plain, ppd = (median(g.tokens_per_s for g in each) for each in (c.plain, c.ppd))
         table.add_row(
             str(number),
-            f"{c.plain_speed:,.0f} -> {c.ppd_speed:,.0f}",
+            f"{plain:,.0f} -> {ppd:,.0f}",
             _speed(c.speedup),
             f"{len(c.plain[0].steps)} -> {len(c.ppd[0].steps)}",
             f"{c.ppd[0].acceptance_length:.2f}",

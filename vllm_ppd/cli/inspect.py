@@ -59,6 +59,13 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
             problems.append(str(error))
             return None
 
+    training = record(
+        TRAINING_FILE,
+        lambda file: read_object(file, "the training record", "restore or remove it"),
+    )
+    if training:
+        # The last evaluation has an entry of its own.
+        training.pop("history", None)
     return {
         "path": path,
         # The authors' layout has no version of its own.
@@ -72,7 +79,7 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
         # One list per prompt token, one norm per EPT.
         "norms": prompts.embeddings.norm(dim=-1).tolist(),
         "base_model": dataclasses.asdict(prompts.base),
-        "training": record(TRAINING_FILE, _training),
+        "training": training,
         "acceptance": record(
             ACCEPTANCE_FILE, lambda file: _acceptance(file, prompts.num_prompt_tokens)
         ),
@@ -98,12 +105,6 @@ def _fits(prompts: Any, model: str, problems: list[str]) -> dict[str, Any]:
         "fits": not prompts.base.differences(fingerprint),
         "weights_compared": None not in hashes,
     }
-
-
-def _training(path: Path) -> dict[str, Any]:
-    """The training record, without its earlier evaluations."""
-    record = read_object(path, "the training record", "restore or remove it")
-    return {key: value for key, value in record.items() if key != "history"}
 
 
 def _acceptance(path: Path, num_prompt_tokens: int) -> dict[str, Any]:

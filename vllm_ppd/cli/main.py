@@ -12,50 +12,42 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from vllm_ppd import __version__
 from vllm_ppd.cli.engines import EngineFailedError
 
-
-@dataclass(frozen=True)
-class Command:
-    """The help of a subcommand that is not imported."""
-
-    summary: str
-    example: str
-
-
+# Summary and example of each subcommand, for its help.
 COMMANDS = {
-    "demo": Command(
+    "demo": (
         "compare a model with and without PPD, side by side",
         "vllm-ppd demo --max-tokens 200",
     ),
-    "inspect": Command(
+    "inspect": (
         "show the contents of a prompt-token folder and check that it fits a model",
         "vllm-ppd inspect trained_prompts/demo --model demo_model/model",
     ),
-    "train": Command(
+    "train": (
         "train prompt tokens for a model",
         "vllm-ppd train --model MODEL --data TEXTS.jsonl --out PATH --minutes 15",
     ),
-    "calibrate": Command(
+    "calibrate": (
         "measure the acceptance of prompt tokens and search the trees to serve",
         "vllm-ppd calibrate PATH --model MODEL --data HELD_OUT.jsonl",
     ),
-    "verify": Command(
+    "verify": (
         "certify on this machine that a model answers with PPD as it does without",
         "vllm-ppd verify MODEL PATH --out certificate.json",
     ),
-    "profile": Command(
+    "profile": (
         "measure how long decode steps of a model take on this machine",
         "vllm-ppd profile MODEL PATH --out profile.json",
     ),
-    "tree": Command(
+    "tree": (
         "show the trees that prompt tokens are served with, and their expected speed",
         "vllm-ppd tree trained_prompts/demo",
     ),
-    "convert": Command(
+    "convert": (
         "convert prompt tokens from the paper authors' PEFT layout, or into it",
         "vllm-ppd convert hmarkc/ppd-vicuna-7b-v1.3 PATH --model lmsys/vicuna-7b-v1.3",
     ),
@@ -66,7 +58,7 @@ INTERRUPTED = 130  # what shells report for a command that Ctrl-C ended
 
 def _parser(selected: str | None) -> argparse.ArgumentParser:
     """The whole command line, with the arguments of the selected subcommand only."""
-    examples = "\n".join(f"  {command.example}" for command in COMMANDS.values())
+    examples = "\n".join(f"  {example}" for _, example in COMMANDS.values())
     parser = argparse.ArgumentParser(
         prog="vllm-ppd",
         description="Parallel Prompt Decoding (PPD): speculative decoding for vLLM "
@@ -80,26 +72,21 @@ def _parser(selected: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action="version", version=f"vllm-ppd {__version__}"
     )
-    parser.add_argument(
-        "--debug", action="store_true", help="Show the traceback of an error."
-    )
+    debug: dict[str, Any] = {"action": "store_true"}
+    debug["help"] = "Show the traceback of an error."
+    parser.add_argument("--debug", **debug)
     subparsers = parser.add_subparsers(
         title="commands", dest="command", metavar="COMMAND"
     )
-    for name, command in COMMANDS.items():
+    for name, (summary, example) in COMMANDS.items():
         subparser = subparsers.add_parser(
             name,
-            help=command.summary,
-            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-            epilog=f"example: {command.example}",
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example: {example}",
         )
         # SUPPRESS keeps a --debug given before the subcommand.
-        subparser.add_argument(
-            "--debug",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="Show the traceback of an error.",
-        )
+        subparser.add_argument("--debug", default=argparse.SUPPRESS, **debug)
         if name == selected:
             module = importlib.import_module(f"vllm_ppd.cli.{name}")
             module.add_arguments(subparser)
@@ -114,14 +101,13 @@ def _run(argv: Sequence[str]) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    debug = args.debug
     try:
         return args.run(args)
     except BrokenPipeError:
         raise
     # An OSError that no command foresees says which file it is about.
     except (ValueError, OSError, EngineFailedError) as error:
-        if debug:
+        if args.debug:
             traceback.print_exc()
         print(f"vllm-ppd {args.command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

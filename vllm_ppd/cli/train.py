@@ -87,14 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "every line, plain text files, or Hugging Face data sets (a folder or a hub "
         "id, as NAME:CONFIGURATION@SPLIT).",
     )
-    add(
-        "--held-out",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="Text to measure accuracy on (default: the end of the training text).",
-    )
-
+    text = "Text to measure accuracy on (default: the end of the training text)."
+    add("--held-out", nargs="+", default=[], metavar="TEXT", help=text)
     add(
         "--self-distill",
         metavar="PROMPTS",
@@ -108,16 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--out", required=True, help="Folder for the prompt tokens.")
-    add(
-        "--resume",
-        action="store_true",
-        help="Continue from the checkpoint in the output folder, if it has one.",
-    )
-    add(
-        "--overwrite",
-        action="store_true",
-        help="Replace the prompt tokens or the checkpoint in the output folder.",
-    )
+    text = "Continue from the checkpoint in the output folder, if it has one."
+    add("--resume", action="store_true", help=text)
+    text = "Replace the prompt tokens or the checkpoint in the output folder."
+    add("--overwrite", action="store_true", help=text)
 
     for title, texts in _TEXTS.items():
         group = parser.add_argument_group(title)
