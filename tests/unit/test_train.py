@@ -240,7 +240,7 @@ def test_command(place, capsys) -> None:
 
 def test_a_stopped_command_says_how_to_go_on(place, capsys, monkeypatch) -> None:
     def stop(self, *args):
-        self._ask_to_stop()
+        self._stop.set()
         return 0.0, 1, None
 
     monkeypatch.setattr(Trainer, "_train_step", stop)

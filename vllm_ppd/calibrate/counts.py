@@ -68,15 +68,6 @@ class NgramMatches:
                     wrong_token[index, root] = draft[wrong[0]]
         return cls(tokens, match_class, right, wrong_token, first, end)
 
-    def wrong_drafts(self, rows: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """[V, m] of points: the n-gram draft's wrong token after right ones, else -1.
-
-        rows [V], target [V, m]: text, and rows p + d of it.
-        """
-        roots = target[:, 0]
-        at_wrong = np.arange(target.shape[1]) == self.right[rows, roots][:, None]
-        return np.where(at_wrong, self.wrong_token[rows, roots][:, None], -1)
-
 
 class AcceptanceCounts:
     """Collects insertion points batch by batch, then settles the acceptance model.
@@ -123,7 +114,11 @@ class AcceptanceCounts:
         matches, roots, logits = self._matches, target[:, 0], logits.cpu()
         parents = matches.tokens[sequence[:, None], target]
         truth = matches.tokens[sequence[:, None], target + 1]
-        left_out = matches.wrong_drafts(sequence, target)
+        right = matches.right[sequence, roots]
+        wrong = matches.wrong_token[sequence, roots]
+        # [V, m] the n-gram draft's wrong token after right ones, else -1.
+        at_wrong = np.arange(target.shape[1]) == right[:, None]
+        left_out = np.where(at_wrong, wrong[:, None], -1)
         prompted = self._ranks(logits, parents, truth)
         beside = np.full_like(prompted, self.num_ranks)
         failed = left_out >= 0
@@ -139,8 +134,6 @@ class AcceptanceCounts:
         last, first = matches.end - self._num_prompt_tokens, matches.first
         inside = then < last[sequence, None]
         then = np.where(inside, then, first[sequence, None])
-        right = matches.right[sequence, roots]
-        wrong = matches.wrong_token[sequence, roots]
         # The token before the wrong one is right; behind a text there is none.
         last_right = np.minimum(roots + right, matches.tokens.shape[1] - 2)
         unprompted = self._unprompted(matches.tokens, sequence, last_right, wrong)

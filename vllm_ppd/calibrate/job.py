@@ -9,12 +9,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vllm_ppd.calibrate.counts import AcceptanceCounts, count_bigrams
-from vllm_ppd.calibrate.measure import Measurement, measure
+from vllm_ppd.calibrate.measure import measure
 from vllm_ppd.calibrate.settings import CalibrationSettings
 from vllm_ppd.files import explained
 from vllm_ppd.hub import resolve_path
@@ -115,7 +114,12 @@ class CalibrationJob:
             ).hexdigest(),
             "data_sha256": hashes,
             "bigram": table is not None,
-            **_record(measured, settings),
+            "points": measured.num_points,
+            "prompts": measured.num_prompts,
+            "effective_points": [round(n, 1) for n in measured.effective_points()],
+            "top1_half_width_95": measured.half_widths(),
+            "settings": dataclasses.asdict(settings),
+            "versions": versions("torch", "transformers"),
             "device": model.device.type,
             "seconds": round(time.monotonic() - begun, 1),
         }
@@ -181,15 +185,3 @@ class CalibrationJob:
                 quiet=self.quiet,
             )
         return stream, hashes
-
-
-def _record(measured: Measurement, settings: CalibrationSettings) -> dict[str, Any]:
-    """Everything about a measurement besides its rates, as JSON."""
-    return {
-        "points": measured.num_points,
-        "prompts": measured.num_prompts,
-        "effective_points": [round(n, 1) for n in measured.effective_points()],
-        "top1_half_width_95": measured.half_widths(),
-        "settings": dataclasses.asdict(settings),
-        "versions": versions("torch", "transformers"),
-    }

@@ -118,47 +118,35 @@ def measure(
             continuation = continue_prompts(
                 model, prompts, settings.continuation, settings.temperature, generator
             )
-            insertion = _insertion(continuation, embeddings, settings, generator)
-            if insertion is not None:
-                batch = _measure_batch(
-                    model, embeddings, continuation, insertion, counts
-                )
-                ranks.append(batch.ranks)
-                owners.append(batch.prompt + prompts_done)
-                done += batch.num_points
-                bar.update(min(batch.num_points, bar.total - bar.n))
-            prompts_done += part.numel()
+            first, prompts_done = prompts_done, prompts_done + part.numel()
+            written = continuation.written.cpu()
+            # Points p with p .. p + m + 1 in the model's own words: sample_insertion
+            # looks at p .. p + m, and the last true token is one further.
+            allowed = written[:, :-1] & written[:, 1:]
+            if allowed.shape[1] <= m:
+                continue
+            insertion = sample_insertion(
+                allowed,
+                settings.points_per_prompt,
+                m,
+                embeddings.shape[1],
+                generator,
+                # Neighbours show where decoding steps begin.
+                in_a_row=True,
+            )
+            if not bool(insertion.valid.any()):
+                continue
+            batch = _measure_batch(model, embeddings, continuation, insertion, counts)
+            ranks.append(batch.ranks)
+            owners.append(batch.prompt + first)
+            done += batch.num_points
+            bar.update(min(batch.num_points, bar.total - bar.n))
     if done == 0:
         raise TrainingError(
             f"after none of {prompts_done} prompts does the model write {m + 2} tokens "
             "before it ends its text; use other text or a higher temperature"
         )
     return Measurement(torch.cat(ranks), torch.cat(owners))
-
-
-def _insertion(
-    continuation: Continuation,
-    embeddings: torch.Tensor,
-    settings: CalibrationSettings,
-    generator: torch.Generator,
-) -> Insertion | None:
-    """Points p with p .. p + m + 1 in the model's own words; None without any."""
-    m, e, _ = embeddings.shape
-    written = continuation.written.cpu()
-    # sample_insertion looks at p .. p + m; the last true token is one further.
-    allowed = written[:, :-1] & written[:, 1:]
-    if allowed.shape[1] <= m:
-        return None
-    insertion = sample_insertion(
-        allowed,
-        settings.points_per_prompt,
-        m,
-        e,
-        generator,
-        # Neighbours show where decoding steps begin.
-        in_a_row=True,
-    )
-    return insertion if bool(insertion.valid.any()) else None
 
 
 def _measure_batch(

@@ -50,13 +50,6 @@ class TokenStream:
         allowed = everywhere if self.allowed is None else self.allowed[index]
         return self.tokens[index].long(), allowed
 
-    def random_starts(
-        self, count: int, length: int, generator: torch.Generator
-    ) -> torch.Tensor:
-        """int64 [count]: uniformly random starts of windows."""
-        last = self.tokens.numel() - length
-        return torch.randint(last + 1, (count,), generator=generator)
-
     def split(self, size: int) -> tuple[TokenStream, TokenStream]:
         """Everything but the last `size` tokens, and those."""
         cut = self.tokens.numel() - size
@@ -213,15 +206,17 @@ class Batch:
 
         Raises TrainingError when the text allows no insertion.
         """
-        generator = torch.Generator().manual_seed(
-            mixed_seed(settings.seed, number, process)
-        )
+        # A seed that is alike on every platform and Python.
+        parts = f"{settings.seed}/{number}/{process}"
+        digest = hashlib.sha256(parts.encode()).digest()
+        seed = int.from_bytes(digest[:8], "little") >> 1
+        generator = torch.Generator().manual_seed(seed)
+        last = stream.tokens.numel() - settings.length
         # In chats a whole batch may be the user's words; draw again then.
         for _ in range(100):
-            ids, allowed = stream.windows(
-                stream.random_starts(settings.batch_size, settings.length, generator),
-                settings.length,
-            )
+            size = (settings.batch_size,)
+            starts = torch.randint(last + 1, size, generator=generator)
+            ids, allowed = stream.windows(starts, settings.length)
             insertions = tuple(
                 sample_insertion(
                     allowed,
@@ -268,9 +263,3 @@ def text_files(
             copy = copy_dataset(name, folder, max_bytes=size, seed=seed, quiet=quiet)
             files.append(copy)
     return files
-
-
-def mixed_seed(*parts: int | str) -> int:
-    """A seed from several numbers or words, alike on every platform and Python."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

@@ -104,38 +104,28 @@ def copy_dataset(
     what = f"the copy of data set {name} cannot be written to {target}"
     with explained(TrainingError, what, "choose another folder"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as file:
-            _write(rows, file, name, max_bytes, quiet)
-    return target
-
-
-def _write(
-    rows: Iterator[Mapping[str, Any]],
-    file: Any,
-    name: DatasetName,
-    max_bytes: int,
-    quiet: bool,
-) -> None:
-    written = 0
-    with tqdm(desc=f"reading {name}", unit="B", unit_scale=True, disable=quiet) as bar:
-        for number, row in enumerate(rows, start=1):
-            content = content_of(row)
-            if content is None:
+        bar = tqdm(desc=f"reading {name}", unit="B", unit_scale=True, disable=quiet)
+        with replacing(target) as file, bar:
+            written = 0
+            for number, row in enumerate(rows, start=1):
+                content = content_of(row)
+                if content is None:
+                    raise TrainingError(
+                        f"row {number} of data set {name} has the columns {list(row)}; "
+                        'expected "text", "messages", "conversations" or "prompt"'
+                    )
+                key = "text" if isinstance(content, str) else "messages"
+                line = json.dumps({key: content}, ensure_ascii=False).encode() + b"\n"
+                file.write(line)
+                bar.update(len(line))
+                written += len(line)
+                if written >= max_bytes:
+                    break
+            if not written:
                 raise TrainingError(
-                    f"row {number} of data set {name} has the columns {list(row)}; "
-                    'expected "text", "messages", "conversations" or "prompt"'
+                    f"data set {name} has no rows; expected at least one document"
                 )
-            key = "text" if isinstance(content, str) else "messages"
-            line = json.dumps({key: content}, ensure_ascii=False).encode() + b"\n"
-            file.write(line)
-            bar.update(len(line))
-            written += len(line)
-            if written >= max_bytes:
-                break
-    if not written:
-        raise TrainingError(
-            f"data set {name} has no rows; expected at least one document"
-        )
+    return target
 
 
 def _rows(datasets: Any, name: DatasetName, seed: int) -> Iterator[Mapping[str, Any]]:

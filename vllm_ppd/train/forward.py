@@ -47,8 +47,13 @@ def insertion_loss(
         tokens=following[sequence, target + 1],
     )
     if with_greedy:
-        agrees = _agrees(model, ordinary.hidden, ids, chunk_elements)
-        # Prediction i is on the path when the model agrees at p .. p + i - 1.
+        # Prediction i is on the path when the model's argmax at p .. p + i - 1 is the
+        # token after each.
+        chunk = max(1, chunk_elements // model.vocab_size)
+        parts = ordinary.hidden[:, :-1].flatten(0, 1).split(chunk)
+        with torch.no_grad():
+            best = torch.cat([model.logits(part).argmax(dim=-1) for part in parts])
+        agrees = best.view(ids.shape[0], -1) == ids[:, 1:]
         on_path = agrees[sequence, target - 1].long().cumprod(dim=1).bool()
         targets = Targets(targets.hidden, targets.tokens, on_path)
     rows = model.prompt_rows(embeddings, insertion, ordinary)
@@ -138,14 +143,3 @@ def evaluate(
             assert batch is not None  # asked for
             scores += batch
     return scores, done
-
-
-@torch.no_grad()
-def _agrees(
-    model: FrozenModel, hidden: torch.Tensor, ids: torch.Tensor, chunk_elements: int
-) -> torch.Tensor:
-    """bool [batch, T - 1]: the model's argmax at t is the token at t + 1."""
-    rows = hidden[:, :-1].flatten(0, 1)
-    chunk = max(1, chunk_elements // model.vocab_size)
-    best = torch.cat([model.logits(part).argmax(dim=-1) for part in rows.split(chunk)])
-    return best.view(ids.shape[0], -1) == ids[:, 1:]

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 
 from vllm_ppd.files import explained, write_json
 from vllm_ppd.hub import resolve_path
-from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens, check_destination
 from vllm_ppd.train.data import (
     DATA_FOLDER,
@@ -72,7 +71,10 @@ class TrainJob:
         accelerator = Accelerator(cpu=self.cpu)
         quiet = self.quiet or not accelerator.is_main_process
         base, model_folder = located_model(self.model, self.model_name)
-        init = self._init(base)
+        init: str | PromptTokens = self.settings.init
+        if self.settings.init not in INITS:
+            init = PromptTokens.load(resolve_path(self.settings.init))
+            init.check_against(base)
         # Texts first: a missing file should not cost a model's loading.
         with accelerator.local_main_process_first():
             files, held_out_files = self._files(quiet)
@@ -136,8 +138,22 @@ class TrainJob:
         )
         result = trainer.run(initial, resume=self.resume)
         if accelerator.is_main_process:
-            tokens = train_stream.tokens.numel()
-            record = self._record(run_id, result, tokens, accelerator)
+            record = {
+                "format_version": RECORD_VERSION,
+                **run_id,
+                "train_tokens": train_stream.tokens.numel(),
+                "trainable_parameters": result.table.numel(),
+                "steps": result.steps,
+                "seconds": round(result.seconds, 1),
+                "positions": result.positions,
+                "positions_per_second": round(result.positions_per_second, 1),
+                "device": accelerator.device.type,
+                "versions": versions(
+                    "torch", "transformers", "accelerate", "safetensors"
+                ),
+                "held_out": result.history[-1],
+                "history": result.history,
+            }
             self._write(PromptTokens(result.table, base), record)
         return result
 
@@ -176,13 +192,6 @@ class TrainJob:
             # Last: until all is written, the run can be continued.
             (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
 
-    def _init(self, base: BaseModelFingerprint) -> str | PromptTokens:
-        if self.settings.init in INITS:
-            return self.settings.init
-        prompts = PromptTokens.load(resolve_path(self.settings.init))
-        prompts.check_against(base)
-        return prompts
-
     def _read(
         self, files: Sequence[Path], tokenizer: Any, least_tokens: int, quiet: bool
     ) -> TokenStream:
@@ -194,25 +203,3 @@ class TrainJob:
             seed=self.settings.seed,
             quiet=quiet,
         )
-
-    def _record(
-        self,
-        run_id: dict[str, Any],
-        result: Result,
-        tokens: int,
-        accelerator: Accelerator,
-    ) -> dict[str, Any]:
-        return {
-            "format_version": RECORD_VERSION,
-            **run_id,
-            "train_tokens": tokens,
-            "trainable_parameters": result.table.numel(),
-            "steps": result.steps,
-            "seconds": round(result.seconds, 1),
-            "positions": result.positions,
-            "positions_per_second": round(result.positions_per_second, 1),
-            "device": accelerator.device.type,
-            "versions": versions("torch", "transformers", "accelerate", "safetensors"),
-            "held_out": result.history[-1],
-            "history": result.history,
-        }

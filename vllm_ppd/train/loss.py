@@ -61,12 +61,16 @@ def prompt_loss(
     tokens, on_path = targets.tokens, targets.on_path
     if on_path is None:
         on_path = torch.zeros_like(tokens, dtype=torch.bool)
+    counted = torch.ones_like(tokens) if kind == "kl" else (tokens != NO_TOKEN)
+    powers = alpha ** torch.arange(distances, device=tokens.device)
+    # Distance i counts alpha^(i-1), over the number of points that count.
+    weight = counted.float() * powers / counted.sum(dim=0).clamp(min=1)
     rows = _Rows(
         target=targets.hidden.detach().flatten(0, 1),
         token=tokens.flatten(),
         on_path=on_path.flatten(),
         distance=torch.arange(distances, device=tokens.device).repeat(count),
-        weight=_weights(tokens, alpha, kind).flatten(),
+        weight=weight.flatten(),
         head=head,
         kind=kind,
         scores=Scores.zeros(distances) if with_scores else None,
@@ -76,14 +80,6 @@ def prompt_loss(
     chunk = max(1, chunk_elements // (vocabulary * ept))
     loss = _ChunkedLoss.apply(prompt_hidden.flatten(0, 1), rows, chunk)
     return loss, rows.scores
-
-
-def _weights(tokens: torch.Tensor, alpha: float, kind: LossKind) -> torch.Tensor:
-    """float32 [V, m]: alpha^(i-1) over the number of points that count."""
-    counted = torch.ones_like(tokens) if kind == "kl" else (tokens != NO_TOKEN)
-    powers = alpha ** torch.arange(tokens.shape[1], device=tokens.device)
-    per_distance = counted.sum(dim=0).clamp(min=1)
-    return counted.float() * powers / per_distance
 
 
 @dataclass

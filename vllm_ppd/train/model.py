@@ -102,10 +102,6 @@ class FrozenModel:
         return self.model.get_input_embeddings().weight.shape[0]
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @property
     def device(self) -> torch.device:
         return self.model.device
 
@@ -146,37 +142,28 @@ class FrozenModel:
         batch, points = insertion.points.shape
         # Repeated before the cast: gradients of all points then add up in float32.
         rows = embeddings.float().flatten(0, 1).repeat(points, 1)
-        rows = rows.expand(batch, -1, -1).to(self.dtype)
+        rows = rows.expand(batch, -1, -1).to(self.model.dtype)
+        # transformers leaves four-dimensional masks as they are; additive ones suit the
+        # eager and the sdpa attention alike.
+        allowed = insertion.mask()
+        mask = torch.zeros(allowed.shape, dtype=rows.dtype, device=self.device)
         output = self.model.base_model(
             inputs_embeds=rows,
-            attention_mask=self._prompt_mask(insertion),
+            attention_mask=mask.masked_fill_(~allowed, torch.finfo(rows.dtype).min),
             position_ids=insertion.position_ids(),
             past_key_values=ordinary.cache,
             use_cache=True,
         )
         return output.last_hidden_state
 
-    def _prompt_mask(self, insertion: Insertion) -> torch.Tensor:
-        # transformers leaves four-dimensional masks as they are.
-        allowed = insertion.mask()
-        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
-        # Additive masks suit the eager and the sdpa attention alike.
-        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
-
     def _check_length(self, length: int | None) -> None:
-        limits = {
-            "max_position_embeddings": "positions",
-            "sliding_window": "tokens of sliding attention window",
-        }
+        limits = {"max_position_embeddings": "positions"}
+        # Qwen keeps a sliding_window in its config with the feature off.
+        if getattr(self.config, "use_sliding_window", True):
+            limits["sliding_window"] = "tokens of sliding attention window"
         for key, unit in limits.items():
             limit = getattr(self.config, key, None)
-            # Qwen keeps a sliding_window in its config with the feature off.
-            off = key == "sliding_window" and not getattr(
-                self.config, "use_sliding_window", True
-            )
-            if length is None or not isinstance(limit, int) or off:
-                continue
-            if length > limit:
+            if length is not None and isinstance(limit, int) and length > limit:
                 raise TrainingError(
                     f"length {length} exceeds the model's {limit} {unit}; "
                     f"expected at most {limit}: lower the length"

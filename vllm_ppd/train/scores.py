@@ -47,16 +47,12 @@ class Scores:
 
     def summary(self) -> dict[str, list[float]]:
         """Means per distance 1..m: KL in nats, accuracies in 0..1; 0 without data."""
-        groups = {"points": ("kl", "model"), "labelled": ("true",)}
-        groups["greedy"] = ("greedy",)
-        means: dict[str, list[float]] = {}
-        for total, names in groups.items():
-            count = getattr(self, total).clamp(min=1).double()
-            for name in names:
-                keys = ["kl"] if name == "kl" else [f"{name}_top1", f"{name}_top10"]
-                for key in keys:
-                    means[key] = (getattr(self, key) / count).tolist()
-        return means
+        totals = {"model": self.points, "true": self.labelled, "greedy": self.greedy}
+        means = {"kl": self.kl / self.points.clamp(min=1)}
+        for name, total in totals.items():
+            for key in (f"{name}_top1", f"{name}_top10"):
+                means[key] = getattr(self, key) / total.clamp(min=1).double()
+        return {key: mean.tolist() for key, mean in means.items()}
 
 
 @torch.no_grad()

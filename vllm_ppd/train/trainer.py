@@ -10,6 +10,7 @@ its checkpoint, also in the middle of a batch, therefore equals the undisturbed 
 from __future__ import annotations
 
 import math
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,7 @@ class Trainer:
     run_id: dict[str, Any]
     schedule: Schedule = field(default_factory=Schedule)
     quiet: bool = False
+    """Say nothing, as all processes but the main one should."""
 
     def __post_init__(self) -> None:
         self._step = 0
@@ -96,7 +98,7 @@ class Trainer:
         # Of the longest evaluation of this start.
         self._evaluation_seconds = 0.0
         self._pass: tuple[int, Batch, OrdinaryRows] | None = None
-        self._stop = False
+        self._stop = threading.Event()
 
     @property
     def checkpoint_path(self) -> Path:
@@ -123,7 +125,7 @@ class Trainer:
         if saved is not None:
             self._restore(saved)
         module, wrapped = self.accelerator.prepare(self._table, self._optimiser)
-        with stopping_signals(self._ask_to_stop):
+        with stopping_signals(self._stop.set):
             return self._loop(module, wrapped)
 
     def _loop(self, module: Any, optimiser: Any) -> Result:
@@ -217,8 +219,9 @@ class Trainer:
             # The first step has no speed to go by, but is a step.
             steps = max(1.0, self._steps_here / self._busy * self._budget)
             progress = self._elapsed / self._budget
-        progress, steps, stop = self._agreed([progress, steps, self._stop])
-        return float(progress), float(steps), bool(stop)
+        stop = self._stop.is_set()
+        progress, steps, stop = self._agreed([progress, steps, stop])
+        return float(progress), float(steps), stop
 
     @property
     def _budget(self) -> float:
@@ -245,7 +248,7 @@ class Trainer:
             # The first evaluation decides how much text all of them take.
             limit=self._history[0]["sequences"] if self._history else None,
             seconds=math.inf if self._history else share,
-            quiet=self._hidden,
+            quiet=self.quiet,
         )
         seconds = max(self._evaluation_seconds, time.monotonic() - begun)
         seconds, sequences = self._agreed([seconds, sequences])
@@ -306,15 +309,8 @@ class Trainer:
         self._history = list(saved.history)
         self._say(f"continuing after step {saved.step}")
 
-    def _ask_to_stop(self) -> None:
-        self._stop = True
-
-    @property
-    def _hidden(self) -> bool:
-        return self.quiet or not self.accelerator.is_main_process
-
     def _say(self, sentence: str) -> None:
-        if not self._hidden:
+        if not self.quiet:
             tqdm.write(sentence)
 
     def _bar(self) -> tqdm:
@@ -325,7 +321,7 @@ class Trainer:
             initial=int(self._elapsed) if timed else self._step,
             unit="s" if timed else "step",
             desc="training",
-            disable=self._hidden,
+            disable=self.quiet,
             dynamic_ncols=True,
         )
 
