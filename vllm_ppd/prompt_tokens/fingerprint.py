@@ -29,23 +29,10 @@ _EMBEDDING_NAMES = (
 )
 _MAX_HASHED_ROWS = 256
 _EXPECTED = "expected a Hugging Face model folder"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class PromptTokensError(ValueError):
     """Prompt tokens, or a base model, that cannot be read, written or used together."""
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
 @dataclass(frozen=True)
@@ -70,16 +57,17 @@ class BaseModelFingerprint:
     """See `embedding_sha256`; None when the folder has no readable safetensors."""
 
     def __post_init__(self) -> None:
-        for field, fits, expected in (
-            ("name", _is_name, "a name"),
-            ("architecture", _is_name, "a name or null"),
-            ("hidden_size", _is_size, "a positive integer"),
-            ("vocab_size", _is_size, "a positive integer or null"),
-            ("revision", _is_name, "a name or null"),
-            ("embedding_sha256", _is_digest, "64 hexadecimal digits or null"),
+        for field, kind, pattern, expected in (
+            ("name", str, "(?s).+", "a name"),
+            ("architecture", str, "(?s).+", "a name or null"),
+            ("hidden_size", int, "[1-9][0-9]*", "a positive integer"),
+            ("vocab_size", int, "[1-9][0-9]*", "a positive integer or null"),
+            ("revision", str, "(?s).+", "a name or null"),
+            ("embedding_sha256", str, "[0-9a-f]{64}", "64 hexadecimal digits or null"),
         ):
             value = getattr(self, field)
-            if not (fits(value) or (value is None and "null" in expected)):
+            fits = isinstance(value, kind) and re.fullmatch(pattern, str(value))
+            if not (fits or (value is None and "null" in expected)):
                 raise PromptTokensError(
                     f"{field} of the base model is {value!r}; expected {expected}"
                 )
@@ -101,11 +89,15 @@ class BaseModelFingerprint:
         """
         folder = Path(path)
         config = _read_config(folder)
-        text = _text_config(config)
+        text, nested = config, config.get("text_config")
+        # Multimodal checkpoints keep the language model's sizes one level down.
+        if "hidden_size" not in config and isinstance(nested, dict):
+            text = nested
         hidden_size = _first_int(folder, text, ("hidden_size", "n_embd", "d_model"))
         vocab_size = _first_int(folder, text, ("vocab_size",))
         names = config.get("architectures")
-        if not (isinstance(names, list) and names and _is_name(names[0])):
+        architecture = names[0] if isinstance(names, list) and names else None
+        if not (isinstance(architecture, str) and architecture):
             raise PromptTokensError(
                 f"{folder / 'config.json'} names no architecture "
                 f"(architectures is {names!r}); is it a model's folder?"
@@ -113,7 +105,7 @@ class BaseModelFingerprint:
         return cls(
             name=name or folder.resolve().name,
             revision=revision,
-            architecture=names[0],
+            architecture=architecture,
             hidden_size=hidden_size,
             vocab_size=vocab_size,
             embedding_sha256=_hash_embedding(folder, hidden_size, vocab_size),
@@ -153,14 +145,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise PromptTokensError(f"{str(folder)!r} has no config.json; {_EXPECTED}")
     return read_object(path, "the model's configuration", _EXPECTED)
-
-
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    # Multimodal checkpoints keep the language model's sizes one level down.
-    nested = config.get("text_config")
-    if "hidden_size" not in config and isinstance(nested, dict):
-        return nested
-    return config
 
 
 def _first_int(folder: Path, config: dict[str, Any], keys: tuple[str, ...]) -> int:

@@ -67,7 +67,14 @@ def read_checkpoint(folder: Path) -> tuple[torch.Tensor, str | None]:
             that parallel prompt decoding does not have.
     """
     path = folder / ADAPTER_CONFIG
-    config = _read_config(path)
+    config = read_object(path, "the adapter's configuration", "restore the file")
+    # The authors' loader removes peft_type from the file it reads.
+    kind = config.get("peft_type", _PEFT_TYPE)
+    if kind != _PEFT_TYPE:
+        raise PromptTokensError(
+            f"{path} describes a {kind} adapter; expected prompt tokens "
+            f"(peft_type {_PEFT_TYPE})"
+        )
     m = _positive_int(path, config, "num_special_tokens")
     e = _positive_int(path, config, "virtual_tokens_per_special_token")
     _check_variant(path, config, m, e)
@@ -121,18 +128,6 @@ def write_checkpoint(folder: Path, embeddings: torch.Tensor, base_model: str) ->
     write_json(folder / ADAPTER_CONFIG, config)
     # An earlier checkpoint's, which this one's file would only hide.
     (folder / WEIGHTS_FILES[1]).unlink(missing_ok=True)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_object(path, "the adapter's configuration", "restore the file")
-    # The authors' loader removes peft_type from the file it reads.
-    kind = config.get("peft_type", _PEFT_TYPE)
-    if kind != _PEFT_TYPE:
-        raise PromptTokensError(
-            f"{path} describes a {kind} adapter; expected prompt tokens "
-            f"(peft_type {_PEFT_TYPE})"
-        )
-    return config
 
 
 def _positive_int(path: Path, config: dict[str, Any], key: str) -> int:

@@ -15,7 +15,6 @@ import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -318,21 +317,17 @@ def _read_config(folder: Path) -> tuple[tuple[int, ...], BaseModelFingerprint]:
         keys=(*_SIZES, "base_model"),
         remedy=_REMEDY,
     )
+    base = config["base_model"]
     try:
-        return _checked(config)
+        if not isinstance(base, dict):
+            raise PromptTokensError(f"base_model is {base!r}; expected an object")
+        check_keys(base, _BASE_KEYS)
+        for key in ("architecture", "vocab_size"):
+            if base[key] is None:
+                raise PromptTokensError(f"{key} of the base model is null")
+        return tuple(config[key] for key in _SIZES), BaseModelFingerprint(**base)
     except ValueError as error:
         raise PromptTokensError(f"{path}: {error}; {_REMEDY}") from error
-
-
-def _checked(config: dict[str, Any]) -> tuple[tuple[int, ...], BaseModelFingerprint]:
-    base = config["base_model"]
-    if not isinstance(base, dict):
-        raise PromptTokensError(f"base_model is {base!r}; expected an object")
-    check_keys(base, _BASE_KEYS)
-    for key in ("architecture", "vocab_size"):
-        if base[key] is None:
-            raise PromptTokensError(f"{key} of the base model is null")
-    return tuple(config[key] for key in _SIZES), BaseModelFingerprint(**base)
 
 
 def _read_embeddings(path: Path) -> torch.Tensor:

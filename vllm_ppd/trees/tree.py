@@ -27,6 +27,7 @@ FORMAT = "ppd_tree_policy"
 FORMAT_VERSION = 1
 # vLLM's own limit for draft tokens of one request in one step, plus the root.
 MAX_ROWS = 129
+_TREE_KEYS = ("parents", "ranks", "prompts")
 
 
 class TreeError(ValueError):
@@ -55,7 +56,7 @@ class SparseTree:
     num_ept: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("parents", "ranks", "prompts"):
+        for name in _TREE_KEYS:
             object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
         count = len(self.parents)
         if len(self.ranks) != count or len(self.prompts) != count + 1:
@@ -178,11 +179,7 @@ class SparseTree:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without `num_ept`."""
-        return {
-            "parents": list(self.parents),
-            "ranks": list(self.ranks),
-            "prompts": list(self.prompts),
-        }
+        return {name: list(getattr(self, name)) for name in _TREE_KEYS}
 
 
 def chain_tree(length: int, prompts: Sequence[int], num_ept: int = 1) -> SparseTree:
@@ -261,7 +258,7 @@ class TreePolicy:
         trees = []
         for num_prompted, tree in enumerate(content["trees"]):
             try:
-                check_keys(tree, ("parents", "ranks", "prompts"))
+                check_keys(tree, _TREE_KEYS)
                 trees.append(SparseTree(**tree, num_ept=content["num_ept"]))
             except (TypeError, ValueError, OverflowError) as error:
                 raise TreeError(f"tree {num_prompted}: {error}") from error
