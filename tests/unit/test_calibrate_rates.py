@@ -1,7 +1,9 @@
 """What a calibration counts, against lists and walks made one by one."""
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -44,12 +46,7 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
     target = torch.tensor([[p + d for d in range(1, M + 1)] for _, p in places])
     logits = torch.from_numpy(rng.normal(size=(len(places) * M, VOCABULARY)) * 2)
     counts = AcceptanceCounts(M, K, table)
-    taken = {}
-
-    def settled(points, *limits):
-        taken.update(points=points)
-        return rates_module.settled_acceptance(points, *limits)
-
+    settled = Mock(wraps=rates_module.settled_acceptance)
     monkeypatch.setattr(counts_module, "settled_acceptance", settled)
     counts.begin(Continuation(torch.from_numpy(tokens), written, None))
     # A run in any order, and in pieces.
@@ -62,7 +59,7 @@ def test_every_list_is_looked_through(with_table, monkeypatch):
     assert (acceptance.marginal == marginal).all()
     assert set(weights) <= set(WEIGHTS) and (with_table or weights == (0.0, 0.0))
     assert bool(acceptance.unprompted.any()) == with_table
-    points = taken["points"]
+    points = settled.call_args.args[0]
     bigram = BigramTensors.of(table) if table else None
     matched = 0
     for index, (s, p) in enumerate(places):
@@ -182,14 +179,8 @@ def step_of(points: StepPoints, at: int, end: int, num_prompted: int, trees):
 
 
 def runs_of(points: StepPoints):
-    begin = 0
-    for index in range(1, len(points.root) + 1):
-        if index == len(points.root) or (
-            points.text[index] != points.text[index - 1]
-            or points.root[index] != points.root[index - 1] + 1
-        ):
-            yield begin, index
-            begin = index
+    ended = (np.diff(points.text) != 0) | (np.diff(points.root) != 1)
+    return pairwise([0, *np.flatnonzero(ended) + 1, len(points.root)])
 
 
 def walked(points: StepPoints, trees):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,35 +83,26 @@ def test_what_is_a_data_set(tmp_path: Path, monkeypatch) -> None:
         assert DatasetName.parse(text) is None, text
 
 
-def test_a_copy_holds_the_rows(library, tmp_path: Path) -> None:
+def test_a_copy_holds_the_rows_and_is_made_once(library, tmp_path: Path) -> None:
     name = DatasetName.parse("org/text:small@part")
     assert name is not None
-    file = copy_dataset(name, tmp_path / "data", max_bytes=1 << 20, seed=3)
+    how: Any = {"folder": tmp_path / "data", "max_bytes": 1 << 20, "seed": 3}
+    file = copy_dataset(name, **how)
+    assert copy_dataset(name, **how) == file
     assert library.calls == [("org/text", "small", "part", True)]
     texts = [document.read() for document in find_documents(file)]
     assert texts == [row["text"] for row in ROWS[3:] + ROWS[:3]]
     assert os.listdir(tmp_path / "data") == [file.name]
     assert file.name.startswith("org-text-part-")
-
-
-def test_a_copy_is_made_once(library, tmp_path: Path) -> None:
-    first = copy_dataset(NAME, tmp_path, max_bytes=1 << 20)
-    assert copy_dataset(NAME, tmp_path, max_bytes=1 << 20) == first
-    assert len(library.calls) == 1
-    others = {
-        copy_dataset(NAME, tmp_path, max_bytes=1 << 20, seed=1),
-        copy_dataset(NAME, tmp_path, max_bytes=100),
-        copy_dataset(dataclasses.replace(NAME, split="x"), tmp_path, max_bytes=100),
-    }
-    assert len(others | {first}) == 4
+    changes: Any = {"seed": 1}, {"max_bytes": 100}
+    others = {copy_dataset(name, **how | each) for each in changes}
+    others.add(copy_dataset(dataclasses.replace(name, split="x"), **how))
+    assert len(others | {file}) == 4
 
 
 def test_only_what_is_read_is_fetched(library, tmp_path: Path) -> None:
-    def endless():
-        while True:
-            yield from ROWS
-
-    library.rows = types.SimpleNamespace(shuffle=lambda seed: endless())
+    endless = itertools.cycle(ROWS)
+    library.rows = types.SimpleNamespace(shuffle=lambda seed: endless)
     file = copy_dataset(NAME, tmp_path, max_bytes=1000)
     assert 1000 <= file.stat().st_size < 1100
 
