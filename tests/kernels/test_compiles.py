@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -57,10 +58,8 @@ def test_triton_kernels_compile(tmp_path):
 def test_without_a_compiler_one_warning_and_none(monkeypatch, caplog):
     from torch._inductor.codecache import CppCodeCache
 
-    def fail(*args, **kwargs):
-        raise RuntimeError("No working C++ compiler found\nmore lines")
-
-    monkeypatch.setattr(CppCodeCache, "load", fail)
+    error = RuntimeError("No working C++ compiler found\nmore lines")
+    monkeypatch.setattr(CppCodeCache, "load", Mock(side_effect=error))
     with caplog.at_level(logging.WARNING):
         assert build.load_library.__wrapped__() is None
     (record,) = caplog.records

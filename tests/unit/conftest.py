@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -55,10 +56,7 @@ def prompts_folder(model_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it, and from then on nothing can be written."""
-
-    def fsync(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
+    fsync = Mock(side_effect=OSError(28, "No space left on device"))
     return lambda: monkeypatch.setattr(os, "fsync", fsync)
 
 

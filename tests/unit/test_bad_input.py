@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -249,13 +250,9 @@ def reading(place: Place, patch: pytest.MonkeyPatch, heading: str, given: Any) -
 
 @pytest.fixture
 def place(tmp_path, model_folder, data, prompts_folder, monkeypatch) -> Place:
-    def no_engine(*_: Any, **__: Any) -> None:
-        raise AssertionError("an engine starts")
-
-    def offline(*_: Any, **__: Any) -> None:
-        raise ConnectionError("no route to host\nsecond line")
-
-    monkeypatch.setattr(EngineProcess, "__init__", no_engine)
+    started = Mock(side_effect=AssertionError("an engine starts"))
+    offline = Mock(side_effect=ConnectionError("no route to host\nsecond line"))
+    monkeypatch.setattr(EngineProcess, "__init__", started)
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     return Place(tmp_path, model_folder, data, prompts_folder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -99,10 +100,7 @@ def test_a_failed_write_leaves_earlier_files(calibrate, prompts_folder, monkeypa
     for name in FILES:
         (prompts_folder / name).write_text("precious")
     before = sorted(p.name for p in prompts_folder.iterdir())
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     # The last of the three files is not written.
     monkeypatch.setattr(calibration_job, "save_menus", full)
     with pytest.raises(TrainingError, match="No space left"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -41,13 +42,8 @@ def prompts(tmp_path: Path, model: Path) -> Path:
 
 def command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Make `vllm-ppd probe` raise this."""
-
-    def run(args) -> int:
-        raise error
-
-    module = types.ModuleType("probe_command")
-    module.add_arguments = lambda parser: None  # type: ignore[attr-defined]
-    module.run = run  # type: ignore[attr-defined]
+    run = Mock(side_effect=error)
+    module = SimpleNamespace(add_arguments=lambda parser: None, run=run)
     monkeypatch.setitem(sys.modules, "vllm_ppd.cli.probe", module)
     monkeypatch.setitem(main.COMMANDS, "probe", ("probes", "vllm-ppd probe"))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.model import FrozenModel
 
 __all__ = ["place"]
+interrupt = Mock(side_effect=KeyboardInterrupt)
 
 
 def argv(place: Place, command: str, *more: str) -> list[str]:
@@ -70,10 +71,6 @@ def test_output_that_is_there_already(place) -> None:
     for command, word in {"train": "already has config", "calibrate": "exists"}.items():
         assert run(place, command) == 0
         fails(place, command, word)
-
-
-def interrupt(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def test_a_disk_that_is_full_from_the_start(place, command, full_disk) -> None:

@@ -7,9 +7,10 @@ import itertools
 import json
 import os
 import sys
-import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -36,22 +37,10 @@ class Rows(list):
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """A stand-in for the package `datasets`, which records its calls."""
-    fake = types.SimpleNamespace(rows=Rows(ROWS), calls=[], error=None)
-
-    def load_dataset(path, config, *, split, streaming):
-        fake.calls.append((path, config, split, streaming))
-        if fake.error is not None:
-            raise fake.error
-        return fake.rows
-
-    def load_from_disk(path):
-        fake.calls.append((path,))
-        return fake.rows
-
-    fake.load_dataset, fake.load_from_disk = load_dataset, load_from_disk
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+def load(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """What stands for `datasets.load_dataset`."""
+    fake = Mock(return_value=Rows(ROWS))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=fake))
     return fake
 
 
@@ -83,13 +72,13 @@ def test_what_is_a_data_set(tmp_path: Path, monkeypatch) -> None:
         assert DatasetName.parse(text) is None, text
 
 
-def test_a_copy_holds_the_rows_and_is_made_once(library, tmp_path: Path) -> None:
+def test_a_copy_holds_the_rows_and_is_made_once(load, tmp_path: Path) -> None:
     name = DatasetName.parse("org/text:small@part")
     assert name is not None
     how: Any = {"folder": tmp_path / "data", "max_bytes": 1 << 20, "seed": 3}
     file = copy_dataset(name, **how)
     assert copy_dataset(name, **how) == file
-    assert library.calls == [("org/text", "small", "part", True)]
+    load.assert_called_once_with("org/text", "small", split="part", streaming=True)
     texts = [document.read() for document in find_documents(file)]
     assert texts == [row["text"] for row in ROWS[3:] + ROWS[:3]]
     assert os.listdir(tmp_path / "data") == [file.name]
@@ -100,18 +89,18 @@ def test_a_copy_holds_the_rows_and_is_made_once(library, tmp_path: Path) -> None
     assert len(others | {file}) == 4
 
 
-def test_only_what_is_read_is_fetched(library, tmp_path: Path) -> None:
+def test_only_what_is_read_is_fetched(load, tmp_path: Path) -> None:
     endless = itertools.cycle(ROWS)
-    library.rows = types.SimpleNamespace(shuffle=lambda seed: endless)
+    load.return_value = SimpleNamespace(shuffle=lambda seed: endless)
     file = copy_dataset(NAME, tmp_path, max_bytes=1000)
     assert 1000 <= file.stat().st_size < 1100
 
 
-def test_chats_of_either_form(library, tmp_path: Path) -> None:
+def test_chats_of_either_form(load, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "tool", "content": "x"}]
     turns = [("gpt", "cut"), ("human", "hi"), ("gpt", "yes"), ("system", "s")]
     said = [{"from": who, "value": what} for who, what in turns]
-    library.rows = Rows(
+    load.return_value = Rows(
         [{"messages": messages, "source": "a"}, {"conversations": said}]
     )
     file = copy_dataset(NAME, tmp_path, max_bytes=1000)
@@ -131,8 +120,8 @@ def test_chats_of_either_form(library, tmp_path: Path) -> None:
         (None, [], "has no rows"),
     ],
 )
-def test_bad_data_sets(library, tmp_path: Path, error, rows, word) -> None:
-    library.error, library.rows = error, Rows(rows)
+def test_bad_data_sets(load, tmp_path: Path, error, rows, word) -> None:
+    load.side_effect, load.return_value = error, Rows(rows)
     with refused(TrainingError, word, "org/text@train"):
         copy_dataset(NAME, tmp_path / "data", max_bytes=1000)
     assert os.listdir(tmp_path / "data") == []
@@ -145,31 +134,31 @@ def test_without_the_package(tmp_path: Path, monkeypatch) -> None:
     assert not (tmp_path / "data").exists()
 
 
-def test_a_full_disk(library, tmp_path: Path, full_disk) -> None:
+def test_a_full_disk(load, tmp_path: Path, full_disk) -> None:
     full_disk()
     with refused(TrainingError, "No space left"):
         copy_dataset(NAME, tmp_path, max_bytes=1000)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_run_reads_its_copy(library, job: TrainJob, data: Path, monkeypatch) -> None:
+def test_a_run_reads_its_copy(load, job: TrainJob, data: Path, monkeypatch) -> None:
     """Trained on a data set, and resumed without asking for it again."""
-    library.rows = Rows(json.loads(line) for line in data.read_text().splitlines())
+    load.return_value = Rows(json.loads(line) for line in data.read_text().splitlines())
     job = dataclasses.replace(job, data=["org/text"])
     job.run()
     record = json.loads((Path(job.out) / "training.json").read_text())
     (copy,) = os.listdir(Path(job.out) / "data")
     assert list(record["data_sha256"]["train"]) == [copy]
-    library.error = ConnectionError("offline")
+    load.side_effect = ConnectionError("offline")
     dataclasses.replace(job, overwrite=True).run()
-    assert len(library.calls) == 1
+    load.assert_called_once()
 
 
-def test_calibration_reads_data_sets_too(library, place) -> None:
-    library.rows = Rows(map(json.loads, place["data"].read_text().splitlines()))
+def test_calibration_reads_data_sets_too(load, place) -> None:
+    load.return_value = Rows(map(json.loads, place["data"].read_text().splitlines()))
     command = COMMANDS["calibrate"].format_map({**place, "data": "org/text@test"})
     assert main.main(command.split()) == 0
-    assert library.calls == [("org/text", None, "test", True)]
+    load.assert_called_once_with("org/text", None, split="test", streaming=True)
     acceptance = AcceptanceModel.load(place["prompts"] / "acceptance.json")
     (name,) = acceptance.source["data_sha256"]
     assert name.startswith("org-text-test-")

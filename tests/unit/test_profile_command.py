@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -17,31 +18,22 @@ PROFILE = LatencyProfile(
 )
 
 
-class Engine:
-    """Stands for real engines: it measures if it is told to, or if it never has."""
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Stands for real engines: one measures if it is told to, or if it is the first."""
 
-    def __init__(self) -> None:
-        self.starts: list[dict[str, Any]] = []
-        self.error: Exception | None = None
-
-    def report(self, settings: dict[str, Any]) -> dict[str, Any]:
-        self.starts.append(settings)
-        if self.error is not None:
-            raise self.error
+    def measure(settings: dict[str, Any]) -> dict[str, Any]:
         forced = settings["speculative_config"]["profile"] == "measure"
-        measured = forced or len(self.starts) == 1
+        measured = forced or fake.call_count == 1
         return {"profile": PROFILE.to_dict(), "measured": measured, "menu": {}}
 
-
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    fake = Engine()
-    monkeypatch.setattr(profile, "_report", fake.report)
+    fake = Mock(side_effect=measure)
+    monkeypatch.setattr(profile, "_report", fake)
     return fake
 
 
 @pytest.fixture
-def command(engine: Engine, model_folder: Path, prompts_folder: Path, capsys):
+def command(report: Mock, model_folder: Path, prompts_folder: Path, capsys):
     """Run it on a model and its prompt tokens; returns what it printed."""
 
     def run(*argv: str, status: int = 0) -> str:
@@ -86,8 +78,8 @@ def test_it_shows_what_the_engine_goes_by(command) -> None:
 
 
 @pytest.mark.parametrize("error", [EngineFailedError("it died"), ValueError("no")])
-def test_an_engine_that_does_not_start(command, engine, error) -> None:
-    engine.error = error
+def test_an_engine_that_does_not_start(command, report, error) -> None:
+    report.side_effect = error
     assert str(error) in command(status=2 if isinstance(error, ValueError) else 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,18 +27,13 @@ def several(job: TrainJob) -> TrainJob:
     return dataclasses.replace(job, settings=settings)
 
 
-def trainer_of(job: TrainJob, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+def trainer_of(job: TrainJob) -> tuple[Any, ...]:
     """The trainer of a job, and the table that it would start from."""
-    caught = []
-
-    def catch(self, initial, *, resume):
-        caught.append((self, initial))
-        raise RuntimeError("caught")
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="caught"):
-        patch.setattr(Trainer, "run", catch)
+    caught = RuntimeError("caught")
+    run = patch.object(Trainer, "run", autospec=True, side_effect=caught)
+    with run as called, pytest.raises(RuntimeError, match="caught"):
         job.run()
-    return caught[0]
+    return called.call_args.args
 
 
 def by_hand(
@@ -68,22 +64,16 @@ def by_hand(
 
 def test_a_pass_serves_several_updates(several: TrainJob, monkeypatch) -> None:
     """K updates on one pass are K passes with the same insertion points."""
-    trainer, initial = trainer_of(several, monkeypatch)
+    trainer, initial = trainer_of(several)
     expected = by_hand(trainer, initial)
     assert (expected - initial).abs().max() > 0.01
-    passes = []
-    ordinary_rows = FrozenModel.ordinary_rows
-
-    def counted(self, ids):
-        passes.append(ids)
-        return ordinary_rows(self, ids)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FrozenModel, "ordinary_rows", counted)
-        patch.setattr(Trainer, "_evaluate_if_due", lambda self, progress: False)
+    rows = FrozenModel.ordinary_rows
+    monkeypatch.setattr(Trainer, "_evaluate_if_due", lambda self, progress: False)
+    with patch.object(FrozenModel, "ordinary_rows", autospec=True) as counted:
+        counted.side_effect = rows
         # Without evaluations there is no result to write, but there is the table.
         found = trainer.run(initial).table
-    assert len(passes) == 3
+    assert counted.call_count == 3
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -101,15 +91,15 @@ def test_resume_anywhere_in_a_batch(several: TrainJob, monkeypatch, stop: int) -
 
     schedule = dataclasses.replace(several.schedule, checkpoint_every=2)
     several = dataclasses.replace(several, schedule=schedule)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(Trainer, "_train_step", killed)
+    with pytest.raises(RuntimeError, match="killed"), monkeypatch.context() as context:
+        context.setattr(Trainer, "_train_step", killed)
         several.run()
     resumed = dataclasses.replace(several, resume=True).run().table
     assert torch.equal(resumed, whole)
 
 
-def test_batches_repeat_and_differ(job: TrainJob, monkeypatch) -> None:
-    trainer, _ = trainer_of(job, monkeypatch)
+def test_batches_repeat_and_differ(job: TrainJob) -> None:
+    trainer, _ = trainer_of(job)
 
     def draw(number: int, process: int = 0) -> Batch:
         return Batch.draw(trainer.train_stream, trainer.settings, number, process)
