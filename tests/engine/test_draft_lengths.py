@@ -127,13 +127,6 @@ def test_a_bigram_table_is_learnt_where_there_is_none(check, texts, tmp_path):
     assert check(prompts, params, settings)[2] > 1.1 * without
 
 
-def test_metrics_of_our_own(ppd, ppd_engine, texts):
-    ppd.generate(ppd_engine, [texts[3][:200]], {**GREEDY, "max_tokens": 100})
-    metrics = ppd.call("metrics", ppd_engine, prefix="vllm:ppd_")
-    assert metrics["vllm:ppd_emitted_tokens"] > metrics["vllm:ppd_request_steps"] > 0
-    assert metrics["vllm:ppd_accepted_tokens"] > 0
-
-
 def test_the_acceptance_rate_counts_draft_tokens():
     # Token ids of a vocabulary of 100, ids of prompt rows, and vLLM's own padding.
     scheduled = {"a": [1, 99, 100, 103], "b": [5], "c": [-1, -1]}

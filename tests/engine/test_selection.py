@@ -138,16 +138,16 @@ def test_settings_that_ppd_cannot_serve(args, message):
         configure(PPD, **args)
 
 
-def test_a_profile_of_another_machine(tmp_path):
+def test_files_of_another_machine_or_model(tmp_path):
     file = tmp_path / "profile.json"
     LatencyProfile((1,), (1, 8), ((1.0, 1.1),), {"other": 1}).save(file)
     with pytest.raises(ValueError, match="was measured with attention_backend None"):
         configure({**PPD, "profile": str(file)})
-
-
-def test_a_tree_menu_with_more_rows_than_allowed(trees):
-    with pytest.raises(ValueError, match="num_speculative_tokens is 5, too small"):
-        configure({**PPD, "tree": trees["wide"], "num_speculative_tokens": 5})
+    prompts = PromptTokens.load(PROMPTS)
+    other = dataclasses.replace(prompts.base, embedding_sha256="0" * 64)
+    PromptTokens(prompts.embeddings, other).save(tmp_path / "prompts")
+    with pytest.raises(ValueError, match="use prompt tokens trained for it"):
+        configure({**PPD, "model": str(tmp_path / "prompts")})
 
 
 def test_a_flag_and_a_key_for_the_same_thing_conflict():
@@ -161,14 +161,6 @@ def test_a_cache_that_the_checkpoint_asks_for(monkeypatch):
     monkeypatch.setattr(resolve, lambda given, model: "fp8_e4m3")
     with pytest.raises(ValueError, match="--kv-cache-dtype fp8_e4m3 with a model of"):
         configure(PPD)
-
-
-def test_prompt_tokens_of_another_model(tmp_path):
-    prompts = PromptTokens.load(PROMPTS)
-    other = dataclasses.replace(prompts.base, embedding_sha256="0" * 64)
-    PromptTokens(prompts.embeddings, other).save(tmp_path)
-    with pytest.raises(ValueError, match="use prompt tokens trained for it"):
-        configure({**PPD, "model": str(tmp_path)})
 
 
 def test_unsupported_vllm_is_refused_only_with_ppd(monkeypatch):

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -51,10 +52,6 @@ def _seed():
     torch.manual_seed(0)
 
 
-def tree_attention(*args, **options):
-    kernels.tree_attention.tree_attention(*args, **options)
-
-
 def run_reference(step, query, output, *options, splits=1):
     tree_attention_reference(
         query, step.keys, step.values, output, step.batch, *options
@@ -67,7 +64,7 @@ def run_compiled(step, query, output, *options, splits=1):
 
 def run_triton(step, query, output, *options, splits=1):
     inputs = query, step.keys, step.values, output, step.batch
-    tree_attention(*inputs, *options, num_splits=splits)
+    kernels.tree_attention.tree_attention(*inputs, *options, num_splits=splits)
 
 
 @dataclass(frozen=True)
@@ -114,50 +111,36 @@ on_cpu = pytest.mark.parametrize("attend", ON_CPU)
 # ---- literal ----------------------------------------------------------------------
 
 
+# W is the weight of the context beside a row of score 0.
+W = math.exp(2)
+CAPPED = [(W + 2) / (W + 1), (W + 6) / (W + 2), (W + 10) / (W + 2), (W + 26) / (W + 3)]
+
+
 @all_of_them
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 @pytest.mark.parametrize(
-    ("window", "expected"),
+    ("score", "softcap", "window", "expected"),
     [
         # Context value 1, root 2, siblings 4 and 8, a child of the last 16.
-        (0, [3 / 2, 7 / 3, 11 / 3, 27 / 4]),
+        (0, 0, 0, [3 / 2, 7 / 3, 11 / 3, 27 / 4]),
         # Positions: context 0, root 1, siblings 2 and 2, child 3.
-        (2, [3 / 2, 6 / 2, 10 / 2, 24 / 2]),
-        (1, [2.0, 4.0, 8.0, 16.0]),
+        (0, 0, 2, [3 / 2, 6 / 2, 10 / 2, 24 / 2]),
+        (0, 0, 1, [2.0, 4.0, 8.0, 16.0]),
+        # A large score takes all the weight, unless a soft cap bounds it.
+        (1600, 0, 0, [1.0] * 4),
+        (16_000, 2, 0, CAPPED),
     ],
 )
-def test_equal_keys_average_the_visible_values(attend, window, expected):
+def test_weights_of_the_visible_values(attend, score, softcap, window, expected):
     step, output = attend.one_head(Request(1, 4, parents=[-1, 0, 0, 2]))
     block = step.batch.block_table[0, 0]
+    step.query.fill_(1.0)
     step.keys[block] = 0
+    step.keys[block, 0, 0] = score / 16
     step.values[block, 0, :5] = torch.tensor([1.0, 2, 4, 8, 16])[:, None].to(output)
-    attend.run(step, step.query, output, 1.0, 0.0, window)
+    attend.run(step, step.query, output, 1.0, softcap, window)
     want = torch.tensor(expected)[:, None, None].expand(-1, 1, 16).to(output)
     torch.testing.assert_close(output[:4], want, rtol=1e-6, atol=0)
-
-
-@all_of_them
-def test_a_large_score_takes_all_the_weight(attend):
-    step, output = attend.one_head(Request(40, 2, parents=[-1, 0]))
-    blocks = step.batch.block_table[0, :3].long()
-    step.keys[blocks] = 0
-    step.keys[blocks[0], 0, 3] = 100.0
-    step.query.fill_(1.0)
-    attend.run(step, step.query, output, 1.0)
-    want = step.values[blocks[0], 0, 3].expand(2, 1, 16)
-    torch.testing.assert_close(output[:2], want)
-
-
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
-@all_of_them
-def test_soft_cap_bounds_the_scores(attend):
-    step, output = attend.one_head(Request(1, 1))
-    block = step.batch.block_table[0, 0]
-    step.keys[block, 0, :2] = torch.tensor([1000.0, 0.0])[:, None].to(output)
-    step.values[block, 0, :2] = torch.tensor([1.0, 0.0])[:, None].to(output)
-    step.query.fill_(1.0)
-    attend.run(step, step.query, output, 1.0, 2.0)
-    want = math.exp(2) / (math.exp(2) + 1)
-    torch.testing.assert_close(output[0], torch.full_like(output[0], want))
 
 
 # ---- against the oracle -----------------------------------------------------------
@@ -315,9 +298,9 @@ def test_tensors_that_do_not_fit_together_are_an_error():
         (step.query, *(cache.to(torch.float8_e4m3fn) for cache in caches)),
     ):
         message = rf"query torch\.float32 \[6, .*key cache {keys.dtype}"
+        other = replace(step, keys=keys, values=values)
         with pytest.raises(ValueError, match=message):
-            output = torch.zeros_like(query)
-            tree_attention(query, keys, values, output, step.batch, 1)
+            run_triton(other, query, torch.zeros_like(query), 1)
 
 
 # ---- Triton alone -----------------------------------------------------------------
@@ -420,10 +403,7 @@ def test_a_captured_graph_follows_its_buffers():
     static = make_step([Request(1000, 17), Request(1000, 17)], 4, 2, 64, 16)
     output = torch.zeros_like(static.query)
 
-    def run():
-        inputs = static.query, static.keys, static.values
-        tree_attention(*inputs, output, static.batch, 0.125, num_splits=4)
-
+    run = partial(run_triton, static, static.query, output, 0.125, splits=4)
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -436,8 +416,7 @@ def test_a_captured_graph_follows_its_buffers():
             target[tuple(slice(n) for n in source.shape)] = source
         graph.replay()
         want = torch.zeros_like(step.query)
-        inputs = step.query, step.keys, step.values
-        tree_attention_reference(*inputs, want, step.batch, 0.125)
+        run_reference(step, step.query, want, 0.125)
         got = output[: len(want)][step.tree_rows]
         torch.testing.assert_close(
             got, want[step.tree_rows], **TRITON_TOLERANCE[torch.float32]

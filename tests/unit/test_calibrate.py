@@ -145,9 +145,7 @@ def test_same_seed_same_figures(model, stream):
     ranks = [measure(model, table(2, 1), stream, run).ranks for run in runs]
     assert torch.equal(ranks[0], ranks[1])
     assert not torch.equal(ranks[0], ranks[2])
-
-
-def test_stops_at_the_points_asked_for(model, stream):
+    # It stops at the points asked for.
     settings = dataclasses.replace(SETTINGS, points=8, points_per_prompt=4)
     found = measure(model, table(2, 1), stream, settings)
     assert 8 <= found.num_points < 12

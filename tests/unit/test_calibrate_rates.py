@@ -270,30 +270,17 @@ def test_what_is_promised_is_what_a_walk_gets(sources, monkeypatch):
     length = 400
     # Of two prompt tokens, and of the bigram table alone.
     weak = np.array(sources)[:, None]
-    hard = np.zeros((20, length), dtype=bool)
-    for row in hard:
-        at = 0
-        while at < length:
-            some = rng.integers(10, 40)
-            row[at : at + some] = rng.random() < 0.4
-            at += some
-    roots = np.arange(1, length - 9)
-    root, n = np.tile(roots, 20), 20 * len(roots)
-    chance = np.where(hard[:, roots].ravel(), 0.15, 0.85)
-    place = np.where(rng.random((M + 1, n)) < weak * chance, 0, K)
-    nothing = np.zeros(n, dtype=int)
-    points = StepPoints(
-        text=np.repeat(np.arange(20), len(roots)),
-        root=root,
-        fresh=root == 1,
-        match_class=nothing,
-        next_class=np.zeros((n, max_advance(M)), dtype=int),
-        right=nothing,
-        tried=nothing,
+    passages = rng.integers(10, 40, (20, 40))
+    hard = [np.repeat(rng.random(40) < 0.4, each)[:length] for each in passages]
+    points = some_points(rng, [(text, 1, length - 10) for text in range(20)])
+    chance = np.where(np.array(hard)[points.text, points.root], 0.15, 0.85)
+    place = np.where(rng.random((M + 1, chance.size)) < weak * chance, 0, K)
+    points = replace(
+        points.without_ngrams(),
+        next_class=np.zeros_like(points.next_class),
         prompted=place[None, :M].swapaxes(1, 2),
-        beside=np.full((1, n, M), K),
+        beside=np.full((1, chance.size, M), K),
         unprompted=place[M],
-        beside_unprompted=np.full(n, K),
     )
     price = 0.03
     monkeypatch.setattr(rates_module, "ROW_PRICES", (price,))

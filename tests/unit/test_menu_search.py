@@ -1,7 +1,6 @@
 """Menus that are searched for: what they promise, and which one a folder gets."""
 
 import itertools
-import shutil
 
 import numpy as np
 import pytest
@@ -125,28 +124,21 @@ def folder_menu(folder, **changes) -> TreeMenu:
     return menu_for(folder, **settings)
 
 
-@pytest.fixture
-def demo(tmp_path):
-    for name in ("acceptance.json", "trees.json"):
-        shutil.copy(DEMO / name, tmp_path)
-    return tmp_path
-
-
-def test_the_folders_own_menu_is_what_its_model_gives(demo):
-    variable, fixed = load_menus(demo / "trees.json")
-    assert folder_menu(demo) == variable == build_menu(MODELS["demo"], 16)
-    on_gpu = folder_menu(demo, max_rows=64, fixed_rows=True)
+def test_the_folders_own_menu_is_what_its_model_gives():
+    variable, fixed = load_menus(DEMO / "trees.json")
+    assert folder_menu(DEMO) == variable == build_menu(MODELS["demo"], 16)
+    on_gpu = folder_menu(DEMO, max_rows=64, fixed_rows=True)
     assert on_gpu == fixed == build_menu(MODELS["demo"], 64, fixed_rows=True)
     # Other sources of draft tokens need other trees.
-    without = folder_menu(demo, ngram=False)
+    without = folder_menu(DEMO, ngram=False)
     assert without == build_menu(MODELS["demo"].without_ngram(), 16)
-    assert folder_menu(demo, bigram=False) == (
+    assert folder_menu(DEMO, bigram=False) == (
         build_menu(MODELS["demo"].without_bigram(), 16)
     )
     # Fewer rows cut the menu; far fewer leave too little of it.
-    assert folder_menu(demo, max_rows=12) == variable.limited(12)
+    assert folder_menu(DEMO, max_rows=12) == variable.limited(12)
     assert variable.limited(5).max_rows == 2
-    assert folder_menu(demo, max_rows=5) == build_menu(MODELS["demo"], 5)
+    assert folder_menu(DEMO, max_rows=5) == build_menu(MODELS["demo"], 5)
 
 
 def test_a_folder_without_files_gets_a_typical_menu(tmp_path):
@@ -175,25 +167,25 @@ def test_a_menu_without_prompt_tokens(fixed_rows):
         assert (first.num_rows > 1) == ("bigram" not in sources)
 
 
-def test_the_users_own_menu(demo, tmp_path):
+def test_the_users_own_menu(tmp_path):
     path = tmp_path / "mine.json"
     menu = TreeMenu(build_menu(published_model(), 8).entries[1:])
     save_menus(path, menu, menu)
-    assert folder_menu(demo, tree_file=str(path)) == menu
+    assert folder_menu(DEMO, tree_file=str(path)) == menu
     least = menu.draft_lengths[0]
-    assert folder_menu(demo, tree_file=str(path), max_rows=least + 1).max_rows == (
+    assert folder_menu(DEMO, tree_file=str(path), max_rows=least + 1).max_rows == (
         least + 1
     )
     message = rf"num_speculative_tokens is {least - 1}, too small .*at least {least}"
     with pytest.raises(TreeError, match=message):
-        folder_menu(demo, tree_file=str(path), max_rows=least)
+        folder_menu(DEMO, tree_file=str(path), max_rows=least)
 
 
-def test_menus_for_other_prompt_tokens_are_refused(demo):
+def test_menus_for_other_prompt_tokens_are_refused():
     for changes in ({"num_prompt_tokens": 2}, {"num_ept": 2}):
-        for tree_file in (None, str(demo / "trees.json")):
+        for tree_file in (None, str(DEMO / "trees.json")):
             with pytest.raises(TreeError, match="for 3 prompt tokens of 1 EPT"):
-                folder_menu(demo, tree_file=tree_file, **changes)
+                folder_menu(DEMO, tree_file=tree_file, **changes)
 
 
 def test_the_profile_decides_how_each_load_starts():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -90,25 +91,19 @@ def weight() -> torch.Tensor:
 
 def test_fingerprint_agrees_across_copies(tmp_path: Path, weight) -> None:
     half = weight.to(torch.bfloat16)
-    prints = [
-        BaseModelFingerprint.of_folder(write_weights(tmp_path / str(i), w), name="x")
-        for i, w in enumerate((weight, half, half.float()))
+    folders = [
+        write_weights(tmp_path / str(i), w)
+        for i, w in enumerate((weight, half, half.float(), weight))
     ]
-    assert prints[0].embedding_sha256 is not None
-    assert prints[0] == prints[1] == prints[2]
+    # The last one is in two files.
+    (folders[3] / "model.safetensors").rename(folders[3] / "part-2.safetensors")
+    save_file({"lm_head.weight": weight + 1}, folders[3] / "part-1.safetensors")
+    (same,) = {BaseModelFingerprint.of_folder(each, name="x") for each in folders}
+    assert same.embedding_sha256 is not None
     other = write_weights(tmp_path / "other", weight + 0.1)
     fingerprint = BaseModelFingerprint.of_folder(other)
     assert fingerprint.name == "other"
-    assert fingerprint.embedding_sha256 != prints[0].embedding_sha256
-
-
-def test_fingerprint_of_sharded_model(tmp_path: Path, weight: torch.Tensor) -> None:
-    single = write_weights(tmp_path / "single", weight)
-    sharded = write_weights(tmp_path / "sharded", weight)
-    (sharded / "model.safetensors").rename(sharded / "part-2.safetensors")
-    save_file({"lm_head.weight": weight + 1}, sharded / "part-1.safetensors")
-    digest = BaseModelFingerprint.of_folder(single).embedding_sha256
-    assert BaseModelFingerprint.of_folder(sharded).embedding_sha256 == digest
+    assert fingerprint.embedding_sha256 != same.embedding_sha256
 
 
 @pytest.mark.parametrize(
@@ -132,17 +127,10 @@ def test_fingerprint_without_weights(tmp_path: Path, weight: torch.Tensor) -> No
 
 
 def test_resolve_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    calls = []
-
-    def fetch(name, allow_patterns):
-        calls.append((name, allow_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    fetch = Mock(return_value=str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert resolve_path(tmp_path) == tmp_path
-    assert not calls
+    fetch.assert_not_called()
     assert resolve_path("owner/prompts") == tmp_path
     patterns = ["*.json", "*.safetensors", "adapter_model.bin"]
-    assert calls == [("owner/prompts", patterns)]
+    fetch.assert_called_once_with("owner/prompts", allow_patterns=patterns)

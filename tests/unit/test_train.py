@@ -150,7 +150,10 @@ def test_chats_allow_the_assistant_only(tmp_path: Path, tokenizer) -> None:
     assert allowed == "yes\nno\n"
 
 
-def test_learning_rate_is_a_cosine_and_less_in_short_runs() -> None:
+def test_schedules() -> None:
+    """Updates follow the length; the learning rate is a cosine, less in short runs."""
+    for length, updates in ((8, 1), (256, 8), (1000, 31)):
+        assert TrainSettings(steps=1, length=length).updates == updates
     rates = [SETTINGS.learning_rate_at(p, 8) for p in (0.0, 0.5, 1.0, 1.2)]
     assert rates == pytest.approx([0.01, 0.005, 0.0, 0.0])
     settings = dataclasses.replace(SETTINGS, rate_steps=100)
@@ -216,11 +219,6 @@ def test_short_evaluations_are_of_the_first_windows(model_and_stream) -> None:
     assert count == 20 and whole.points[0] == 10 * short.points[0]
 
 
-def test_updates_follow_the_length() -> None:
-    for length, updates in ((8, 1), (256, 8), (1000, 31)):
-        assert TrainSettings(steps=1, length=length).updates == updates
-
-
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for folder in "abc":
         (tmp_path / folder).mkdir()
@@ -230,20 +228,17 @@ def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert len(set(hashes.values())) == 3
 
 
-def test_command(place, capsys) -> None:
-    command = COMMANDS["train --steps 4"].format_map(place)
-    assert main.main(command.split()) == 0
+def test_command(place, capsys, monkeypatch) -> None:
+    command = COMMANDS["train --steps 4"].format_map(place).split()
+    assert main.main(command) == 0
     output = capsys.readouterr().out
     assert "4 steps" in output
     assert "the model's argmax" in output
 
-
-def test_a_stopped_command_says_how_to_go_on(place, capsys, monkeypatch) -> None:
     def stop(self, *args):
         self._stop.set()
         return 0.0, 1, None
 
     monkeypatch.setattr(Trainer, "_train_step", stop)
-    command = COMMANDS["train --steps 4"].format_map(place)
-    assert main.main(command.split()) == 130
+    assert main.main([*command, "--overwrite"]) == 130
     assert "continue with --resume" in capsys.readouterr().err

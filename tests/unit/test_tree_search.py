@@ -53,15 +53,22 @@ def all_trees(
     return [tree for root in range(most + 1) for tree in grow((), (), (root,))]
 
 
-def outcome(tree, model, num_prompted, match_class) -> tuple[float, np.ndarray]:
+def end_probabilities(tree, *where) -> np.ndarray:
+    """[num_nodes] probability that a walk ends at the node."""
+    reached = reach_probabilities(tree, *where)
+    ended = reached.copy()
+    np.subtract.at(ended, np.array(tree.parents, int), reached[1:])
+    return ended
+
+
+def outcome(tree, model, *where) -> tuple[float, np.ndarray]:
     """Tokens after the first, and [2, m + 1] probability that a walk ends at the root,
     or below it, by prompt tokens on the node."""
-    reached = reach_probabilities(tree, model, num_prompted, match_class)
-    ended, ends = reached.copy(), np.zeros((2, model.num_prompt_tokens + 1))
-    np.subtract.at(ended, np.array(tree.parents, int), reached[1:])
+    ended = end_probabilities(tree, model, *where)
+    ends = np.zeros((2, model.num_prompt_tokens + 1))
     below = np.arange(tree.num_nodes) > 0
     np.add.at(ends, (below.astype(int), np.array(tree.prompts)), ended)
-    return float(reached[1:].sum()), ends
+    return float(ended @ tree.node_depths), ends
 
 
 def tree_worth(tree, model, num_prompted, match_class, ahead) -> float:
@@ -235,11 +242,8 @@ def test_no_small_change_improves_a_large_policy():
 def test_the_value_equals_a_simulation(model, rows, num_ept):
     policy = best_policy(model, CURVE, rows, num_ept)
     rng = np.random.default_rng(0)
-    reached = [
-        [
-            reach_probabilities(tree, model, index, each)
-            for index, tree in enumerate(row)
-        ]
+    ends = [
+        [end_probabilities(tree, model, n, each) for n, tree in enumerate(row)]
         for each, row in enumerate(policy.trees)
     ]
     num_prompted = match_class = tokens = 0
@@ -247,19 +251,11 @@ def test_the_value_equals_a_simulation(model, rows, num_ept):
     visits = np.zeros_like(policy.shares)
     for _ in range(steps):
         tree = policy.trees[match_class][num_prompted]
-        probabilities = reached[match_class][num_prompted]
+        ended = ends[match_class][num_prompted]
         visits[match_class, num_prompted] += 1
         seconds += CURVE(tree.num_rows)
-        node, ended = 0, False
-        while not ended:
-            tokens += 1
-            draw, ended = rng.random() * probabilities[node], True
-            for child, parent in enumerate(tree.parents, 1):
-                if parent == node and ended:
-                    draw -= probabilities[child]
-                    if draw < 0:
-                        node, ended = child, False
-                        break
+        node = int(rng.choice(tree.num_nodes, p=ended))
+        tokens += 1 + tree.node_depths[node]
         num_prompted = tree.prompts[node]
         odds = model.transitions[int(node > 0), match_class]
         match_class = int(rng.choice(len(odds), p=odds))
