@@ -42,6 +42,8 @@ class Machine:
     tokens: int = 0
     steps: int = 0
     used: dict[int, int] = field(default_factory=dict)
+    # Rows of a prompt that one more request reads in the next step.
+    prompt_rows: int = 0
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -66,8 +68,10 @@ class Machine:
         # One and a half minutes of another speed, then back.
         slow = 1 + self.drift * (self.steps // 1500 % 2)
         noise = 1 + self.rng.uniform(-self.noise, self.noise)
-        seconds = self.mean_seconds(length) * noise * slow * outlier
-        self.controller.observe(self.num_running, length, tokens, seconds)
+        seconds = (self.mean_seconds(length) + self.prompt_rows * 4e-4) * noise * slow
+        prompt = (1, self.prompt_rows) if self.prompt_rows else ()
+        running = self.num_running + len(prompt[:1])
+        self.controller.observe(running, length, tokens, seconds * outlier, *prompt)
         self.steps += 1
         self.time += self.mean_seconds(length)
         self.tokens += tokens
@@ -219,6 +223,37 @@ def test_one_outlier_changes_nothing():
     for index in range(6000):
         steady.step(outlier=5.0 if index % 97 == 0 else 1.0)
     assert steady.tokens / steady.time > 0.97 * steady.speed(63)
+
+
+def test_steps_that_also_read_prompts_count():
+    busy = machine(cpu, EASY, 12, lengths=CPU_LENGTHS)
+    for index in range(8000):
+        busy.prompt_rows = 60 if index % 6 else 0
+        busy.step()
+    assert busy.speed(busy.controller.schedule[12]) > 0.95 * busy.speed(
+        max((0, *CPU_LENGTHS), key=busy.speed)
+    )
+    # No time of such a step is known: what is tried ends, and what was chosen stays.
+    chosen, before = busy.controller.schedule[12], dict(busy.used)
+    busy.prompt_rows = 20_000
+    busy.run(3000)
+    assert busy.used[chosen] - before[chosen] > 2900
+
+
+def test_a_load_that_falls_and_rises_is_no_other_speed():
+    """Plain steps of 33 requests take 17 ms, those of 64, in the same bucket, 23 ms."""
+
+    def seconds(rows: int) -> float:
+        return 0.01 + 0.0002 * rows
+
+    plain = [seconds(running) for running in range(257)]
+    controller = DraftLengthController((1,), 256, plain_seconds=plain)
+    # Pays 5 to 17 %.
+    waves = Machine(controller, seconds, {0: 1.0, 1: 2.75}, 64, noise=0.02)
+    for index in range(450):
+        waves.num_running = 33 if index % 20 < 10 else 64
+        waves.step()
+    assert waves.used[1] > 300
 
 
 def test_loads_that_alternate_do_not_mix():

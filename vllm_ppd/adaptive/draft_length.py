@@ -2,7 +2,8 @@
 
 Whether drafts pay depends on the machine, the load and the text, and predictions of all
 three err. So the controller keeps one draft length per *load bucket*. In short *probes*
-it compares it with others, the most promising first. What counts is
+it compares it with others, those first that promise most for what a probe of them
+costs. What counts is
 
     speed = mean acceptance length / seconds of a step.
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, median, pvariance
+from statistics import NormalDist, fmean, median, pvariance
 from typing import Any
 
 # Steps of a probe.
@@ -57,6 +58,8 @@ class DraftLengthController:
             where it is not known.
         step_ratios: [bucket][draft length] step time over plain decoding's that is
             expected.
+        plain_seconds: [max_num_running + 1] of a plain step, by running requests, that
+            are expected; loads of one bucket are made comparable by them.
         uniform: one bucket for all loads, the first of `prior` and `step_ratios`.
         adapts: whether draft lengths may change.
 
@@ -72,6 +75,7 @@ class DraftLengthController:
         prior: Sequence[int] | None = None,
         acceptance: Sequence[float | None] = (),
         step_ratios: Sequence[Sequence[float]] | None = None,
+        plain_seconds: Sequence[float] | None = None,
         uniform: bool = False,
         adapts: bool = True,
     ):
@@ -92,40 +96,55 @@ class DraftLengthController:
             bucket = _Bucket(self._arms, [1.0, *ratios], first, end, start)
             self._bucket_of += [bucket] * (end + 1 - len(self._bucket_of))
             self._write(bucket)
+        plain = plain_seconds or [1.0] * (max_num_running + 1)
+        # Times as many as the bucket's most requests would take.
+        self._scales = [
+            plain[b.end] / seconds
+            for b, seconds in zip(self._bucket_of, plain, strict=True)
+        ]
         # Draft length of the last step, whatever its load.
         self._last_length = -1
 
     def observe(
-        self, num_running: int, draft_length: int, num_tokens: int, seconds: float
+        self,
+        num_running: int,
+        draft_length: int,
+        num_tokens: int,
+        seconds: float,
+        num_reading: int = 0,
+        prompt_rows: int = 0,
     ) -> None:
-        """Note one step that read no prompt.
+        """Note one step.
 
         Args:
             num_running: requests of the step.
             draft_length: for which its drafts were made.
-            num_tokens: that all its requests emitted.
+            num_tokens: that the requests emitted which read no prompt.
             seconds: from the end of the step before to its own.
+            num_reading: requests that read prompts, and how many rows of them.
         """
         # The first step of a draft length has no prompt rows to draft from.
         settled = draft_length == self._last_length
         self._last_length = draft_length
-        if not self._adapts or seconds <= 0:
+        num_decoding = num_running - num_reading
+        if not self._adapts or seconds <= 0 or not num_decoding:
             return
         bucket, index = self._bucket_of[num_running], self._index[draft_length]
         scheduled, in_force = bucket.scheduled, bucket.in_force
         bucket.steps += 1
         bucket.debt = max(bucket.debt - BUDGET, 0.0)
         if settled:
-            self._count(index, num_running, num_tokens)
+            self._count(index, num_decoding, num_tokens)
+        seconds *= self._scales[num_running]
+        if prompt_rows:
+            seconds = bucket.without_prompts(index, prompt_rows, seconds)
         if bucket.rival is None:
-            if settled and index == in_force:
+            if settled and index == in_force and not prompt_rows:
                 bucket.follow_level(seconds)
             if bucket.quiet_steps >= PROBE and not bucket.debt:
                 bucket.begin_probe()
         elif index == bucket.rival:
-            bucket.count_probe(seconds, num_tokens / num_running)
-            if len(bucket.times) == PROBE or bucket.lost >= PROBE / 2:
-                bucket.end_probe()
+            bucket.count_probe(seconds, num_tokens / num_decoding)
         if bucket.scheduled != scheduled:
             self._write(bucket)
         if bucket.in_force != in_force:
@@ -233,6 +252,19 @@ def _variance(accepted: float, requests: float) -> float:
     return 3 * (accepted * (1 + accepted) + 1 / requests) / requests
 
 
+def _promise(gain: float, error: float) -> float:
+    """What a probe is expected to improve by what it costs; 0 if clearly nothing.
+
+    The improvement is the mean of a normal number's positive part; differences below
+    the noise are not counted as costs.
+    """
+    if gain + CLEAR * error <= 0:
+        return 0.0
+    normal = NormalDist(gain, error)
+    improvement = gain * (1 - normal.cdf(0)) + error**2 * normal.pdf(0)
+    return improvement / (NOISE + max(-gain, 0.0))
+
+
 class _Bucket:
     """One load bucket: what is in force, what steps take, and the probe under way.
 
@@ -267,9 +299,13 @@ class _Bucket:
         self.quiet_steps = PROBE - 3
         # What probes have cost in excess of their budget, in steps.
         self.debt = 0.0
-        # Step times of the probe, and what it cost in steps of the arm in force.
+        # Steps of the probe, the times of those that could be measured, and what they
+        # cost in steps of the arm in force.
+        self.probe_steps = 0
         self.times: list[float] = []
         self.lost = 0.0
+        # Seconds that a prompt row adds to a step, and the steps it is known from.
+        self._prompt_row, self._prompt_steps = 0.0, 0
 
     @property
     def scheduled(self) -> int:
@@ -303,34 +339,54 @@ class _Bucket:
             level + (min(seconds, OUTLIER * level) - level) / self._level_steps
         )
 
+    def without_prompts(self, index: int, rows: int, seconds: float) -> float:
+        """Seconds of a step less what its prompt rows take; 0 if that is most of it or
+        not known."""
+        expected = self._level * self._ratios[index]
+        if seconds > 2 * expected:
+            return 0.0
+        if index == self.in_force:
+            self._prompt_steps = min(self._prompt_steps + 1, 2 * PROBE)
+            error = (seconds - expected) / rows - self._prompt_row
+            self._prompt_row += error / self._prompt_steps
+        known = self._prompt_steps >= PROBE
+        return max(seconds - rows * self._prompt_row, 0.0) if known else 0.0
+
     def begin_probe(self) -> None:
-        """Probe what may be fastest, plain decoding first; or nothing."""
+        """Probe what promises most for its cost, or nothing."""
         self._age()
         self.quiet_steps = 0
-        scores = [-math.inf] * len(self._arms)
+        scores = [0.0] * len(self._arms)
         for index in range(len(self._arms)):
             if index != self.in_force:
                 self._expect(index)
-                gain, error = self._gain(index)
-                scores[index] = gain + CLEAR * error
+                scores[index] = _promise(*self._gain(index))
         best = max(range(len(scores)), key=scores.__getitem__)
-        # Whatever was measured once, drafts must never be slower than plain decoding.
-        is_due = self.steps > self._plain_at + MEMORY / 4
-        if self.in_force and (scores[0] > 0 or is_due):
+        # Drafts must never be slower than plain decoding: it is probed first, then
+        # often where it may be faster, and seldom where it was clearly slower.
+        is_due = self.steps > self._plain_at + MEMORY / (16 if scores[0] else 4)
+        if self.in_force and (is_due or 0 not in self._measured):
             best, self._plain_at = 0, self.steps
-        elif scores[best] <= 0:
+        elif not scores[best]:
             return
         self.rival = best
         self._measured.add(best)
-        self.times, self.lost = [], 0.0
+        self.probe_steps, self.times, self.lost = 0, [], 0.0
 
     def count_probe(self, seconds: float, tokens: float) -> None:
-        """Note a step of the probe and the tokens per request that it emitted."""
-        self.times.append(seconds)
-        self.lost += seconds / (self._level * self._ratios[self.in_force])
-        self.lost -= tokens / (1 + self._arms[self.in_force].accepted)
+        """Note a step of the probe, its time if known, and its tokens per request."""
+        self.probe_steps += 1
+        if seconds:
+            self.times.append(seconds)
+            self.lost += seconds / (self._level * self._ratios[self.in_force])
+            self.lost -= tokens / (1 + self._arms[self.in_force].accepted)
+        if len(self.times) == PROBE or self.lost >= PROBE / 2:
+            self._end_probe()
+        elif self.probe_steps == 4 * PROBE:
+            # Too many steps read prompts.
+            self.rival, self.debt = None, 1.0
 
-    def end_probe(self) -> None:
+    def _end_probe(self) -> None:
         """Decide between the draft length in force and its rival."""
         rival, self.rival = self.scheduled, None
         limit = OUTLIER * median(self.times)
@@ -354,7 +410,7 @@ class _Bucket:
             self._variances = [variance + own for variance in self._variances]
             self._variances[rival] = 0.0
         # A rival that seems to be faster is soon probed again.
-        self.debt = max(self.lost, 0.0 if gain > 0 else 1.0)
+        self.debt = 0.0 if gain > 0 else max(self.lost, 1.0)
 
     def _age(self) -> None:
         """Trust less what was measured at earlier steps."""

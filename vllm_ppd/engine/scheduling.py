@@ -45,11 +45,13 @@ def make_controller(
     if uniform:
         # One length for all loads: the one that the largest load can bear.
         buckets = buckets[-1:]
-    prior = ratios = None
+    prior = ratios = plain = None
     acceptance = [entry.acceptance_length for entry in menu.entries]
     if profile is not None:
         prior = prior_lengths(menu, profile, buckets)
         ratios = step_ratios(menu, profile, buckets)
+        loads = range(max_num_running + 1)
+        plain = [profile.curve(max(load, 1))(1) for load in loads]
     elif not settings.adapts:
         prior = [lengths[-1]] * len(buckets)
     return DraftLengthController(
@@ -58,6 +60,7 @@ def make_controller(
         prior,
         acceptance,
         ratios,
+        plain,
         uniform=uniform,
         adapts=settings.adapts,
     )
@@ -100,18 +103,28 @@ class StepObserver:
                 dict(zip(output.req_ids, counts.tolist(), strict=True)),
                 scheduled.num_invalid_spec_tokens or {},
             )
-        running = len(scheduled.num_scheduled_tokens)
-        if (
-            began is None
-            or not running
-            # Steps that read prompts take longer for reasons of their own.
-            or scheduled.scheduled_new_reqs
-            or scheduled.total_num_scheduled_tokens
-            != running + sum(map(len, drafts.values()))
-        ):
+        rows = scheduled.num_scheduled_tokens
+        if began is None or not rows:
             return
         num_tokens = sum(map(len, output.sampled_token_ids))
-        self.controller.observe(running, draft_length, num_tokens, now - began)
+        reading = {request.req_id for request in scheduled.scheduled_new_reqs}
+        decoding_rows = len(rows) + sum(map(len, drafts.values()))
+        if reading or scheduled.total_num_scheduled_tokens != decoding_rows:
+            reading |= {
+                name for name in rows if rows[name] > 1 + len(drafts.get(name, ()))
+            }
+            for name, tokens in zip(
+                output.req_ids, output.sampled_token_ids, strict=False
+            ):
+                num_tokens -= len(tokens) * (name in reading)
+        self.controller.observe(
+            len(rows),
+            draft_length,
+            num_tokens,
+            now - began,
+            len(reading),
+            sum(rows[name] for name in reading),
+        )
         for change in self.controller.take_changes():
             logger.info("PPD: %s", change)
 
