@@ -87,6 +87,8 @@ class TreeMetadataMixin:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        if _current is not None and not _current.only_trees:
+            common_attn_metadata = _current.for_stock_kernel(common_attn_metadata)
         metadata = super().build(  # type: ignore[misc]
             common_prefix_len, common_attn_metadata, *args, **kwargs
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_ppd.kernels.cpu.tree_attention import CpuTreeAttention
 from vllm_ppd.kernels.tree_attention import TreeBatch
@@ -62,6 +63,15 @@ class StepTrees:
         }
         tensors = {name: torch.from_numpy(array) for name, array in layout.items()}
         return cls(torch.from_numpy(requests), tensors, only_trees)
+
+    def for_stock_kernel(
+        self, metadata: CommonAttentionMetadata
+    ) -> CommonAttentionMetadata:
+        """The step without the trees' contexts: what the stock kernel computes of tree
+        rows is written over, and reading contexts would take as long as the trees."""
+        seq_lens = metadata.seq_lens.clone()
+        seq_lens[self.requests] = self.layout["num_rows"].to(seq_lens.dtype)
+        return replace(metadata, seq_lens=seq_lens)
 
     def attention(self, block_table: torch.Tensor) -> CpuTreeAttention:
         """What attention layers run; `block_table` is of all the step's requests."""

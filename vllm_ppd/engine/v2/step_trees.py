@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import vllm.utils.torch_utils as torch_utils
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_ppd.engine.v2.attention import DeviceTreeAttention
@@ -105,6 +106,12 @@ class StepTrees:
         )
         setattr(nodes, _ATTRIBUTE, self)
         return nodes
+
+    def for_stock_kernel(
+        self, metadata: CommonAttentionMetadata
+    ) -> CommonAttentionMetadata:
+        """All of the step: contexts are left out on V1 only."""
+        return metadata
 
     def attention(self, block_table: torch.Tensor) -> DeviceTreeAttention:
         """What attention layers run; `block_table` may have rows of padding."""
