@@ -84,6 +84,9 @@ v1.worker.gpu_model_runner:GPUModelRunner
     _update_states takes scheduler_output
     propose_draft_token_ids takes scheduler_output sampled_token_ids \
     sampling_metadata hidden_states ...
+    # Between them the step's trees are known, and its rows are padded.
+    execute_model calls self._prepare_inputs( \
+    self._determine_batch_execution_and_padding( self._get_slot_mappings(
     # PPD's runner takes the speculative configuration away for steps without draft
     # rows, before they begin: such a runner is a plain one.
     execute_model calls self._update_states( self._prepare_inputs( \
@@ -100,8 +103,9 @@ v1.worker.gpu_model_runner:GPUModelRunner
 v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder._set_isa_to_layers takes \
     layer_names
 v1.attention.backends.registry:register_backend takes backend class_path ...
-# A filter of this module's logger looks for this warning.
-v1.sample.logits_processor:build_logitsprocs calls logger.warning( "min_p and logit_bias
+v1.sample.logits_processor:build_logitsprocs takes vllm_config ...
+v1.worker.gpu_model_runner:GPUModelRunner.__init__ calls logitsprocs=build_logitsprocs(
+v1.worker.gpu_input_batch:InputBatch.refresh_metadata calls self.logitsprocs
 model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward takes \
     input_
 """

@@ -98,7 +98,6 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ({"watermark_config": {1: 1}}, "output watermarking", "leave it out"),
         ({"return_sampling_mask": True}, "--return-sampling-mask", "leave it out"),
         ({"enable_batch_sharded_sampling": 1}, "--enable-batch-sh", "leave it out"),
-        ({"logits_processors": ["a:B"]}, "['a:B']", "leave out --logits-processors"),
         ({"worker_cls": "a.B"}, "--worker-cls a.B", "leave it out"),
         ({"attention_backend": "FLASH_ATTN"}, "FLASH_ATTN", "leave out --attention-b"),
         ({"backend": "triton_attn"}, "TRITON_ATTN", "leave out --attention-backend"),

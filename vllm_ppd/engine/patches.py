@@ -37,8 +37,12 @@ Patched where PPD is selected:
   ``_make_model_runner`` seam. 0.32, 0.33.
 - the model's ``compute_logits`` (while the canary runs a step, before requests are
   served): makes the step emit what is to be compared. 0.32, 0.33.
-- on V1, the logger of ``vllm.v1.sample.logits_processor`` (while a runner is built):
-  a filter drops its warning that min_p and logit_bias do not work. 0.32.
+- on V1 ``InputBatch.logitsprocs``, on V2 ``Sampler.logits_processors`` (while made-up
+  requests are decoded): custom ones may need parameters that these do not have.
+  0.32, 0.33.
+- on V1, ``vllm.v1.worker.gpu_model_runner.build_logitsprocs`` (while a runner is
+  built): leaves out min_p and logit_bias and refuses custom logits processors where the
+  configuration speculates. 0.32, 0.33.
 - on V2, ``vllm.v1.worker.gpu.model_runner.init_speculator`` and
   ``vllm.v1.worker.cpu.model_runner.CPUModelRunner`` (while a runner is built): both are
   looked up by name, with no method to override. 0.32, 0.33.
@@ -64,7 +68,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Marks a function that already is our wrapper, so that patching twice is harmless.
@@ -80,6 +84,17 @@ def wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
     setattr(wrapper, _MARK, current)
     is_static = isinstance(vars(owner).get(name), staticmethod)
     setattr(owner, name, staticmethod(wrapper) if is_static else wrapper)
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Have another value under a name of vLLM's for a while."""
+    stock = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, stock)
 
 
 def _with_ppd_method(original: Callable[..., Any]) -> Callable[..., Any]:

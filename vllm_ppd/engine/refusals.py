@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from typing import Any
 
 from vllm.utils.torch_utils import (
     kv_cache_dtype_str_to_dtype,
     resolve_kv_cache_dtype_string,
 )
-from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from vllm_ppd.config import PPDConfigError
 
@@ -104,12 +102,6 @@ def _engine_refusals(
         "it would send KV before the accepted path is in place; leave it out",
     )
     yield bool(args.enable_lora), "--enable-lora", "serve the merged model"
-    plugins = [entry.name for entry in entry_points(group=LOGITSPROCS_GROUP)]
-    yield (
-        bool(args.logits_processors or plugins),
-        f"custom logits processors ({args.logits_processors or plugins})",
-        "leave out --logits-processors, and uninstall packages that bring some",
-    )
     # A checkpoint can ask for one, too.
     cached = resolve_kv_cache_dtype_string(args.kv_cache_dtype, model)
     yield (

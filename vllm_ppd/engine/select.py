@@ -121,7 +121,11 @@ def create_ppd_config(
     publish_metrics()
     if on_v2:
         _prepare_v2(args, device)
-    elif _runs_in_processes(parallel):
+    elif parallel.distributed_executor_backend == "mp" or (
+        parallel.distributed_executor_backend in (None, "uni")
+        and envs.VLLM_ENABLE_V1_MULTIPROCESSING
+    ):
+        # vLLM will run its workers on a CPU in processes of their own.
         from vllm_ppd.engine.v1.executor import PPDMultiprocExecutor
 
         parallel.distributed_executor_backend = PPDMultiprocExecutor
@@ -249,12 +253,4 @@ def _fingerprint(model: Any) -> BaseModelFingerprint:
         hidden_size=model.get_hidden_size(),
         vocab_size=text.vocab_size,
         embedding_sha256=None,
-    )
-
-
-def _runs_in_processes(parallel: Any) -> bool:
-    """Whether vLLM will run its workers on a CPU by the multiprocess executor."""
-    backend = parallel.distributed_executor_backend
-    return backend == "mp" or (
-        backend in (None, "uni") and envs.VLLM_ENABLE_V1_MULTIPROCESSING
     )

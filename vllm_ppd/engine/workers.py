@@ -6,9 +6,6 @@ with plain steps, and then starts to count and to learn; what ran before was no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_ppd.engine.attention import register_tree_backend
 from vllm_ppd.engine.canary import check_trees
 from vllm_ppd.engine.measure import MeasuredRunner, measured_profile
+from vllm_ppd.engine.patches import replaced
 from vllm_ppd.engine.settings import PPDSpeculativeConfig, serving_settings
 from vllm_ppd.engine.v1.executor import attach_drafts
 from vllm_ppd.engine.v1.measure import MeasuredSteps as MeasuredOnV1
@@ -28,16 +26,6 @@ from vllm_ppd.engine.v2.measure import MeasuredSteps as MeasuredOnV2
 from vllm_ppd.search.latency import LatencyProfile
 
 _CPU_BACKEND = "vllm_ppd.engine.attention.PPDCPUAttentionBackend"
-
-
-@contextmanager
-def _runner_class(module: ModuleType, runner_class: type) -> Iterator[None]:
-    """While the CPU worker builds its runner, whose class it names inline."""
-    stock, module.CPUModelRunner = module.CPUModelRunner, runner_class  # type: ignore
-    try:
-        yield
-    finally:
-        module.CPUModelRunner = stock  # type: ignore[attr-defined]
 
 
 class _PPDWorker:
@@ -50,12 +38,13 @@ class _PPDWorker:
     def ppd_try_out(self, steps: type[MeasuredRunner]) -> None:
         """Time steps, if this start has to, and compare a tree's with plain ones."""
         runner, config = self.model_runner, self.vllm_config
-        self.ppd_measured = measured_profile(
-            serving_settings(config),
-            steps(runner),
-            keep=not config.parallel_config.data_parallel_index,
-        )
-        check_trees(runner)
+        with replaced(*runner.ppd_processors()):
+            self.ppd_measured = measured_profile(
+                serving_settings(config),
+                steps(runner),
+                keep=not config.parallel_config.data_parallel_index,
+            )
+            check_trees(runner)
 
     def ppd_profile(self) -> dict[str, Any] | None:
         """The latency profile that this start measured; None if it measured none."""
@@ -80,7 +69,8 @@ class PPDCPUWorker(_PPDWorker, CPUWorker):
         from vllm_ppd.engine.v1.runner import PPDCPUModelRunner
 
         register_tree_backend(AttentionBackendEnum.CPU_ATTN, _CPU_BACKEND)
-        with _runner_class(cpu_worker, PPDCPUModelRunner):
+        # The CPU worker names the class inline.
+        with replaced(cpu_worker, "CPUModelRunner", PPDCPUModelRunner):
             super().init_device()
 
     def compile_or_warm_up_model(self) -> Any:
@@ -114,7 +104,8 @@ class PPDCPUWorkerV2(_PPDWorker, CPUWorker):
         from vllm_ppd.engine.v2.runner import runner_class
 
         register_tree_backend(AttentionBackendEnum.CPU_ATTN, _CPU_BACKEND)
-        with _runner_class(cpu_runner, runner_class(cpu_runner.CPUModelRunner)):
+        served = runner_class(cpu_runner.CPUModelRunner)
+        with replaced(cpu_runner, "CPUModelRunner", served):
             super().init_device()
 
     def compile_or_warm_up_model(self) -> Any:

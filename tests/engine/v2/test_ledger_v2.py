@@ -55,6 +55,7 @@ v1.worker.gpu_worker:Worker
     __init__ takes vllm_config ...
     _make_model_runner takes
     compile_or_warm_up_model takes
+v1.worker.gpu.sample.sampler:Sampler.apply_sampling_params calls self.logits_processors
 v1.worker.gpu.model_runner:init_speculator takes vllm_config device req_states
 v1.worker.gpu.model_runner:GPUModelRunner has max_num_reqs vocab_size \
     draft_tokens_handler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ VALUES: dict[str, Any] = {
     "extra_args": {"ppd": False},
     "trace_decode_token_ids": [3, 4],
 }
-# Elsewhere: test_grammar_v2.py and test_exactness.py, test_selection.py.
+# Elsewhere: test_grammar_v2.py and test_exactness.py; below.
 OTHERS = {"structured_outputs", "--logits-processors"}
+PROCESSORS = {"V1": ["NoRepeat", "Jump"], "V2": ["NoRepeatV2", "JumpV2"]}
 BUDGET, THINK, ENOUGH = "thinking_token_budget", 5, [7, 8]
 
 
@@ -111,6 +113,30 @@ def decoded(request, thinking, plain_engine, ppd_engine) -> tuple[Any, ...]:
             outputs[name] = expected[part], actual[part]
     assert ours.accepted(engine) > before
     return outputs, ours, engine
+
+
+@pytest.mark.parametrize("runner", ["V1", "V2"])
+def test_custom_logits_processors(runner, request, plain_engine, ppd_engine):
+    """For all requests, and for those that ask for one. They read the history."""
+    names = {"V1": ("plain_v1", "v1"), "V2": ("plain", "ppd")}[runner]
+    stock, ours = (request.getfixturevalue(name) for name in names)
+    places = [f"tests.engine.logits_processors:{name}" for name in PROCESSORS[runner]]
+    custom = {"logits_processors": places}
+    ours_engine = {**ppd_engine, **custom}
+    params = [
+        {**GREEDY, **way, "max_tokens": 24, "extra_args": {"jump": jump}}
+        for way in ({}, {"temperature": 1.0, "seed": 3})
+        for jump in (0, 0, 7)
+    ]
+    requests = prompts(len(params), seed=41)
+    before = ours.accepted(ours_engine)
+    expected = stock.generate({**plain_engine, **custom}, requests, params)
+    same(expected, ours.generate(ours_engine, requests, params))
+    assert ours.accepted(ours_engine) > before
+    for output, how in zip(expected, params, strict=True):
+        ids = output["ids"][0]
+        assert not any(a == b for a, b in pairwise(ids)), "no token comes twice"
+        assert (ids[9] == how["extra_args"]["jump"]) or not how["extra_args"]["jump"]
 
 
 @pytest.mark.parametrize("name", SERVED)

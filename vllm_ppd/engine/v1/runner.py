@@ -6,6 +6,7 @@ In the order of a step:
 ``_update_states``              forget finished requests, note who opts out
 ``_prepare_inputs``             lay out the trees, move positions, publish the masks
 ``_calc_spec_decode_metadata``  logits for nodes only, not for prompt rows
+``_determine_batch_...``        few different numbers of rows
 ``_sample``                     walk the trees with vLLM's own sampler; move KV
 ``propose_draft_token_ids``     draft from the prompt rows where the walks ended
 
@@ -16,24 +17,26 @@ own code: its runner speculates if it has a ``speculative_config``, which is Non
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+import vllm.v1.worker.gpu_model_runner as gpu_model_runner
 from vllm.config import SpeculativeConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_ppd.engine.attention import require_tree_attention, set_current_step
 from vllm_ppd.engine.counters import StepCounts, counts_of
+from vllm_ppd.engine.patches import replaced
 from vllm_ppd.engine.refusals import opts_out
 from vllm_ppd.engine.v1.bigram_learner import BigramLearner
 from vllm_ppd.engine.v1.kv_move import KVMover
-from vllm_ppd.engine.v1.sampling import sample_as_without_drafts, walk_trees
+from vllm_ppd.engine.v1.sampling import logitsprocs_without_drafts, walk_trees
 from vllm_ppd.engine.v1.served_trees import PPDProposer
 from vllm_ppd.engine.v1.step_trees import StepTrees
 from vllm_ppd.kernels.cpu.tree_walk import match_ngrams_cpu
@@ -49,6 +52,7 @@ OVERRIDDEN = (
     "_update_states",
     "_prepare_inputs",
     "_calc_spec_decode_metadata",
+    "_determine_batch_execution_and_padding",
     "_input_fits_in_drafter",
     "_sample",
     "propose_draft_token_ids",
@@ -59,9 +63,13 @@ _NGRAM_CONTEXT = 4096
 _NO_NGRAMS = np.full((1, MAX_NGRAM_DRAFTS), -1)
 
 
-def _is_true_of_ppd(record: logging.LogRecord) -> bool:
-    # 0.32 warns, as it builds a runner that speculates, that they do not work.
-    return not str(record.msg).startswith("min_p and logit_bias")
+def _padded(rows: int) -> int:
+    """Rows with padding, so that steps have few sizes.
+
+    vLLM's matrix products keep code for 32 sizes of each layer and 1024 in all, and
+    making it anew takes milliseconds.
+    """
+    return rows if rows <= 32 else -(-rows // 8) * 8
 
 
 class PPDRunnerMixin:
@@ -71,10 +79,10 @@ class PPDRunnerMixin:
     speculative_config: SpeculativeConfig | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        vllm_says = logging.getLogger("vllm.v1.sample.logits_processor")
-        vllm_says.addFilter(_is_true_of_ppd)
-        super().__init__(*args, **kwargs)
-        vllm_says.removeFilter(_is_true_of_ppd)
+        # A function that vLLM calls by its module's name for it; no method to override.
+        make = logitsprocs_without_drafts
+        with replaced(gpu_model_runner, "build_logitsprocs", make):
+            super().__init__(*args, **kwargs)
         # What vLLM's runner has as its own attribute, while a step speculates.
         self._ppd_speculative = self.speculative_config
         # The tree that each request's pending drafts were made for.
@@ -95,8 +103,15 @@ class PPDRunnerMixin:
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         require_tree_attention(self)
-        sample_as_without_drafts(self)
+        holder = self.input_batch.thinking_budget_state_holder
+        if holder is not None:
+            # It would expect a row of logits for every draft token.
+            holder.in_spec_mode = False
         self.ppd_mover = KVMover(self)
+
+    def ppd_processors(self) -> tuple[Any, str, Any]:
+        """Where the logits processors are, and what stands for none."""
+        return self.input_batch, "logitsprocs", LogitsProcessors()
 
     @property
     def ppd_menu(self) -> TreeMenu:
@@ -127,15 +142,13 @@ class PPDRunnerMixin:
         first_tree = self.drafter.menu.first_tree(
             scheduler_output.num_spec_tokens_to_schedule
         )
-        if self._all_opted_out(scheduler_output.num_scheduled_tokens):
+        running = scheduler_output.num_scheduled_tokens
+        if self.ppd_opted_out and self.ppd_opted_out.issuperset(running):
             first_tree = 0
         self._ppd_first_tree = first_tree
         speculates = first_tree or scheduler_output.scheduled_spec_decode_tokens
         self.speculative_config = self._ppd_speculative if speculates else None
         return super()._update_states(scheduler_output)  # type: ignore[misc]
-
-    def _all_opted_out(self, request_ids: Iterable[str]) -> bool:
-        return bool(self.ppd_opted_out) and self.ppd_opted_out.issuperset(request_ids)
 
     def _prepare_inputs(
         self, scheduler_output: Any, num_scheduled_tokens: np.ndarray
@@ -199,6 +212,7 @@ class PPDRunnerMixin:
             self._ppd_logit_rows = ranges(firsts, step.num_nodes)
         else:
             rows = step.node_rows
+            rows = np.pad(rows, (0, _padded(len(rows)) - len(rows)), mode="edge")
         # Only logits_indices is read: verification and drafting are ours.
         empty = torch.empty(0, dtype=torch.int32)
         return SpecDecodeMetadata(
@@ -210,6 +224,15 @@ class PPDRunnerMixin:
             bonus_logits_indices=empty,
             logits_indices=torch.from_numpy(rows),
         )
+
+    def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
+        mode, batch, *others = super()._determine_batch_execution_and_padding(  # type: ignore
+            *args, **kwargs
+        )
+        if self._ppd_step is not None:
+            most: int = self.max_num_tokens  # type: ignore[attr-defined]
+            batch = replace(batch, num_tokens=min(_padded(batch.num_tokens), most))
+        return mode, batch, *others
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         # The scheduler cuts trees at the model's length; nothing else can overflow.
@@ -228,6 +251,7 @@ class PPDRunnerMixin:
         set_current_step(None)
         if self._ppd_logit_rows is not None:
             logits = logits[torch.from_numpy(self._ppd_logit_rows)]
+        logits = logits[: len(step.node_rows)]
         tokens = self.input_ids.np[step.node_rows]  # type: ignore[attr-defined]
         walk, sources, targets, output = walk_trees(self, step, tokens, logits)
         self._ppd_walk = walk
@@ -257,9 +281,10 @@ class PPDRunnerMixin:
         if step is not None and self._ppd_walk is not None:
             rows, num_prompted = step.prompt_rows(self._ppd_walk.nodes)
             if rows.size:
+                padded = np.pad(rows, (0, _padded(len(rows)) - len(rows)), mode="edge")
                 logits = self.model.compute_logits(  # type: ignore[attr-defined]
-                    hidden_states[torch.from_numpy(rows)]
-                ).float()
+                    hidden_states[torch.from_numpy(padded)]
+                )[: len(rows)].float()
                 if tables.num_ept > 1:
                     logits = logits.unflatten(0, (-1, tables.num_ept)).mean(1)
         classes, ngrams = self._match_ngrams(batch)

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.sample.logits_processor import build_logitsprocs
+from vllm.v1.sample.logits_processor import LogitsProcessors, build_logitsprocs
 from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
     MinPLogitsProcessor,
@@ -28,19 +29,15 @@ from vllm_ppd.trees.layout import TreeStep
 from vllm_ppd.trees.verify import TreeWalk, kv_moves
 
 
-def sample_as_without_drafts(runner: Any) -> None:
-    """Give a V1 runner's input batch the sampling state of an engine without drafts.
+def logitsprocs_without_drafts(config: VllmConfig, *args: Any) -> LogitsProcessors:
+    """The logits processors of an engine without drafts.
 
-    Where the configuration speculates, vLLM leaves out min_p and logit_bias, and its
-    thinking budgets expect a row of logits for every draft token. Walks and plain steps
-    sample one row per request.
+    Where the configuration speculates, vLLM leaves out min_p and logit_bias and refuses
+    custom ones. Walks and plain steps sample one row per request.
     """
-    batch = runner.input_batch
-    config = copy(runner.vllm_config)
+    config = copy(config)
     config.speculative_config = None
-    batch.logitsprocs = build_logitsprocs(config, runner.device, False, False)
-    if batch.thinking_budget_state_holder is not None:
-        batch.thinking_budget_state_holder.in_spec_mode = False
+    return build_logitsprocs(config, *args)
 
 
 def walk_trees(

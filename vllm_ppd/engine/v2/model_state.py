@@ -20,10 +20,12 @@ class TreeStateMixin:
     ppd_requests: RequestTrees
     ppd_buffers: StepBuffers
     ppd_new: list[tuple[int, DraftMode]]
+    # Whether logits processors that are not vLLM's own see every request.
+    ppd_custom: bool
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)  # type: ignore[misc]
-        mode = DraftMode.of(new_req_data.sampling_params)
+        mode = DraftMode.of(new_req_data.sampling_params, self.ppd_custom)
         self.ppd_new.append((req_index, mode))
 
     def apply_staged_writes(self) -> None:
@@ -51,8 +53,12 @@ class TreeStateMixin:
             set_current_step(None)
 
 
-def with_trees(model_state: Any, requests: RequestTrees, buffers: StepBuffers) -> Any:
+def with_trees(
+    model_state: Any, requests: RequestTrees, buffers: StepBuffers, custom: bool
+) -> Any:
     """A model state, of whichever class vLLM chose, that serves trees.
+
+    custom: whether there are custom logits processors.
 
     It takes the place of ``model_state`` and shares all that it holds.
     """
@@ -62,4 +68,5 @@ def with_trees(model_state: Any, requests: RequestTrees, buffers: StepBuffers) -
     )
     served.__dict__ = model_state.__dict__
     served.ppd_requests, served.ppd_buffers, served.ppd_new = requests, buffers, []
+    served.ppd_custom = custom
     return served

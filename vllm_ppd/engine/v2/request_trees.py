@@ -31,19 +31,23 @@ class DraftMode(Enum):
     TREE = "tree"
     CHAIN = "chain"
     """Trees without siblings: the request's logits depend on its own history. vLLM's
-    penalties, bad words, thinking budgets and grammars take the rows before a row for
-    its history. In a chain they are: draft token ``d`` is row ``d``, and all prompt
-    rows come after."""
+    penalties, bad words, thinking budgets, grammars and custom logits processors take
+    the rows before a row for its history. In a chain they are: draft token ``d`` is row
+    ``d``, and all prompt rows come after."""
     NONE = "none"
     """Rows are scheduled as for other requests, and all but the root are padding."""
 
     @classmethod
-    def of(cls, params: Any) -> DraftMode:
-        """What vLLM's SamplingParams ask for, or need; None for a pooling request."""
+    def of(cls, params: Any, needs_history: bool = False) -> DraftMode:
+        """What vLLM's SamplingParams ask for, or need; None for a pooling request.
+
+        needs_history: whatever they ask for.
+        """
         if params is None or opts_out(params.extra_args):
             return cls.NONE
         needs_history = (
-            params.repetition_penalty != 1.0
+            needs_history
+            or params.repetition_penalty != 1.0
             or params.frequency_penalty != 0.0
             or params.presence_penalty != 0.0
             or bool(params.bad_words)

@@ -14,6 +14,7 @@ A step without drafts runs vLLM's own code, and before it nothing is drafted.
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ import vllm.v1.worker.gpu.model_runner as model_runner
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.worker.gpu.async_utils import async_copy_to_np
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.logits_processor.loader import LOGITSPROCS_GROUP
 
 from vllm_ppd.engine.attention import require_tree_attention
 from vllm_ppd.engine.counters import counts_of
+from vllm_ppd.engine.patches import replaced
 from vllm_ppd.engine.scheduling import attach_draft_counts
 from vllm_ppd.engine.settings import serving_settings
 from vllm_ppd.engine.soft_tokens import add_soft_tokens
@@ -50,12 +53,8 @@ class TreeRunnerMixin:
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         # vLLM looks the speculator up by method, in a function that it calls by its
         # module's name for it; there is no method to override.
-        stock = model_runner.init_speculator
-        model_runner.init_speculator = PPDSpeculator
-        try:
+        with replaced(model_runner, "init_speculator", PPDSpeculator):
             super().__init__(vllm_config, device)  # type: ignore[call-arg]
-        finally:
-            model_runner.init_speculator = stock
         self.draft_tokens_handler = WordDraftsHandler(device, self.vocab_size)  # type: ignore
         self.ppd_log: DeviceStepLog | None = None
         # Of the step whose output is being made; None for a plain step.
@@ -68,8 +67,10 @@ class TreeRunnerMixin:
         add_soft_tokens(runner.model, settings.path, settings.vocab_size)
         speculator = self.speculator
         speculator.model = runner.model
+        installed = entry_points(group=LOGITSPROCS_GROUP)
+        custom = bool(installed or self.vllm_config.model_config.logits_processors)
         runner.model_state = with_trees(
-            runner.model_state, speculator.requests, speculator.buffers
+            runner.model_state, speculator.requests, speculator.buffers, custom
         )
         runner.rejection_sampler = TreeSampler(runner.sampler, settings.vocab_size)
 
@@ -104,6 +105,10 @@ class TreeRunnerMixin:
         if output is not None and self._ppd_draft_counts is not None:
             attach_draft_counts(output, self._ppd_draft_counts)
         return output
+
+    def ppd_processors(self) -> tuple[Any, str, Any]:
+        """Where the logits processors are, and what stands for none."""
+        return self.sampler, "logits_processors", []  # type: ignore[attr-defined]
 
     @property
     def ppd_menu(self) -> TreeMenu:

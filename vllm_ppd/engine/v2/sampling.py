@@ -91,8 +91,9 @@ class TreeSampler:
         """The target's token after every row, and the logits it was drawn from."""
         positions = batch.positions[batch.logits_indices]
         ids = batch.input_ids[batch.logits_indices]
-        # Logits processors count words; prompt tokens, which come last, are none.
-        ids = torch.where(ids < self._vocab_size, ids, -1)
+        # Logits processors index by token ids. Prompt tokens have none; they come last,
+        # and what their rows give is not used.
+        ids = torch.where(ids < self._vocab_size, ids, 0)
         return_logprobs = self.sampler.get_logprobs_dims(batch.idx_mapping_np)
         seq_lens = batch.seq_lens_cpu_upper_bound.numpy()
         sampled, processed = [], []
