@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -18,32 +19,59 @@ __all__ = ["plain", "plain_engine", "start_once", "texts"]
 
 # Whether drafting pays on a busy machine is not what these tests are about.
 ALWAYS_DRAFTS = {"model": f"ppd:{PROMPTS}", "profile": "none", "online": False}
+FLAGS = ["--speculative-config", json.dumps(ALWAYS_DRAFTS)]
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory) -> Iterator[Server]:
-    flags = ["--speculative-config", json.dumps(ALWAYS_DRAFTS)]
-    with serving(tmp_path_factory.mktemp("serve"), *flags) as server:
+    with serving(tmp_path_factory.mktemp("serve"), *FLAGS) as server:
         yield server
+
+
+def client_of(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
 
 @pytest.fixture
 def server(running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
+    return client_of(running)
 
 
-def test_completions_equal_plain_vllms(server, plain, plain_engine, texts):
+@pytest.fixture
+def check(plain, plain_engine, texts):
+    """Called with a client: its completions are plain vLLM's."""
     prompts = [text[:400] for text in texts[:6]]
     params = {"temperature": 0.0, "max_tokens": 80}
-    expected = [r["text"][0] for r in plain.generate(plain_engine, prompts, params)]
-    # All at once, as a server meets them.
-    with ThreadPoolExecutor(6) as pool:
-        answers = pool.map(
-            lambda p: server.completions.create(model="demo", prompt=p, **params),
-            prompts,
-        )
-    assert [a.choices[0].text for a in answers] == expected
-    usage = server.completions.create(model="demo", prompt=prompts[0], **params).usage
+
+    def complete(client: openai.OpenAI) -> None:
+        expected = [r["text"][0] for r in plain.generate(plain_engine, prompts, params)]
+        # All at once, as a server meets them.
+        with ThreadPoolExecutor(6) as pool:
+            answers = pool.map(
+                lambda p: client.completions.create(model="demo", prompt=p, **params),
+                prompts,
+            )
+        assert [a.choices[0].text for a in answers] == expected
+
+    return complete
+
+
+def test_two_data_parallel_engines(check, tmp_path):
+    """Those of a dense model share nothing but the server."""
+    flags = [*FLAGS, "--data-parallel-size", "2", "--api-server-count", "1"]
+    # A machine may have fewer NUMA nodes than engines.
+    with serving(tmp_path, *flags, VLLM_CPU_OMP_THREADS_BIND="nobind") as both:
+        check(client_of(both))
+        text = urllib.request.urlopen(f"{both.url}/metrics").read().decode()
+    drafts = r'^vllm:spec_decode_num_drafts_total{engine="(\d)".* (.*)$'
+    found = {engine: float(n) for engine, n in re.findall(drafts, text, re.M)}
+    assert found.keys() == {"0", "1"} and min(found.values()) > 5
+
+
+def test_completions_equal_plain_vllms(check, server, texts):
+    check(server)
+    params = {"prompt": texts[0][:400], "temperature": 0.0, "max_tokens": 80}
+    usage = server.completions.create(model="demo", **params).usage
     assert usage.completion_tokens <= 80
 
 
