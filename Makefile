@@ -9,7 +9,8 @@ DEVICE ?= $(or $(VLLM_PPD_DEVICE),auto)
 # Commands of .venv first, so that tests and engines start what was installed there.
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 # Tests that start servers or several workers want the machine's memory to themselves.
-ALONE_TESTS := $(wildcard tests/e2e tests/engine/v2/test_parallel_v2.py)
+ALONE_TESTS := $(wildcard tests/e2e tests/engine/test_parallel.py \
+	tests/engine/v2/test_parallel_v2.py)
 
 .PHONY: help setup demo test test-unit verify soak lint format clean
 

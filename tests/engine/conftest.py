@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.engine.engine_process import GPU_MEMORY, ON_GPU, ROOT, EngineProcess
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
@@ -81,6 +84,19 @@ def start_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with started(tmp_path_factory) as start:
         yield start
+
+
+@pytest.fixture(params=["mp", "ray"])
+def two_ranks(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Arguments of an engine of two ranks, which vLLM or Ray starts."""
+    ray = request.param == "ray"
+    if ray and find_spec("ray") is None:
+        pytest.skip("ray is not installed (pip install ray)")
+    # No other test's Ray beside this one: they would find each other.
+    lock = FileLock(Path(tempfile.gettempdir()) / "vllm_ppd_tests_ray.lock")
+    with lock if ray else contextlib.nullcontext():
+        executor = {"distributed_executor_backend": request.param}
+        yield {"tensor_parallel_size": 2, **executor}
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     # Where vLLM has float32 attended to by Triton, it would multiply in TF32.
     "TRITON_F32_DEFAULT": "ieee",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 # Several engines hold memory at once; a fixed cache needs no look at what is free.
 GPU_MEMORY = (
@@ -43,6 +44,11 @@ class FarEngine:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.engine, self.llm = settings, None
+        if settings["ray"]:
+            import ray
+
+            parts = {"num_gpus": 2, "num_cpus": 2, "include_dashboard": False}
+            ray.init(log_to_driver=False, **parts)
 
     def run(self, function: str, engine: dict[str, Any], arguments: Any) -> Any:
         """Whether it went well, and the result, or else what was raised."""
@@ -69,8 +75,9 @@ class FarEngine:
 class EngineProcess(engines.EngineProcess):
     """Runs functions of these tests against engines in a process of its own.
 
-    Its log lies in `folder`; the rest is for subclasses: the engine side and its
-    settings, where the process finds more modules, and its environment.
+    Its log lies in `folder`; perhaps it finds a Ray cluster of two imaginary GPUs. The
+    rest is its environment and, for subclasses, the engine side and its settings, and
+    where the process finds more modules.
     """
 
     def __init__(
@@ -79,11 +86,15 @@ class EngineProcess(engines.EngineProcess):
         far_engine: type[FarEngine] = FarEngine,
         settings: Any = (),
         paths: Sequence[Path] = (),
+        ray: bool = False,
         **more: str,
     ) -> None:
-        found = [ROOT, *paths, os.environ.get("PYTHONPATH")]
+        # vLLM finds a platform there whose workers Ray can start.
+        stub = [ROOT / "tests" / "ray_cpu_stub"] * ray
+        found = [ROOT, *stub, *paths, os.environ.get("PYTHONPATH")]
         python_path = os.pathsep.join(str(path) for path in found if path)
         environment = {**ENVIRONMENT, "PYTHONPATH": python_path, **more}
+        settings = {"ray": ray, **dict(settings)}
         super().__init__("engine", settings, folder, far_engine, environment)
         self._read = 0
 

@@ -17,23 +17,21 @@ from tests.engine import engine_process
 from tests.engine.engine_process import ON_GPU, ROOT, EngineProcess, FarEngine
 from tests.engine.v2.host_reads import learning_from_every_step
 
-STUB, RAY_STUB = ROOT / "tests" / "triton_cpu_stub", ROOT / "tests" / "ray_cpu_stub"
+STUB = ROOT / "tests" / "triton_cpu_stub"
 HAS_TRITON = find_spec("triton") is not None
 
 
 class V2EngineProcess(EngineProcess):
     """An EngineProcess whose engine runs V2; perhaps it schedules ahead of the device,
-    as vLLM does on GPUs, or finds a Ray cluster of two imaginary GPUs."""
+    as vLLM does on GPUs."""
 
-    def __init__(
-        self, folder: Path, asynchronous: bool = False, ray: bool = False, **more: str
-    ) -> None:
-        settings = {"asynchronous": asynchronous, "ray": ray}
-        more |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    def __init__(self, folder: Path, asynchronous: bool = False, **more: Any) -> None:
+        more["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         if not ON_GPU:
             more["TRITON_INTERPRET"] = "1"
-        # vLLM finds a platform there, and Triton a driver.
-        paths = [RAY_STUB] * ray + [STUB] * (not ON_GPU)
+        # Triton finds a driver there.
+        paths = [STUB] * (not ON_GPU)
+        settings = {"asynchronous": asynchronous}
         super().__init__(folder, FarV2Engine, settings, paths, **more)
 
 
@@ -46,11 +44,6 @@ class FarV2Engine(FarEngine):
             _look_up_builtins_once()
             _sort_for_top_k()
             _store_under_any_mask()
-        if settings["ray"]:
-            import ray
-
-            parts = {"num_gpus": 2, "num_cpus": 2, "include_dashboard": False}
-            ray.init(log_to_driver=False, **parts)
         if settings["asynchronous"] and not ON_GPU:
             _schedule_ahead()
 

@@ -1,4 +1,4 @@
-"""Several engines: in one process, and data-parallel ones."""
+"""Several ranks, and several engines in one process, decode as plain vLLM does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from tests.engine import engine_process
 from tests.engine.conftest import GREEDY, PROMPTS, cpu_only, engine_with, mixed, same
+from tests.engine.test_draft_lengths import two_entries
 from tests.engine.test_selection import PPD, configure
 from vllm_ppd.engine import select
 from vllm_ppd.engine.scheduling import attach_controller
@@ -16,7 +17,42 @@ from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.search.latency import LatencyProfile
 from vllm_ppd.trees.menu import TreeMenu
 
+__all__ = ["two_entries"]
+
 pytestmark = cpu_only
+
+
+def by_turns(llm: Any, prompts: Any, params: Any, lengths: list[int]) -> Any:
+    """Generate, with another of these draft lengths after every third step; returns
+    the outputs and the draft lengths that were used."""
+    controller, used = engine_process.controller_of(llm), []
+
+    def observe(running: int, draft_length: int, *_: Any) -> None:
+        used.append(draft_length)
+        controller.hold(lengths[len(used) // 3 % len(lengths)])
+
+    controller.hold(lengths[0])
+    controller.observe = observe
+    return engine_process.generate(llm, prompts, params), sorted(set(used))
+
+
+def test_two_ranks(two_ranks, start, plain_engine, ppd_engine, texts, two_entries):
+    seeded = [{"temperature": 1.0, "seed": i, "ignore_eos": True} for i in range(3)]
+    params = [{**each, "max_tokens": 40} for each in [*[GREEDY] * 3, *seeded]]
+    what = {"prompts": mixed(texts, 3) * 2, "params": params}
+    more = {"max_model_len": 256, "max_num_seqs": 8, **two_ranks}
+    # Ray changes nothing about plain decoding.
+    stock = {**plain_engine, **more, "distributed_executor_backend": "mp"}
+    # A machine may have fewer NUMA nodes than ranks.
+    bind = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    expected = start(**bind).generate(stock, **what)
+    engine = engine_with({**ppd_engine, **more}, tree=two_entries)
+    process = start(ray=more["distributed_executor_backend"] == "ray", **bind)
+    turns = {"lengths": [13, 0, 5, 13, 5, 0], **what}
+    found, used = process.call("test_parallel:by_turns", engine, **turns)
+    same(expected, found)
+    assert process.accepted(engine) > 0
+    assert used == [0, 5, 13]
 
 
 @pytest.mark.parametrize("engines", [1, 2])
@@ -83,9 +119,7 @@ def test_engines_in_one_process(
     speculative = {**ppd_engine["speculative_config"], "online": False}
     three = {**stock, "speculative_config": speculative}
     two = engine_with(three, model=str(tmp_path / "two"))
-    seen = start().call(
-        "test_several_engines:beside", three, others=[two, stock], **what
-    )
+    seen = start().call("test_parallel:beside", three, others=[two, stock], **what)
     for outputs in (*seen["alone"], *seen["together"]):
         same(expected, [output for _, output in outputs])
     assert seen["together"] == seen["alone"]
