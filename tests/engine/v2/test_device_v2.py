@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
+from tests.engine.conftest import engine_with
 from tests.engine.v2.conftest import GREEDY, prompts
-
-
-@pytest.fixture(scope="module")
-def built(ppd_engine):
-    """An engine with a built menu: entries of 2 to 16 rows, n-gram drafts, and a bigram
-    table that it learns."""
-    settings = dict(ppd_engine["speculative_config"])
-    del settings["tree"]
-    settings |= {"num_speculative_tokens": 15, "online": True}
-    return {**ppd_engine, "speculative_config": settings}
 
 
 def test_the_host_reads_nothing_from_the_device(ppd, ppd_engine):
@@ -43,8 +32,11 @@ def test_trees_follow_the_load(watch):
     assert 6 not in {rows for num_reqs, rows in steps if num_reqs >= 4}
 
 
-def test_ngrams_and_bigrams(watch, ppd, built):
-    """The menu's entries in turn, among requests that need chains, or no drafts."""
+def test_ngrams_and_bigrams(watch, ppd, ppd_engine):
+    """The entries of a built menu in turn, with n-gram drafts and a bigram table that
+    is learnt, among requests that need chains, or no drafts."""
+    settings = {"tree": None, "num_speculative_tokens": 15, "online": True}
+    built = engine_with(ppd_engine, **settings)
     requests = prompts(6, seed=45)
     requests[0]["prompt_token_ids"] *= 3
     params = [{**GREEDY, "max_tokens": 20 + 4 * i} for i in range(6)]
