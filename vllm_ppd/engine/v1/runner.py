@@ -103,7 +103,8 @@ class PPDRunnerMixin:
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         require_tree_attention(self)
-        holder = self.input_batch.thinking_budget_state_holder
+        batch: Any = self.input_batch  # type: ignore[attr-defined]
+        holder = batch.thinking_budget_state_holder
         if holder is not None:
             # It would expect a row of logits for every draft token.
             holder.in_spec_mode = False
@@ -111,7 +112,8 @@ class PPDRunnerMixin:
 
     def ppd_processors(self) -> tuple[Any, str, Any]:
         """Where the logits processors are, and what stands for none."""
-        return self.input_batch, "logitsprocs", LogitsProcessors()
+        batch: Any = self.input_batch  # type: ignore[attr-defined]
+        return batch, "logitsprocs", LogitsProcessors()
 
     @property
     def ppd_menu(self) -> TreeMenu:
