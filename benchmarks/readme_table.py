@@ -12,7 +12,7 @@ from typing import Any
 
 from results import ROOT, markdown, read_results
 
-RESULTS = ROOT / "benchmarks" / "results" / "parity_demo.json"
+RESULTS = ROOT / "benchmarks" / "results" / "loads_demo.json"
 TITLES = {"ppd": "PPD", "ngram": "n-gram"}
 BEGIN, END = "<!-- results: benchmarks/readme_table.py -->", "<!-- end -->"
 
