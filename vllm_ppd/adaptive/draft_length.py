@@ -2,8 +2,8 @@
 
 Whether drafts pay depends on the machine, the load and the text, and predictions of all
 three err. So the controller keeps one draft length per *load bucket*. In short *probes*
-it compares it with others, those first that promise most for what a probe of them
-costs. What counts is
+it compares it with others, first those with the most expected gain for their expected
+cost. What counts is
 
     speed = mean acceptance length / seconds of a step.
 
@@ -121,7 +121,8 @@ class DraftLengthController:
             draft_length: for which its drafts were made.
             num_tokens: that the requests emitted which read no prompt.
             seconds: from the end of the step before to its own.
-            num_reading: requests that read prompts, and how many rows of them.
+            num_reading: requests that read prompts in this step.
+            prompt_rows: rows of those requests.
         """
         # The first step of a draft length has no prompt rows to draft from.
         settled = draft_length == self._last_length
@@ -253,10 +254,12 @@ def _variance(accepted: float, requests: float) -> float:
 
 
 def _promise(gain: float, error: float) -> float:
-    """What a probe is expected to improve by what it costs; 0 if clearly nothing.
+    """A probe's expected gain divided by its expected cost; 0 if it clearly has none.
 
-    The improvement is the mean of a normal number's positive part; differences below
-    the noise are not counted as costs.
+    Args:
+        gain: log of the rival's speed over that in force, as now known.
+        error: its standard error. The expected gain is the mean of the positive part
+            of a normal distribution.
     """
     if gain + CLEAR * error <= 0:
         return 0.0
