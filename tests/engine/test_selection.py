@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -138,16 +139,23 @@ def test_settings_that_ppd_cannot_serve(args, message):
         configure(PPD, **args)
 
 
-def test_files_of_another_machine_or_model(tmp_path):
+def test_files_of_another_machine_or_model(tmp_path, monkeypatch):
     file = tmp_path / "profile.json"
     LatencyProfile((1,), (1, 8), ((1.0, 1.1),), {"other": 1}).save(file)
     with pytest.raises(ValueError, match="was measured with attention_backend None"):
         configure({**PPD, "profile": str(file)})
     prompts = PromptTokens.load(PROMPTS)
-    other = dataclasses.replace(prompts.base, embedding_sha256="0" * 64)
-    PromptTokens(prompts.embeddings, other).save(tmp_path / "prompts")
+    signs = prompts.base.embedding_signs
+    assert signs is not None
+    for folder, other in (("far", "0" * len(signs)), ("near", "00" + signs[2:])):
+        base = dataclasses.replace(prompts.base, embedding_signs=other)
+        PromptTokens(prompts.embeddings, base).save(tmp_path / folder)
     with pytest.raises(ValueError, match="use prompt tokens trained for it"):
-        configure({**PPD, "model": str(tmp_path / "prompts")})
+        configure({**PPD, "model": str(tmp_path / "far")})
+    warned = Mock()
+    monkeypatch.setattr(select.logger, "warning", warned)
+    configure({**PPD, "model": str(tmp_path / "near")})
+    assert "fewer drafts may be accepted" in str(warned.call_args)
 
 
 def test_a_flag_and_a_key_for_the_same_thing_conflict():

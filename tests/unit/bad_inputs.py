@@ -137,7 +137,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ({"base_model": {"hidden_size": 32.0}}, "is 32.0", "expected a positive int"),
         ({"base_model": {"name": None}}, "name of the base model is None", "expected"),
         ({"base_model": {"revision": 3}}, "revision of the base model is 3", "a name"),
-        ({"base_model": {"embedding_sha256": "ab"}}, "is 'ab'", "expected 64 hex"),
+        ({"base_model": {"embedding_signs": "0x"}}, "is '0x'", "expected hexadecimal"),
     ],
     "prompt_tokens.safetensors": [
         (CUT, "is not a readable safetensors file", "copy it again"),
@@ -153,7 +153,7 @@ BAD: dict[str, list[tuple[Any, str, str]]] = {
         ({"hidden_size": 16}, "hidden size 16 instead of 32", "use prompt tokens"),
         ({"vocab_size": 301}, "vocabulary size 301 instead of 257", "use prompt tok"),
         ({"architecture": "B"}, "architecture B instead of Llama", "use prompt tokens"),
-        ({"embedding_sha256": "b" * 64}, "embedding hash bbbbbbbbbbbb", "use prompt"),
+        ({"embedding_signs": "b" * 512}, "of its signs differ", "use prompt tokens"),
     ],
     "a model's config.json": [
         ("{", "cannot be read as JSON", "expected a Hugging Face model folder"),

@@ -111,7 +111,7 @@ def test_a_failed_write_leaves_earlier_files(calibrate, prompts_folder, monkeypa
 
 def test_bad_prompt_tokens(calibrate, prompts_folder, tmp_path):
     prompts = PromptTokens.load(prompts_folder)
-    other = dataclasses.replace(prompts.base, embedding_sha256="0" * 64)
+    other = dataclasses.replace(prompts.base, embedding_signs="0" * 512)
     PromptTokens(prompts.embeddings, other).save(tmp_path / "other")
     with pytest.raises(PromptTokensError, match="trained for 'tiny'"):
         calibrate(path=tmp_path / "other")

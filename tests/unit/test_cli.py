@@ -112,7 +112,7 @@ def test_inspect_json(prompts: Path, model: Path, capsys) -> None:
     assert described["training"] is None
     assert described["acceptance"] is None
     assert described["problems"] == []
-    fits = {"model": str(model), "fits": True, "weights_compared": True}
+    fits = {"model": str(model), "fits": True, "drift": 0.0}
     assert described["fits"] == fits
 
 

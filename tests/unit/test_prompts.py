@@ -78,10 +78,10 @@ def test_bad_tensors_in_memory() -> None:
 
 
 def test_check_against_accepts_copies() -> None:
-    base = dataclasses.replace(BASE, embedding_sha256="a" * 64)
-    make_prompts(base=base).check_against(dataclasses.replace(base, name="copy"))
-    make_prompts(base=base).check_against(BASE)
-    make_prompts(base=BASE).check_against(base)
+    base = dataclasses.replace(BASE, embedding_signs="a" * 64)
+    for ours, model in ((base, base), (base, BASE), (BASE, base)):
+        copy = dataclasses.replace(model, name="copy")
+        assert make_prompts(base=ours).check_against(copy) is None
 
 
 @pytest.fixture
@@ -99,11 +99,17 @@ def test_fingerprint_agrees_across_copies(tmp_path: Path, weight) -> None:
     (folders[3] / "model.safetensors").rename(folders[3] / "part-2.safetensors")
     save_file({"lm_head.weight": weight + 1}, folders[3] / "part-1.safetensors")
     (same,) = {BaseModelFingerprint.of_folder(each, name="x") for each in folders}
-    assert same.embedding_sha256 is not None
-    other = write_weights(tmp_path / "other", weight + 0.1)
-    fingerprint = BaseModelFingerprint.of_folder(other)
-    assert fingerprint.name == "other"
-    assert fingerprint.embedding_sha256 != same.embedding_sha256
+    assert same.embedding_signs is not None
+    # Weights trained further are warned of; another tokenizer's rows are refused.
+    prompts = make_prompts(base=same)
+    further = write_weights(tmp_path / "further", weight + 0.1)
+    fingerprint = BaseModelFingerprint.of_folder(further)
+    assert fingerprint.name == "further"
+    assert 0.02 < same.drift(fingerprint) < 0.06
+    assert "fewer drafts may be accepted" in prompts.check_against(fingerprint)
+    other = write_weights(tmp_path / "other", weight.roll(1, 0))
+    with refused(PromptTokensError, "another tokenizer"):
+        prompts.check_against(BaseModelFingerprint.of_folder(other))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +118,7 @@ def test_fingerprint_agrees_across_copies(tmp_path: Path, weight) -> None:
 )
 def test_fingerprint_knows_other_names(tmp_path: Path, weight, name: str) -> None:
     model = write_weights(tmp_path / "model", weight, name)
-    assert BaseModelFingerprint.of_folder(model).embedding_sha256 is not None
+    assert BaseModelFingerprint.of_folder(model).embedding_signs is not None
 
 
 def test_fingerprint_without_weights(tmp_path: Path, weight: torch.Tensor) -> None:
@@ -122,7 +128,7 @@ def test_fingerprint_without_weights(tmp_path: Path, weight: torch.Tensor) -> No
     config["text_config"] = {"hidden_size": HIDDEN, "vocab_size": VOCAB}
     (model / "config.json").write_text(json.dumps(config))
     fingerprint = BaseModelFingerprint.of_folder(model)
-    assert fingerprint.embedding_sha256 is None
+    assert fingerprint.embedding_signs is None
     assert (fingerprint.hidden_size, fingerprint.vocab_size) == (HIDDEN, VOCAB)
 
 

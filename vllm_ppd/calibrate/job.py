@@ -88,7 +88,9 @@ class CalibrationJob:
         folder = resolve_path(self.path)
         prompts = PromptTokens.load(folder)
         base, model_folder = located_model(self.model)
-        prompts.check_against(base)
+        warning = prompts.check_against(base)
+        if warning and not self.quiet:
+            print(f"note: {warning}")
         settings, m, e = self.settings, prompts.num_prompt_tokens, prompts.num_ept
         assert base.vocab_size is not None  # of_folder knows it
         settings.check_fits(m, e, base.vocab_size)

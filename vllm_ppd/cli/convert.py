@@ -81,7 +81,7 @@ def convert(
     else:
         prompts = PromptTokens(prompts.embeddings, base)
         prompts.save(target, overwrite=overwrite)
-        if base.embedding_sha256 is None:
+        if base.embedding_signs is None:
             notes.append(
                 "The model's weights are not here, so the fingerprint holds only its "
                 "sizes; convert with a folder that has its safetensors for the weights."

@@ -95,7 +95,6 @@ def _fits(prompts: Any, model: str, problems: list[str]) -> dict[str, Any]:
     from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 
     fingerprint = BaseModelFingerprint.of_folder(resolve_path(model), name=model)
-    hashes = (prompts.base.embedding_sha256, fingerprint.embedding_sha256)
     try:
         prompts.check_against(fingerprint)
     except ValueError as error:
@@ -103,7 +102,7 @@ def _fits(prompts: Any, model: str, problems: list[str]) -> dict[str, Any]:
     return {
         "model": model,
         "fits": not prompts.base.differences(fingerprint),
-        "weights_compared": None not in hashes,
+        "drift": prompts.base.drift(fingerprint),
     }
 
 
@@ -151,7 +150,9 @@ def _print(description: dict[str, Any]) -> None:
         console.print(f"[bold red]problem:[/] {problem}", soft_wrap=True)
     fits = description["fits"]
     if fits and fits["fits"]:
-        how = "sizes and weights agree" if fits["weights_compared"] else "sizes agree"
+        drift, how = fits["drift"], "sizes agree"
+        if drift is not None:
+            how += f", {drift:.1%} of the embedding's signs differ"
         console.print(f"[bold green]fits[/] {fits['model']} ({how})", soft_wrap=True)
 
 
@@ -164,7 +165,7 @@ def _facts(description: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "architecture", base["architecture"] or "unknown"
     vocabulary = base["vocab_size"]
     yield "vocabulary", "unknown" if vocabulary is None else f"{vocabulary:,}"
-    yield "embedding hash", (base["embedding_sha256"] or "none")[:16]
+    yield "embedding signs", (base["embedding_signs"] or "none")[:16]
     ept = description["num_ept"]
     yield "prompt tokens", f"{description['num_prompt_tokens']}, with {ept} EPT each"
     yield "hidden size", f"{description['hidden_size']:,}"

@@ -162,7 +162,8 @@ def _serving_settings(
     learns = config.bigram and config.online
     if folder is not None:
         prompts = PromptTokens.load(folder)
-        prompts.check_against(base)
+        if warning := prompts.check_against(base):
+            logger.warning("%s", warning)
         m, e = prompts.num_prompt_tokens, prompts.num_ept
         bigram = config.bigram and (folder / BIGRAM_FILE).exists()
         if bigram:
@@ -252,5 +253,5 @@ def _fingerprint(model: Any) -> BaseModelFingerprint:
         architecture=architectures[0],
         hidden_size=model.get_hidden_size(),
         vocab_size=text.vocab_size,
-        embedding_sha256=None,
+        embedding_signs=None,
     )

@@ -1,19 +1,20 @@
 """The identity of a base model, so that prompt tokens are not used with another one.
 
 Prompt tokens are input embeddings of one model. With another model they would only
-lower the acceptance rate, without any error. The fingerprint is cheap (a few hundred
-rows of one tensor) and needs no model code.
+lower the acceptance rate, without any error. The fingerprint is cheap (a few rows of
+one tensor) and needs no model code. Copies that were quantised or trained further keep
+nearly all signs of their embedding; with another tokenizer half of them differ.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -27,7 +28,9 @@ _EMBEDDING_NAMES = (
     "embed_in.weight",
     "tok_embeddings.weight",
 )
-_MAX_HASHED_ROWS = 256
+_ROWS = _COLUMNS = 64  # of the embedding
+# Share of differing signs from which the weights have nothing to do with each other.
+_UNRELATED = 0.25
 _EXPECTED = "expected a Hugging Face model folder"
 
 
@@ -53,8 +56,9 @@ class BaseModelFingerprint:
     """Width of an input embedding."""
     vocab_size: int | None
     """Rows of the input embedding as config.json has it; None when unknown."""
-    embedding_sha256: str | None
-    """See `embedding_sha256`; None when the folder has no readable safetensors."""
+    embedding_signs: str | None
+    """Signs of 64 evenly spaced rows of the input embedding, of the first 64 columns
+    each, packed into hexadecimal digits; None when the folder has no safetensors."""
 
     def __post_init__(self) -> None:
         for field, kind, pattern, expected in (
@@ -63,7 +67,7 @@ class BaseModelFingerprint:
             ("hidden_size", int, "[1-9][0-9]*", "a positive integer"),
             ("vocab_size", int, "[1-9][0-9]*", "a positive integer or null"),
             ("revision", str, "(?s).+", "a name or null"),
-            ("embedding_sha256", str, "[0-9a-f]{64}", "64 hexadecimal digits or null"),
+            ("embedding_signs", str, "[0-9a-f]+", "hexadecimal digits or null"),
         ):
             value = getattr(self, field)
             fits = isinstance(value, kind) and re.fullmatch(pattern, str(value))
@@ -81,9 +85,9 @@ class BaseModelFingerprint:
     ) -> BaseModelFingerprint:
         """Fingerprint of a local Hugging Face model folder.
 
-        Reads config.json and, through safetensors, up to 256 rows of the input
+        Reads config.json and, through safetensors, up to 64 rows of the input
         embedding. `name` defaults to the folder's own name. A folder
-        without safetensors gets `embedding_sha256=None`. Raises FormatError or
+        without safetensors gets `embedding_signs=None`. Raises FormatError or
         PromptTokensError for a missing folder, an unusable config.json or a corrupt
         safetensors file.
         """
@@ -108,7 +112,7 @@ class BaseModelFingerprint:
             architecture=architecture,
             hidden_size=hidden_size,
             vocab_size=vocab_size,
-            embedding_sha256=_hash_embedding(folder, hidden_size, vocab_size),
+            embedding_signs=_embedding_signs(folder, hidden_size, vocab_size),
         )
 
     def differences(self, other: BaseModelFingerprint) -> list[str]:
@@ -127,13 +131,21 @@ class BaseModelFingerprint:
             if getattr(other, field) != getattr(self, field)
             and None not in (getattr(other, field), getattr(self, field))
         ]
-        hashes = (self.embedding_sha256, other.embedding_sha256)
-        if None not in hashes and hashes[0] != hashes[1]:
+        drift = self.drift(other)
+        if drift is not None and drift >= _UNRELATED:
             phrases.append(
-                f"embedding hash {str(other.embedding_sha256)[:12]} instead of "
-                f"{str(self.embedding_sha256)[:12]} (other weights)"
+                f"another embedding ({drift:.0%} of its signs differ: another "
+                "tokenizer, or weights that were not made from the same ones)"
             )
         return phrases
+
+    def drift(self, other: BaseModelFingerprint) -> float | None:
+        """Share of the embedding's signs that differ: 0 for a copy, some hundredths
+        after quantisation or further training; None where they cannot be compared."""
+        ours, theirs = self.embedding_signs, other.embedding_signs
+        if ours is None or theirs is None or len(ours) != len(theirs):
+            return None
+        return (int(ours, 16) ^ int(theirs, 16)).bit_count() / (4 * len(ours))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -158,12 +170,7 @@ def _first_int(folder: Path, config: dict[str, Any], keys: tuple[str, ...]) -> i
     )
 
 
-def _hash_embedding(folder: Path, hidden_size: int, vocab_size: int) -> str | None:
-    """sha256 over up to 256 evenly spaced rows of the input embedding.
-
-    Rows are rounded to bfloat16 and hashed as little-endian float32, so that copies of
-    one checkpoint in float32 and bfloat16 agree.
-    """
+def _embedding_signs(folder: Path, hidden_size: int, vocab_size: int) -> str | None:
     samples: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -178,9 +185,11 @@ def _hash_embedding(folder: Path, hidden_size: int, vocab_size: int) -> str | No
                     if shape[1:] != [hidden_size] or not plain:
                         continue
                     rows = min(vocab_size, shape[0])
-                    count = min(_MAX_HASHED_ROWS, rows)
+                    count = min(_ROWS, rows)
                     picked = [i * rows // count for i in range(count)]
-                    samples[name] = torch.cat([view[i : i + 1] for i in picked])
+                    samples[name] = torch.cat(
+                        [view[i : i + 1, :_COLUMNS] for i in picked]
+                    )
         except (SafetensorError, OSError) as error:
             raise PromptTokensError(
                 f"{path} is not a readable safetensors file ({error}); "
@@ -188,5 +197,4 @@ def _hash_embedding(folder: Path, hidden_size: int, vocab_size: int) -> str | No
             ) from error
     if not samples:
         return None
-    values = samples[min(samples)].to(torch.bfloat16).float().numpy().astype("<f4")
-    return hashlib.sha256(values.tobytes()).hexdigest()
+    return np.packbits((samples[min(samples)] < 0).numpy()).tobytes().hex()

@@ -110,11 +110,12 @@ class PromptTokens:
         """[m * e, hidden]: prompt-token major, EPT minor (as the authors store it)."""
         return self.embeddings.reshape(-1, self.hidden_size)
 
-    def check_against(self, fingerprint: BaseModelFingerprint) -> None:
+    def check_against(self, fingerprint: BaseModelFingerprint) -> str | None:
         """Raise PromptTokensError, naming every mismatch, unless made for that model.
 
-        A property that either side lacks is not compared: the authors' checkpoints
-        have the hidden size alone.
+        Returns a warning if the model's weights were quantised or trained further
+        since. A property that either side lacks is not compared: the authors'
+        checkpoints have the hidden size alone.
         """
         differences = self.base.differences(fingerprint)
         if differences:
@@ -123,6 +124,13 @@ class PromptTokens:
                 f"model {fingerprint.name!r} has {', '.join(differences)}; use prompt "
                 "tokens trained for it, or train some with vllm-ppd train"
             )
+        if not (drift := self.base.drift(fingerprint)):
+            return None
+        return (
+            f"these prompt tokens were trained for other weights of {self.base.name!r} "
+            f"({drift:.1%} of the embedding's signs differ): output stays the same, "
+            "but fewer drafts may be accepted than with some trained for these weights"
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PromptTokens:
@@ -141,7 +149,7 @@ class PromptTokens:
                 architecture=None,
                 hidden_size=embeddings.shape[2],
                 vocab_size=None,
-                embedding_sha256=None,
+                embedding_signs=None,
             )
         else:
             sizes, base = _read_config(folder)
@@ -225,13 +233,15 @@ class PromptTokens:
 
 
 def trained_for(model: BaseModelFingerprint) -> Path | None:
-    """The folder in `TRAINED` whose prompt tokens belong to a model, by its weights."""
+    """The folder in `TRAINED` whose prompt tokens belong to a model, by its weights;
+    of several, the one trained for the nearest weights."""
+    folders: dict[Path, float] = {}
     for file in sorted(TRAINED.glob(f"*/{CONFIG_FILE}")):
         _, base = _read_config(file.parent)
-        hashes = base.embedding_sha256, model.embedding_sha256
-        if None not in hashes and not base.differences(model):
-            return file.parent
-    return None
+        drift = base.drift(model)
+        if drift is not None and not base.differences(model):
+            folders[file.parent] = drift
+    return min(folders, key=lambda folder: folders[folder], default=None)
 
 
 def check_destination(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
