@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 
 pytest.importorskip("accelerate")
 
 from vllm_ppd.cli import self_distillation
-from vllm_ppd.cli.self_distillation import read_prompts, write_answers
+from vllm_ppd.cli.self_distillation import (
+    OWN_PROMPT,
+    read_prompts,
+    write_answers,
+    write_prompts,
+)
 from vllm_ppd.train.data import read_stream
 from vllm_ppd.train.settings import TrainingError
 
@@ -66,3 +72,20 @@ def test_forms_of_prompts(tmp_path: Path, tokenizer) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(2 * "".join(json.dumps(line) + "\n" for line in lines))
     assert read_prompts(path, tokenizer, 40) == 8 * ["<user>hi\n<assistant>"]
+
+
+def test_prompts_that_the_model_writes(tmp_path: Path, monkeypatch, tokenizer) -> None:
+    monkeypatch.setattr(self_distillation, "BATCH", 8)
+    written = [((1, 2), " why? "), ((1,), "why?"), ((3,) * OWN_PROMPT, "and"), ((), "")]
+    written += [((4,), str(i)) for i in range(4)]
+    engine, path = Mock(), tmp_path / "prompts.jsonl"
+    engine.call.side_effect = lambda method, *_: written
+    write_prompts(path, 8, tokenizer, engine)
+    assert engine.call.mock_calls[1] == call("encode", ["<user>"], True)
+    assert engine.call.mock_calls[2].args[2][0]["stop"] == ["<assistant>"]
+    # Ended, not empty, and once in a batch; the second batch gives the last three.
+    said = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    assert said == ["why?", *"0123", "why?", *"01"]
+    written[:] = written[2:3] * 8
+    with pytest.raises(TrainingError, match=r"of 8 prompts .* only 0 .* give --self"):
+        write_prompts(path, 9, tokenizer, engine)

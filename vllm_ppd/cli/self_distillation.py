@@ -1,8 +1,10 @@
 """Training text of the model's own answers to prompts, written by a vLLM engine.
 
-Prompt tokens predict what the served model says, so this is the text to train on. A
-file of the output folder gets a line for each prompt, in order and batch by batch: a
-stopped run goes on after its last whole line.
+Prompt tokens predict what the served model says, so this is the text to train on. The
+prompts come from a file, or the model writes them too: where its chat template opens a
+user's message, a chat model goes on with what users ask (Magpie, arXiv 2406.08464).
+Files of the output folder get a line for each prompt and each answer, in order and
+batch by batch: a stopped run goes on after the last whole line.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from itertools import cycle, takewhile
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,10 @@ TEMPERATURES = (0.0, 0.7, 1.0)  # of the answers, in turn
 BATCH = 128  # prompts; a stopped run loses the answers of one batch
 LEAST_PROMPTS = 8  # with fewer, hardly an answer would be held out
 LONGEST_PROMPT = 1024  # tokens; little of a longer one is near its answer
+# Of prompts that the model writes itself: the most tokens, and how they are drawn.
+OWN_PROMPT = 160
+OWN_SAMPLING = {"temperature": 1.0, "top_p": 0.95, "max_tokens": OWN_PROMPT}
+WHOLE = {"skip_special_tokens": False}
 
 
 def read_prompts(file: Path, tokenizer: Any, longest: int) -> list[str]:
@@ -56,15 +63,18 @@ def read_prompts(file: Path, tokenizer: Any, longest: int) -> list[str]:
     return prompts
 
 
-def write_answers(
-    path: Path, prompts: list[str], tokens: int, engine: Any, quiet: bool = True
+def write_lines(
+    path: Path,
+    count: int,
+    batch: Callable[[int], tuple[list[dict[str, Any]], int]],
+    engine: Any,
+    quiet: bool = True,
 ) -> None:
-    """Append the answers that the file lacks; the engine starts if there are any.
+    """Append what the file lacks of `count` lines; the engine starts if it lacks any.
 
+    `batch` makes the next lines from the number of those there are, and counts tokens.
     Raises TrainingError when the file cannot be written, EngineFailedError.
     """
-    pairs = list(zip(prompts, cycle(TEMPERATURES), strict=False))
-    marks = {"skip_special_tokens": False, "include_stop_str_in_output": True}
     what = f"{path} cannot be written"
     with explained(TrainingError, what, "choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,29 +84,74 @@ def write_answers(
             # A half-written last line goes.
             file.truncate(written.rfind(b"\n") + 1)
             done = written.count(b"\n")
-            if done >= len(pairs):
+            if done >= count:
                 return
             if not quiet:
-                print(f"starting vLLM, whose answers go into {path}")
+                print(f"starting vLLM, which writes {path}")
             engine.call("start")
-            bar = tqdm(desc="answers", total=len(pairs), initial=done, disable=quiet)
-            for first in range(done, len(pairs), BATCH):
-                part, began = pairs[first : first + BATCH], time.monotonic()
-                ids = engine.call("encode", [prompt for prompt, _ in part], True)
-                params = [
-                    {"temperature": t, "max_tokens": tokens, **marks} for _, t in part
-                ]
-                answers = engine.call("complete", ids, params)
-                for (prompt, temperature), (_, text) in zip(part, answers, strict=True):
-                    roles = ((RENDERED, prompt), ("assistant", text))
-                    chat = [{"role": role, "content": said} for role, said in roles]
-                    line = json.dumps({"messages": chat, "temperature": temperature})
-                    file.write(line.encode() + b"\n")
+            bar = tqdm(desc=path.stem, total=count, initial=done, disable=quiet)
+            while done < count:
+                began = time.monotonic()
+                lines, tokens = batch(done)
+                lines = lines[: count - done]
+                for line in lines:
+                    file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
-                speed = sum(len(new) for new, _ in answers) / (time.monotonic() - began)
+                done += len(lines)
+                speed = tokens / (time.monotonic() - began)
                 bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
-                bar.update(len(part))
+                bar.update(len(lines))
             bar.close()
+
+
+def write_prompts(
+    path: Path, count: int, tokenizer: Any, engine: Any, quiet: bool = True
+) -> None:
+    """Let the model write `count` messages of a user; as `write_lines`.
+
+    Raises TrainingError without a chat template, or where too few messages end.
+    """
+    message = [{"role": "user", "content": "@@"}]
+    rendered: Any = render_chat(message, tokenizer, answer_next=True)
+    before, _, after = rendered[0].partition("@@")
+    # Usually the end-of-turn mark, which ends an answer as well.
+    stop = after.strip().split("\n")[:1]
+
+    def batch(done: int) -> tuple[list[dict[str, Any]], int]:
+        ids = engine.call("encode", [before], True) * BATCH
+        params = {**OWN_SAMPLING, **WHOLE, "stop": [mark for mark in stop if mark]}
+        written = engine.call("complete", ids, [params] * BATCH)
+        texts = [text.strip() for new, text in written if len(new) < OWN_PROMPT]
+        prompts = [{"prompt": text} for text in dict.fromkeys(texts) if text]
+        if len(prompts) < BATCH // 8:
+            raise TrainingError(
+                f"of {BATCH} prompts that the model wrote only {len(prompts)} are of "
+                "use; give --self-distill a file of prompts"
+            )
+        return prompts, sum(len(new) for new, _ in written)
+
+    write_lines(path, count, batch, engine, quiet)
+
+
+def write_answers(
+    path: Path, prompts: list[str], tokens: int, engine: Any, quiet: bool = True
+) -> None:
+    """Let the model answer the prompts; as `write_lines`."""
+    pairs = list(zip(prompts, cycle(TEMPERATURES), strict=False))
+    more = {**WHOLE, "max_tokens": tokens, "include_stop_str_in_output": True}
+
+    def batch(done: int) -> tuple[list[dict[str, Any]], int]:
+        part, lines = pairs[done : done + BATCH], []
+        ids = engine.call("encode", [prompt for prompt, _ in part], True)
+        params = [{**more, "temperature": temperature} for _, temperature in part]
+        answers = engine.call("complete", ids, params)
+        for (prompt, temperature), (_, text) in zip(part, answers, strict=True):
+            roles = ((RENDERED, prompt), ("assistant", text))
+            chat = [{"role": role, "content": said} for role, said in roles]
+            lines.append({"messages": chat, "temperature": temperature})
+        return lines, sum(len(new) for new, _ in answers)
+
+    write_lines(path, len(pairs), batch, engine, quiet)
 
 
 def self_distill(args: argparse.Namespace) -> str:
@@ -113,14 +168,30 @@ def self_distill(args: argparse.Namespace) -> str:
     config = AutoConfig.from_pretrained(model).get_text_config()
     room = getattr(config, "max_position_embeddings", 1 << 30)
     room = min(room, LONGEST_PROMPT + tokens)
-    (source,) = text_files([args.self_distill], folder, max_tokens=args.max_tokens)
-    prompts = read_prompts(source, load_tokenizer(model), room - tokens)
     # Answers beyond --max-tokens would go unread.
-    prompts = prompts[: max(LEAST_PROMPTS, args.max_tokens // tokens)]
-    # The answers to other prompts, or of another model, are another file.
-    what = json.dumps([str(base), prompts, tokens, TEMPERATURES])
-    path = folder / f"answers-{hashlib.sha256(what.encode()).hexdigest()[:8]}.jsonl"
+    most = max(LEAST_PROMPTS, args.max_tokens // tokens)
+    tokenizer, source = load_tokenizer(model), Path(args.self_distill)
     settings, _ = engine_settings(str(model), args.dtype, max_model_len=room)
+    own = source.name.isdecimal() and not source.exists()
+    if own:
+        count = min(most, int(source.name))
+        source = folder / f"prompts-{digest(str(base))}.jsonl"
+        # After a stop, others than before it.
+        settings["seed"] = source.stat().st_size if source.exists() else 0
+    else:
+        (source,) = text_files([args.self_distill], folder, max_tokens=args.max_tokens)
     with engine_processes({"vLLM": settings}, "train") as engines:
-        write_answers(path, prompts, tokens, engines["vLLM"], args.quiet)
+        engine = engines["vLLM"]
+        if own:
+            write_prompts(source, count, tokenizer, engine, args.quiet)
+        prompts = read_prompts(source, tokenizer, room - tokens)[:most]
+        # The answers to other prompts, or of another model, are another file.
+        what = digest(json.dumps([str(base), prompts, tokens, TEMPERATURES]))
+        path = folder / f"answers-{what}.jsonl"
+        write_answers(path, prompts, tokens, engine, args.quiet)
     return str(path)
+
+
+def digest(text: str) -> str:
+    """Eight digits that tell texts apart."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -94,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROMPTS",
         help="Train on the model's own answers to the prompts of a data set or .jsonl "
         'file: {"prompt": ...}, {"turns": [...]} or {"messages": [...]} on every line. '
+        "A number: to so many prompts that a chat model writes itself, as users would. "
         "A vLLM engine writes them into the output folder; a stopped run goes on.",
     )
     text = "Most tokens of such an answer (default: 256)."

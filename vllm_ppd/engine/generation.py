@@ -72,14 +72,15 @@ class Engine:
     """
 
     def __init__(self, settings: dict[str, Any]):
-        self.settings = settings
-        self.num_requests = 0
+        self.settings, self.num_requests = settings, 0
+        self.llm: Any = None
 
     def start(self) -> str:
-        """Start vLLM; returns the data type."""
+        """Start vLLM, once; returns the data type."""
         from vllm import LLM
 
-        self.llm = LLM(**self.settings)
+        if self.llm is None:
+            self.llm = LLM(**self.settings)
         self.tokenizer = self.llm.get_tokenizer()
         dtype = self.llm.llm_engine.vllm_config.model_config.dtype
         return str(dtype).removeprefix("torch.")
