@@ -45,10 +45,10 @@ setup(
         "bench": ["matplotlib", "openai"],
         # triton: without a GPU the kernel tests run in its interpreter. peft: the
         # authors' checkpoints are compared with what it writes and reads. ray: one of
-        # vLLM's ways to start tensor-parallel ranks.
+        # vLLM's ways to start tensor-parallel ranks. gguf: scripts/smollm2.py.
         "dev": [
             *("pytest", "pytest-xdist", "ruff", "mypy", "scipy", "openai"),
-            *("triton", "peft", "ray"),
+            *("triton", "peft", "ray", "gguf"),
         ],
     },
     entry_points={

@@ -1,4 +1,4 @@
-"""`vllm serve` with the demo model, in a process of its own."""
+"""`vllm serve`, in a process of its own."""
 
 from __future__ import annotations
 
@@ -30,12 +30,19 @@ class Server:
     Its log lies in the folder; `before` is a command that starts what follows it.
     """
 
-    def __init__(self, folder: Path, *flags: str, before: Any = (), **env: str):
+    def __init__(
+        self,
+        folder: Path,
+        *flags: str,
+        model: Any = MODEL,
+        before: Any = (),
+        **env: str,
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         self.url, self.log = f"http://127.0.0.1:{port}", folder / f"{port}.log"
-        command = [*before, VLLM, "serve", str(MODEL), "--served-model-name", "demo"]
+        command = [*before, VLLM, "serve", str(model), "--served-model-name", "demo"]
         command += ["--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
         command += ["--host", "127.0.0.1", "--port", port, *flags]
         python_path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"

@@ -75,30 +75,6 @@ def test_completions_equal_plain_vllms(check, server, texts):
     assert usage.completion_tokens <= 80
 
 
-def test_streams_arrive_in_pieces_and_add_up(server, texts):
-    params = {"model": "demo", "prompt": texts[8][:300], "max_tokens": 60}
-    whole = server.completions.create(temperature=0.0, **params).choices[0].text
-    stream = server.completions.create(temperature=0.0, stream=True, **params)
-    pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
-    assert len(pieces) > 5
-    assert "".join(pieces) == whole
-
-
-def test_seed_stop_and_logprobs(server, texts):
-    params = {"model": "demo", "prompt": texts[4][:300], "max_tokens": 40}
-    one, two = (
-        server.completions.create(temperature=1.0, seed=9, **params).choices[0].text
-        for _ in range(2)
-    )
-    assert one == two
-    stopped = server.completions.create(temperature=0.0, stop=["\n"], **params)
-    assert "\n" not in stopped.choices[0].text
-    scored = server.completions.create(temperature=0.0, logprobs=2, **params)
-    logprobs = scored.choices[0].logprobs
-    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == 40
-    assert all(value <= 0 for value in logprobs.token_logprobs)
-
-
 def test_structured_output_obeys_its_grammar(server, texts):
     answer = server.completions.create(
         model="demo",

@@ -50,7 +50,8 @@ COMMANDS = {
     "train --self-distill": f"{TRAIN} --steps 4 --self-distill-tokens 9 --self-distill",
     "calibrate": "calibrate {prompts} --model {model} --data {data} --points 40 "
     "--prompt-length 8 --continue 12 --ranks 9 --cpu --quiet",
-    **{name: name for name in ("demo", "inspect", "convert", "profile", "tree")},
+    "demo": "demo --model {model}",
+    **{name: name for name in ("inspect", "convert", "profile", "tree")},
     "verify": "verify {model} {prompts}",
 }
 CHAT = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": ""}]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import time
 from pathlib import Path
@@ -17,32 +16,17 @@ from vllm_ppd.cli.demo_view import Comparison, verdict
 from vllm_ppd.cli.engines import (
     EngineFailedError,
     EngineProcess,
-    cpu_dtype,
     engine_settings,
     sentence,
 )
 from vllm_ppd.engine.generation import Generation, Step
+from vllm_ppd.train.settings import cpu_dtype
 
 
-def test_demo_without_its_model(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(demo, "MODEL", tmp_path / "missing")
-    assert main.main(["demo"]) == 2
-    assert "clone of the repository" in capsys.readouterr().err
-
-
-def test_excerpts_end_where_something_begins(tmp_path: Path) -> None:
-    code = (
-        "# licence\n" * 40 + "import os\n\n\ndef first(a):\n    return a\n" + "x\n" * 99
-    )
-    prose = "It was a dark night.\n" * 60
-    file = tmp_path / "texts.jsonl"
-    lines = [json.dumps({"text": text}) for text in (code, "short", prose)]
-    file.write_text("\n".join(lines))
-    texts = demo.excerpts(file, 2)
-    assert texts[0].endswith("\ndef first(a):")
-    assert texts[1].endswith("night.")
-    assert all(len(text) <= 700 for text in texts)
-    assert demo.excerpts(file, 2) == texts
+def test_a_model_that_answers_no_questions(capsys) -> None:
+    model = Path(__file__).parents[2] / "demo_model" / "model"
+    assert main.main(["demo", "--model", str(model)]) == 2
+    assert "no chat template, so it answers no questions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

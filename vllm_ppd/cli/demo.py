@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,39 +21,31 @@ from vllm_ppd.cli.demo_view import Comparison, replay, summary, verdict
 from vllm_ppd.cli.engines import EngineProcess, engine_processes, engine_settings
 from vllm_ppd.engine.generation import Generation
 from vllm_ppd.hub import resolve_path
-from vllm_ppd.train.documents import find_documents
 from vllm_ppd.train.settings import check_counts, check_temperature
-
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "demo_model" / "model"
-PROMPTS = ROOT / "trained_prompts" / "demo"
-TEXTS = ROOT / "demo_model" / "held_out.jsonl"
 
 # An idle vLLM worker on CPU polls for a second after its last step, on the very core
 # that the next engine's worker is bound to.
 _SETTLE_S = 1.2
 # Measurements of each text, with both engines in turn; of slow texts only one.
 _ROUNDS, _SLOW_S = 3, 4.0
-# Each engine's share of a GPU's memory.
-_GPU_MEMORY_SHARE = 0.4
-_EXCERPT_CHARACTERS = 700
-# The head of a function or class, which asks for a body.
-_HEAD = re.compile(r"^[ \t]*(?:async def|def|class) .*:[ \t]*$", re.M)
+QUESTIONS = (
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Explain in a few sentences why the sky is blue.",
+    "List the planets of the solar system, each with one fact about it.",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", help="Folder or hub id of a model (default: the demo model).")
-    text = "Folder or hub id of prompt tokens for that model (default: the demo's)."
+    add("--model", required=True, help="Folder or hub id of a model.")
+    text = "Folder or hub id of prompt tokens for it (default: known ones, or none)."
     add("--prompts", metavar="PATH", help=text)
-    text = "Text to continue; may be repeated (default: excerpts of held-out text)."
+    text = "A question to a chat model, else a text to continue; may be repeated "
+    text += "(default: three questions)."
     add("--prompt", action="append", metavar="TEXT", help=text)
-    for flag, kind, value, text in (
-        ("--num-prompts", int, 3, "Number of excerpts"),
-        ("--max-tokens", int, 128, "Tokens to generate after each prompt"),
-        ("--temperature", float, 0.0, "Sampling temperature; 0 is greedy decoding"),
-    ):
-        add(flag, type=kind, default=value, help=f"{text} (default: {value:g}).")
+    add("--max-tokens", type=int, default=128, help="Of an answer (default: 128).")
+    text = "Sampling temperature; 0 is greedy decoding (default: 0)."
+    add("--temperature", type=float, default=0.0, help=text)
     add(
         "--dtype",
         default="auto",
@@ -68,61 +58,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eager", action="store_true", help=text)
 
 
-def check(args: argparse.Namespace) -> tuple[str, str | None]:
-    """The model and prompt tokens to use.
+def check(args: argparse.Namespace) -> bool:
+    """Whether the model has a chat template.
 
     Raises ValueError for arguments that cannot work together.
     """
-    check_counts(args, "num_prompts", "max_tokens")
+    check_counts(args, "max_tokens")
     check_temperature(args.temperature)
     if "" in (args.prompt or ()):
-        raise ValueError("--prompt is ''; expected a text to continue")
-    if not args.model and not MODEL.is_dir():
-        raise ValueError(
-            f"there is no {MODEL}, which the demo uses by default; run it from a clone "
-            "of the repository, or name a --model"
-        )
-    model, prompts = str(args.model or MODEL), args.prompts
-    if not args.model:
-        prompts = prompts or str(PROMPTS)
+        raise ValueError("--prompt is ''; expected a question or a text to continue")
     # Wrong names are refused before an engine starts.
-    resolve_path(model, allow_patterns=("config.json",))
-    if prompts is not None:
-        resolve_path(prompts)
-    return model, prompts
-
-
-def excerpts(path: Path, count: int) -> list[str]:
-    """One excerpt each of `count` texts, spread over a file of {"text": ...} lines.
-
-    Raises ValueError if the file is unusable or has too few texts.
-    """
-    texts = (str(document.read()) for document in find_documents(path))
-    parts = [part for part in map(_excerpt, texts) if part is not None]
-    if len(parts) < count:
+    folder = resolve_path(args.model, allow_patterns=("*.json", "*.jinja"))
+    if args.prompts is not None:
+        resolve_path(args.prompts)
+    files = (folder / "chat_template.jinja", folder / "tokenizer_config.json")
+    chats = any("{%" in file.read_text() for file in files if file.exists())
+    if not (chats or args.prompt):
         raise ValueError(
-            f"{path} has {len(parts)} texts that are long enough for a prompt; lower "
-            "--num-prompts"
+            f"{args.model} has no chat template, so it answers no questions; give a "
+            "text that it continues with --prompt"
         )
-    return [parts[i * len(parts) // count] for i in range(count)]
-
-
-def _excerpt(text: str) -> str | None:
-    """A passage from inside the text that ends where a model can go on.
-
-    Code ends after the head of a function or class, other text at the end of a line,
-    without the line break, which many tokenizers join with what follows. None for a
-    text too short. The beginning is skipped: it is often a licence notice.
-    """
-    earliest = max(len(text) // 4, min(300, len(text) // 2))
-    head = _HEAD.search(text, earliest)
-    end = head.end() if head else text.find("\n", earliest)
-    if end < 80:
-        return None
-    start = max(0, end - _EXCERPT_CHARACTERS)
-    # Begin with a whole line.
-    start = text.find("\n", start, end) + 1 if start else 0
-    return text[start:end].rstrip()
+    return chats
 
 
 def start(engines: Sequence[EngineProcess]) -> str:
@@ -163,15 +119,15 @@ def run(args: argparse.Namespace) -> int:
     # Here, because torch takes a second to import.
     import torch
 
-    model, prompt_tokens = check(args)
-    prompts = args.prompt or excerpts(TEXTS, args.num_prompts)
+    model, prompt_tokens, chats = args.model, args.prompts, check(args)
+    prompts = args.prompt or QUESTIONS
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model may write characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="replace")
     console = Console(highlight=False)
     settings, notes = engine_settings(model, args.dtype, args.eager, args.max_model_len)
     if torch.cuda.is_available():
-        settings["gpu_memory_utilization"] = _GPU_MEMORY_SHARE
+        settings["gpu_memory_utilization"] = 0.4  # of each engine
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     if load > 0.5:
         notes.append(
@@ -196,12 +152,15 @@ def run(args: argparse.Namespace) -> int:
         pair = list(engines.values())
         say(f"starting {' and '.join(engines)}")
         dtype = start(pair)
-        ids = pair[0].call("encode", prompts)
+        ids = pair[0].call("encode_questions" if chats else "encode", prompts)
         say("warming up")
-        warm_ups = [engine.call("generate", ids[0], params) for engine in pair]
+        short = {**params, "max_tokens": min(32, args.max_tokens)}
+        warm_up, _ = (engine.call("generate", ids[0], short) for engine in pair)
         say("measuring, each engine in turn")
-        rounds = 1 if warm_ups[0].seconds > _SLOW_S else _ROUNDS
-        comparisons = measure(pair, prompts, ids, params, rounds)
+        slow = args.max_tokens > _SLOW_S * warm_up.tokens_per_s
+        rounds = 1 if slow else _ROUNDS
+        shown = [f"{prompt}\n\n" if chats else prompt for prompt in prompts]
+        comparisons = measure(pair, shown, ids, params, rounds)
     for comparison in comparisons:
         replay(console, comparison)
     console.print(summary(comparisons, args.temperature == 0))

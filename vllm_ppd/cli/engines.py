@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ppd.engine.generation import Engine
+from vllm_ppd.train.settings import cpu_dtype
 
 QUIT_TIMEOUT_S = 15.0
 TERMINATE_TIMEOUT_S = 3.0
@@ -44,20 +45,6 @@ _ERROR_LINE = re.compile(r"\b\w*(?:Error|Exception): .+")
 
 class EngineFailedError(RuntimeError):
     """An engine that did not start, or stopped; the message names its log."""
-
-
-def cpu_dtype(cpuinfo: str | os.PathLike[str] = "/proc/cpuinfo") -> str:
-    """The faster data type on this CPU: "bfloat16" or "float32".
-
-    A CPU without bfloat16 instructions computes it through a fallback that is several
-    times slower than float32.
-    """
-    try:
-        flags = re.findall(r"^flags\s*:(.*)$", Path(cpuinfo).read_text(), re.M)
-    except OSError:
-        return "float32"
-    words = set(" ".join(flags).split())
-    return "bfloat16" if words & {"avx512_bf16", "amx_bf16"} else "float32"
 
 
 def engine_settings(

@@ -77,7 +77,6 @@ def describe(path: str, model: str | None = None) -> dict[str, Any]:
         "bytes": tensor_file(folder).stat().st_size,
         "bigram_bytes": record(BIGRAM_FILE, lambda file: file.stat().st_size),
         # One list per prompt token, one norm per EPT.
-        "norms": prompts.embeddings.norm(dim=-1).tolist(),
         "base_model": dataclasses.asdict(prompts.base),
         "training": training,
         "acceptance": record(
@@ -165,14 +164,11 @@ def _facts(description: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "architecture", base["architecture"] or "unknown"
     vocabulary = base["vocab_size"]
     yield "vocabulary", "unknown" if vocabulary is None else f"{vocabulary:,}"
-    yield "embedding signs", (base["embedding_signs"] or "none")[:16]
     ept = description["num_ept"]
     yield "prompt tokens", f"{description['num_prompt_tokens']}, with {ept} EPT each"
     yield "hidden size", f"{description['hidden_size']:,}"
     yield "trainable parameters", f"{description['trainable_parameters']:,}"
     yield "size", f"{description['bytes']:,} bytes"
-    norms = [f"{norm:.3f}" for norms in description["norms"] for norm in norms]
-    yield "norms", ", ".join(norms[:12]) + ", ..." * (len(norms) > 12)
     bigram_bytes = description["bigram_bytes"]
     yield "bigram table", f"{bigram_bytes:,} bytes" if bigram_bytes else "none"
     lengths = description["draft_lengths"]

@@ -27,16 +27,14 @@ from vllm_ppd.files import explained
 from vllm_ppd.train.data import DATA_FOLDER, load_tokenizer, text_files
 from vllm_ppd.train.documents import RENDERED, find_documents, render_chat
 from vllm_ppd.train.model import located_model
-from vllm_ppd.train.settings import TrainingError
+from vllm_ppd.train.settings import TrainingError, check_counts
 
 TEMPERATURES = (0.0, 0.7, 1.0)  # of the answers, in turn
 BATCH = 128  # prompts; a stopped run loses the answers of one batch
 LEAST_PROMPTS = 8  # with fewer, hardly an answer would be held out
 LONGEST_PROMPT = 1024  # tokens; little of a longer one is near its answer
-# Of prompts that the model writes itself: the most tokens, and how they are drawn.
-OWN_PROMPT = 160
-OWN_SAMPLING = {"temperature": 1.0, "top_p": 0.95, "max_tokens": OWN_PROMPT}
-WHOLE = {"skip_special_tokens": False}
+OWN_PROMPT = 160  # tokens of a prompt that the model writes itself, at most
+WHOLE = {"temperature": 1.0, "skip_special_tokens": False}
 
 
 def read_prompts(file: Path, tokenizer: Any, longest: int) -> list[str]:
@@ -72,11 +70,10 @@ def write_lines(
 ) -> None:
     """Append what the file lacks of `count` lines; the engine starts if it lacks any.
 
-    `batch` makes the next lines from the number of those there are, and counts tokens.
+    `batch` makes more lines, from the number of those there are, and counts tokens.
     Raises TrainingError when the file cannot be written, EngineFailedError.
     """
-    what = f"{path} cannot be written"
-    with explained(TrainingError, what, "choose another folder"):
+    with explained(TrainingError, f"{path} cannot be written", "use another --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
             file.seek(0)
@@ -93,7 +90,6 @@ def write_lines(
             while done < count:
                 began = time.monotonic()
                 lines, tokens = batch(done)
-                lines = lines[: count - done]
                 for line in lines:
                     file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
@@ -114,18 +110,18 @@ def write_prompts(
     message = [{"role": "user", "content": "@@"}]
     rendered: Any = render_chat(message, tokenizer, answer_next=True)
     before, _, after = rendered[0].partition("@@")
-    # Usually the end-of-turn mark, which ends an answer as well.
-    stop = after.strip().split("\n")[:1]
+    stop = after.split()[:1]  # usually the mark that ends an answer as well
 
     def batch(done: int) -> tuple[list[dict[str, Any]], int]:
-        ids = engine.call("encode", [before], True) * BATCH
-        params = {**OWN_SAMPLING, **WHOLE, "stop": [mark for mark in stop if mark]}
-        written = engine.call("complete", ids, [params] * BATCH)
+        size = min(BATCH, 16 + 2 * (count - done))
+        ids = engine.call("encode", [before], True) * size
+        params = {**WHOLE, "top_p": 0.95, "max_tokens": OWN_PROMPT, "stop": stop}
+        written = engine.call("complete", ids, [params] * size)
         texts = [text.strip() for new, text in written if len(new) < OWN_PROMPT]
         prompts = [{"prompt": text} for text in dict.fromkeys(texts) if text]
-        if len(prompts) < BATCH // 8:
+        if len(prompts) <= size // 8:
             raise TrainingError(
-                f"of {BATCH} prompts that the model wrote only {len(prompts)} are of "
+                f"of {size} prompts that the model wrote only {len(prompts)} are of "
                 "use; give --self-distill a file of prompts"
             )
         return prompts, sum(len(new) for new, _ in written)
@@ -160,8 +156,7 @@ def self_distill(args: argparse.Namespace) -> str:
     Raises ValueError subclasses for unusable input, EngineFailedError.
     """
     tokens, folder = args.self_distill_tokens, Path(args.out) / DATA_FOLDER
-    if tokens < 1:
-        raise TrainingError(f"--self-distill-tokens is {tokens}; expected at least 1")
+    check_counts(args, "self_distill_tokens")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise TrainingError("--self-distill must run first without accelerate launch")
     base, model = located_model(args.model, args.model_name)
@@ -172,26 +167,25 @@ def self_distill(args: argparse.Namespace) -> str:
     most = max(LEAST_PROMPTS, args.max_tokens // tokens)
     tokenizer, source = load_tokenizer(model), Path(args.self_distill)
     settings, _ = engine_settings(str(model), args.dtype, max_model_len=room)
-    own = source.name.isdecimal() and not source.exists()
-    if own:
-        count = min(most, int(source.name))
-        source = folder / f"prompts-{digest(str(base))}.jsonl"
+    prompts = None
+    if source.name.isdecimal() and not source.exists():
+        most = min(most, int(source.name))
+        what = hashlib.sha256(str(base).encode()).hexdigest()
+        source = folder / f"prompts-{what[:8]}.jsonl"
         # After a stop, others than before it.
         settings["seed"] = source.stat().st_size if source.exists() else 0
     else:
         (source,) = text_files([args.self_distill], folder, max_tokens=args.max_tokens)
+        prompts = read_prompts(source, tokenizer, room - tokens)
     with engine_processes({"vLLM": settings}, "train") as engines:
         engine = engines["vLLM"]
-        if own:
-            write_prompts(source, count, tokenizer, engine, args.quiet)
-        prompts = read_prompts(source, tokenizer, room - tokens)[:most]
+        if prompts is None:
+            write_prompts(source, most, tokenizer, engine, args.quiet)
+            prompts = read_prompts(source, tokenizer, room - tokens)
+        prompts = prompts[:most]
         # The answers to other prompts, or of another model, are another file.
-        what = digest(json.dumps([str(base), prompts, tokens, TEMPERATURES]))
-        path = folder / f"answers-{what}.jsonl"
+        what = json.dumps([str(base), prompts, tokens, TEMPERATURES])
+        what = hashlib.sha256(what.encode()).hexdigest()
+        path = folder / f"answers-{what[:8]}.jsonl"
         write_answers(path, prompts, tokens, engine, args.quiet)
     return str(path)
-
-
-def digest(text: str) -> str:
-    """Eight digits that tell texts apart."""
-    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -95,12 +95,11 @@ def run(args: argparse.Namespace) -> int:
     sampling = key_values(args.sampling, ("max_tokens", "seed"))
     PPDConfig.from_speculative(ppd)
     base, folder = located_model(args.model)
-    warning = None
+    settings, notes = engine_settings(args.model, "float32")
     if args.path is not None:
         warning = PromptTokens.load(resolve_path(args.path)).check_against(base)
+        notes += [warning] if warning else []
     prompts = read_prompts(args.prompts, load_tokenizer(folder))
-    settings, notes = engine_settings(args.model, "float32")
-    notes += [warning] if warning else []
     settings |= {"disable_log_stats": False} | engine
     greedy = {"max_tokens": args.max_tokens, "temperature": 0.0, "ignore_eos": True}
     seeded = {"temperature": 1.0, **sampling, "max_tokens": SEEDED}

@@ -91,6 +91,14 @@ class Engine:
         encode = self.tokenizer.encode
         return [encode(text, add_special_tokens=not whole) for text in texts]
 
+    def encode_questions(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text as a user's message in the chat template."""
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        render = self.tokenizer.apply_chat_template
+        return self.encode(
+            render(chats, tokenize=False, add_generation_prompt=True), True
+        )
+
     def generate(self, prompt: list[int], params: dict[str, Any]) -> Generation:
         """Run one request to its end; params are those of `vllm.SamplingParams`."""
         from vllm import SamplingParams

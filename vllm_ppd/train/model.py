@@ -24,7 +24,7 @@ from vllm_ppd.prompt_tokens.fingerprint import BaseModelFingerprint
 from vllm_ppd.prompt_tokens.tokens import PromptTokens
 from vllm_ppd.train.data import TokenStream
 from vllm_ppd.train.insertion import Insertion
-from vllm_ppd.train.settings import TrainingError
+from vllm_ppd.train.settings import TrainingError, cpu_dtype
 
 # Copies of one ensemble member would get equal gradients and stay equal for ever.
 _COPY_NOISE = 0.02
@@ -85,8 +85,12 @@ class FrozenModel:
     ) -> FrozenModel:
         """Read a model folder; `dtype` is one of auto, float32, bfloat16, float16.
 
-        Raises TrainingError when the folder holds no causal language model.
+        auto is the checkpoint's own, and float32 on a CPU without bfloat16. Raises
+        TrainingError when the folder holds no causal language model.
         """
+        on_cpu = torch.device(device).type == "cpu"
+        if dtype == "auto" and on_cpu and cpu_dtype() == "float32":
+            dtype = "float32"
         try:
             model = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=dtype)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

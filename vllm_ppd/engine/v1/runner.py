@@ -63,13 +63,13 @@ _NGRAM_CONTEXT = 4096
 _NO_NGRAMS = np.full((1, MAX_NGRAM_DRAFTS), -1)
 
 
-def _padded(rows: int) -> int:
-    """Rows with padding, so that steps have few sizes.
+def _padding(rows: int) -> int:
+    """Further rows for so many, so that steps have few sizes.
 
     vLLM's matrix products keep code for 32 sizes of each layer and 1024 in all, and
     making it anew takes milliseconds.
     """
-    return rows if rows <= 32 else -(-rows // 8) * 8
+    return 0 if rows <= 32 else -rows % 8
 
 
 class PPDRunnerMixin:
@@ -214,7 +214,7 @@ class PPDRunnerMixin:
             self._ppd_logit_rows = ranges(firsts, step.num_nodes)
         else:
             rows = step.node_rows
-            rows = np.pad(rows, (0, _padded(len(rows)) - len(rows)), mode="edge")
+            rows = np.pad(rows, (0, _padding(len(rows))), mode="edge")
         # Only logits_indices is read: verification and drafting are ours.
         empty = torch.empty(0, dtype=torch.int32)
         return SpecDecodeMetadata(
@@ -232,8 +232,9 @@ class PPDRunnerMixin:
             *args, **kwargs
         )
         if self._ppd_step is not None:
+            rows = batch.num_tokens + _padding(batch.num_tokens)
             most: int = self.max_num_tokens  # type: ignore[attr-defined]
-            batch = replace(batch, num_tokens=min(_padded(batch.num_tokens), most))
+            batch = replace(batch, num_tokens=min(rows, most))
         return mode, batch, *others
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
@@ -283,7 +284,7 @@ class PPDRunnerMixin:
         if step is not None and self._ppd_walk is not None:
             rows, num_prompted = step.prompt_rows(self._ppd_walk.nodes)
             if rows.size:
-                padded = np.pad(rows, (0, _padded(len(rows)) - len(rows)), mode="edge")
+                padded = np.pad(rows, (0, _padding(len(rows))), mode="edge")
                 logits = self.model.compute_logits(  # type: ignore[attr-defined]
                     hidden_states[torch.from_numpy(padded)]
                 )[: len(rows)].float()
