@@ -21,7 +21,8 @@ setup: ## make .venv with vLLM (CUDA or CPU) and this project, once
 	@$(PYTHON) scripts/setup_env.py --device $(DEVICE)
 
 demo: setup ## a small chat model answers, plain against PPD
-	@export $(RUN); model="$$(python scripts/smollm2.py)" && vllm-ppd demo --model "$$model" $(ARGS)
+	@export $(RUN); model="$$(python scripts/smollm2.py)" && \
+		vllm-ppd demo --eager --model "$$model" $(ARGS)
 
 test: test-unit ## all tests; those that need a GPU are skipped without one
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 tests/kernels

@@ -88,7 +88,8 @@ def model_folder() -> Path:
         work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
         try:
             convert(fetch(work), work / "model")
-            os.rename(work / "model", target)
+            if not target.is_dir():  # by another process meanwhile
+                os.rename(work / "model", target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:

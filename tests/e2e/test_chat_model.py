@@ -20,19 +20,16 @@ from tests.e2e.server import serving
 
 pytestmark = pytest.mark.e2e
 COMMAND = str(Path(sys.executable).with_name("vllm-ppd"))
-# An engine without a compiler starts sooner.
-ENV = {**os.environ, "CXX": "none"}
+ENV = {**os.environ, "CXX": "none"}  # engines without a compiler start sooner
 GREEDY: dict[str, Any] = {"temperature": 0.0}
-CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
-WEATHER = {"name": "weather", "parameters": CITY}
+WEATHER = {"type": "function", "function": {"name": "weather"}}
 QUESTIONS: dict[str, dict[str, Any]] = {
     "Why is the sky blue?": GREEDY,
     "Count from one to twenty.": GREEDY | {"stream": True},
     "Name three rivers. Name them again.": GREEDY | {"stop": ["2."]},
     "What is a prime number?": GREEDY | {"logprobs": True, "top_logprobs": 2},
     "Write a limerick.": {"temperature": 1.0, "seed": 5, "n": 2},
-    "Is it raining in Rome?": GREEDY
-    | {"tools": [{"type": "function", "function": WEATHER}], "tool_choice": "none"},
+    "Is it raining in Rome?": GREEDY | {"tools": [WEATHER], "tool_choice": "none"},
 }
 
 
@@ -42,9 +39,8 @@ def model() -> str:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    line = [COMMAND, *arguments]
     more: Any = {"cwd": folder, "env": ENV, "capture_output": True, "timeout": 500}
-    done = subprocess.run(line, text=True, **more)
+    done = subprocess.run([COMMAND, *arguments], text=True, **more)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -107,9 +103,9 @@ def test_chats_equal_plain_vllms(model: str, trained: Path, tmp_path: Path) -> N
     for flags in ([], ["--speculative-config", json.dumps(ppd)]):
         with serving(tmp_path, *flags, model=model) as server:
             client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
-            left: Any = {"model": "demo", "max_tokens": 400, "stream": True}
             story: Any = [{"role": "user", "content": "Tell me a long story."}]
-            with client.chat.completions.create(messages=story, **left) as stream:
+            left: Any = {"model": "demo", "messages": story, "stream": True}
+            with client.chat.completions.create(**left) as stream:
                 next(iter(stream))
             with ThreadPoolExecutor(4) as pool:
                 answers.append([*pool.map(partial(ask, client), QUESTIONS)])

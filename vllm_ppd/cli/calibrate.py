@@ -24,7 +24,7 @@ _TEXTS = {
     "prompt_length": "Tokens of each prompt, which are taken from the data",
     "continuation": "Tokens to generate after each prompt",
     "batch_size": "Prompts to continue at once",
-    "dtype": "Number format of the model",
+    "dtype": "As in vllm-ppd train",
     "bigram_entries": "Next tokens per token in the bigram table (0 = no table)",
     "bigram_tokens": "Tokens of the data to count the bigram table on, at most half",
     "variable_rows": "Most rows of a tree where every request's tree has its own size "

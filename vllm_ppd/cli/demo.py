@@ -82,16 +82,11 @@ def check(args: argparse.Namespace) -> bool:
 
 
 def start(engines: Sequence[EngineProcess]) -> str:
-    """Start all engines; returns their data type."""
-    import torch
+    """Start all engines, one after another; returns their data type.
 
-    if torch.cuda.is_available():
-        # One after another, as each measures how much memory is free.
-        return [engine.call("start") for engine in engines][-1]
-    for engine in engines:
-        engine.send("start")
-    # The last first: it speculates, so its settings are likelier to be refused.
-    return [engine.receive() for engine in reversed(engines)][-1]
+    On a GPU each measures how much memory is free, and PPD how long its steps take.
+    """
+    return [engine.call("start") for engine in engines][-1]
 
 
 def measure(
@@ -150,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
                 console.print(f"{text} ...")
 
         pair = list(engines.values())
-        say(f"starting {' and '.join(engines)}")
+        say(f"starting {' and then '.join(engines)}")
         dtype = start(pair)
         ids = pair[0].call("encode_questions" if chats else "encode", prompts)
         say("warming up")

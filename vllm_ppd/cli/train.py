@@ -46,7 +46,8 @@ _TEXTS = {
         f"{RATE_STEPS} steps).",
         "alpha": "Weight of distance i in the loss is alpha^(i-1)",
         "loss": "Target: kl (the model's distribution) or labels (the text)",
-        "dtype": "Number format of the model",
+        "dtype": "Number format of the model; auto is float32 on a CPU without "
+        "bfloat16 instructions, else the checkpoint's own",
         "seed": "Seed of data order, insertion points and initial embeddings",
     },
 }

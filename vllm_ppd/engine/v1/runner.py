@@ -64,7 +64,7 @@ _NO_NGRAMS = np.full((1, MAX_NGRAM_DRAFTS), -1)
 
 
 def _padding(rows: int) -> int:
-    """Further rows for so many, so that steps have few sizes.
+    """How many rows to add to so many, so that steps have few sizes.
 
     vLLM's matrix products keep code for 32 sizes of each layer and 1024 in all, and
     making it anew takes milliseconds.
